@@ -1,0 +1,57 @@
+"""The one way in which this package compiles: typed decorators around numba.njit with a cache that is never stale."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+SAFE = {"contract", "nsz", "arcp", "reassoc", "afn"}
+"""Fast-math flags that keep NaN and infinity meaningful: reassociation and fused multiply-add only."""
+
+
+@cache
+def digest(folder: Path) -> str:
+    """Hash of the sources of a package's folder."""
+    state = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
+
+
+def jit(function: F) -> F:
+    """Compile with exact floating-point semantics. Not cached on its own: it is linked into its callers."""
+    return cast(F, numba.njit(error_model="numpy")(function))
+
+
+def fast(function: F) -> F:
+    """Compile with reassociation and fused multiply-add (SAFE). Not cached on its own."""
+    return cast(F, numba.njit(fastmath=SAFE, error_model="numpy")(function))
+
+
+def entry(*folders: Path) -> Callable[[F], F]:
+    """Compile a function that Python calls: releases the GIL, and is cached on disk for later processes.
+
+    The compiled form also depends on callees in other files, which Numba's own staleness test does not see; the
+    cache is therefore stamped with a hash of all sources in this package and in `folders`.
+    """
+
+    def wrap(function: F) -> F:
+        compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+        stamp = tuple(digest(f) for f in (Path(__file__).parent, *folders))
+        file = getattr(compiled._cache, "_cache_file", None)
+        if hasattr(file, "_source_stamp"):
+            file._source_stamp = stamp
+        return cast(F, compiled)
+
+    return wrap
+
+
+def inline(function: F) -> F:
+    """Compile and always inline into the caller: for tiny functions in hot loops."""
+    return cast(F, numba.njit(fastmath=SAFE, error_model="numpy", forceinline=True)(function))

@@ -1,0 +1,114 @@
+"""The Backend protocol: what a target provides, and how targets are found.
+
+A target is a package that exposes one object through the entry-point group "mapper.targets". The core knows
+no target; the driver asks for one by name. A third party adds a target in its own distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mapper.errors import MapperError, UsageError
+
+if TYPE_CHECKING:
+    from mapper.bounds import Bound
+    from mapper.ir.graph import Graph
+    from mapper.machine import Machine
+    from mapper.schedule.checks import Check
+    from mapper.schedule.mutate import Mutation
+    from mapper.schedule.tables import Phase, Port, Request, Schedule
+
+Array = npt.NDArray[Any]
+
+
+class Memories(Protocol):
+    """The memories of one loaded schedule: bytes, and which of them have been written (start poisoned)."""
+
+    def data(self, memory: int) -> npt.NDArray[np.uint8]:
+        """All bytes of memory number `memory` (only as many as the schedule uses)."""
+
+    def written(self, memory: int) -> npt.NDArray[np.bool_]:
+        """One flag per byte: whether the byte holds something that the program or the loader wrote."""
+
+
+class Semantics(Protocol):
+    """The executable meaning of a target's opcodes and layouts. Knows the schedule's tables, never the scheduler."""
+
+    def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
+        """Write the array of a weight, constant, input or initial state port into its buffers (marks them written)."""
+
+    def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
+        """Read the array of an output or state port. Raises ExecutionFault on unwritten bytes."""
+
+    def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
+        """Execute one program in time order. Returns the cycles it took. Raises ExecutionFault."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that is generated from a schedule: listing, memory map, source, trace. `name` is relative."""
+
+    name: str
+    data: bytes
+
+
+class Backend(Protocol):
+    """What every target provides. All methods are pure: same input, same output, no global state."""
+
+    name: str
+    summary: str  # one line for `mapper targets`
+    default_machine: str
+
+    def machine_files(self) -> Sequence[Path]:
+        """The machine TOML files that the target ships."""
+
+    def lower(self, graph: Graph, machine: Machine, request: Request) -> Schedule:
+        """Map the graph. Raises LoweringError or CapacityError. Reads no weight."""
+
+    def semantics(self) -> Semantics:
+        """The meaning of the opcodes, injected into runtime.execute."""
+
+    def checks(self) -> Sequence[Check]:
+        """The target's own legality predicates, beside the shared ones."""
+
+    def mutations(self) -> Sequence[Mutation]:
+        """The target's own mutation operators, beside the shared ones."""
+
+    def bounds(self, graph: Graph, machine: Machine, request: Request) -> Mapping[Phase, Sequence[Bound]]:
+        """Lower bounds on the time of any schedule, per phase, from graph and machine alone."""
+
+    def retime(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, float]:
+        """Seconds per program with another machine's constants: order and placement kept, starts recomputed."""
+
+    def artifacts(self, schedule: Schedule) -> Sequence[Artifact]:
+        """Files generated from the schedule, written into its directory."""
+
+
+GROUP = "mapper.targets"
+
+
+def discover() -> dict[str, str]:
+    """Target name -> entry point value, of every installed target, sorted by name; imports nothing."""
+    return {e.name: e.value for e in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
+
+
+def load(name: str) -> Backend:
+    """The backend of target `name`. Raises UsageError where there is none or it cannot be imported."""
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            try:
+                backend: Backend = entry.load()
+            except MapperError:
+                raise
+            except (ImportError, AttributeError) as error:
+                raise UsageError(f"target {name!r} cannot be loaded: {error}") from error
+            return backend
+    known = ", ".join(discover()) or "none"
+    raise UsageError(f"unknown target {name!r}; installed targets: {known}")

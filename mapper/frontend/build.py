@@ -1,0 +1,363 @@
+"""Smart constructors: every primitive of the frontend is made here, simplified while it is made.
+
+What they remove: casts to the same type, reshapes of reshapes, adds of zero, integer arithmetic on shapes,
+small constant sub-graphs, and differences of spelling (x / sqrt(y), x * (1 / sqrt(y)), x * pow(y, -0.5)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mapper.errors import ModelError
+from mapper.frontend.net import MAX_CONTENT, MAX_FOLDED, Array, Dims, Net, Value, numpy_of
+from mapper.frontend.shapes import COMPARE, reshaped
+from mapper.ir.dims import ONE, ZERO, Dim
+
+_FOLD: dict[str, Callable[..., Any]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "pow": np.power, "min": np.minimum,
+    "max": np.maximum,
+    "and": np.logical_and, "or": np.logical_or, "eq": np.equal, "lt": np.less, "le": np.less_equal,
+    "gt": np.greater, "ge": np.greater_equal, "neg": np.negative, "abs": np.abs, "exp": np.exp, "log": np.log,
+    "sqrt": np.sqrt, "floor": np.floor, "ceil": np.ceil, "not": np.logical_not, "isnan": np.isnan,
+    "select": np.where, "sin": np.sin, "cos": np.cos, "reciprocal": np.reciprocal,
+}  # fmt: skip
+_HUGE = 1 << 31  # slice ends at or above this mean "to the end"
+
+
+def is_float(value: Value) -> bool:
+    """Whether the value's type is a floating-point one."""
+    return value.dtype[0] == "f" or value.dtype == "bf16"
+
+
+def _folded(net: Net, op: str, ins: Sequence[Value], dtype: str) -> Value | None:
+    if op not in _FOLD or any(v.const is None or v.const.size > MAX_FOLDED for v in ins):
+        return None
+    with np.errstate(all="ignore"):
+        array = _FOLD[op](*(v.const for v in ins))
+    if array.size > MAX_FOLDED:
+        return None
+    return net.constant(np.asarray(array, numpy_of(dtype)), dtype)
+
+
+def unary(net: Net, op: str, x: Value) -> Value:
+    """An elementwise function of one operand."""
+    folded = _folded(net, op, [x], "bool" if op == "isnan" else x.dtype)
+    if folded is not None:
+        return folded
+    if op == "neg" and x.content is not None:
+        return with_content(net, "neg", [x], tuple(-c for c in x.content), x.dims)
+    if op == "reciprocal" and x.op == "sqrt":
+        return net.make("rsqrt", [x.args[0]])
+    if op in ("neg", "not", "reciprocal") and x.op == op:
+        return x.args[0]
+    return net.make(op, [x])
+
+
+def cast(net: Net, x: Value, to: str) -> Value:
+    """Conversion to another type; integer contents survive between integer types."""
+    if x.dtype == to:
+        return x
+    if x.const is not None and x.const.size <= MAX_FOLDED:
+        with np.errstate(all="ignore"):
+            return net.constant(x.const.astype(numpy_of(to)), to)
+    if x.op == "cast" and x.dtype in ("i64", "i32") and x.args[0].dtype in ("i64", "i32"):
+        return cast(net, x.args[0], to)
+    out = net.make("cast", [x], {"dtype": to})
+    if x.content is not None and to in ("i64", "i32"):
+        out.content = x.content
+    return out
+
+
+def with_content(net: Net, op: str, ins: Sequence[Value], content: Sequence[Dim], dims: Dims) -> Value:
+    """An integer tensor of known contents: a constant, a `dims` node or (rank 2) the operator itself."""
+    if all(c.is_const for c in content):
+        shape = [d.value for d in dims]
+        return net.constant(np.array([c.value for c in content], np.int64).reshape(shape), "i64")
+    if len(dims) <= 1:
+        return net.ints(content, len(dims))
+    out = net.make(op, ins)
+    out.content = tuple(content)
+    return out
+
+
+def _content_pair(a: Value, b: Value) -> tuple[Sequence[Dim], Sequence[Dim], Dims] | None:
+    if a.content is None or b.content is None or max(a.rank, b.rank) > 1:
+        return None
+    size = max(len(a.content), len(b.content))
+    if {len(a.content), len(b.content)} - {1, size}:
+        return None
+    left = a.content if len(a.content) == size else a.content * size
+    right = b.content if len(b.content) == size else b.content * size
+    return left, right, (Dim.of(size),) if max(a.rank, b.rank) else ()
+
+
+def _dim_op(op: str, a: Dim, b: Dim) -> Dim | None:
+    if op in ("add", "sub", "mul"):
+        return a + b if op == "add" else a - b if op == "sub" else a * b
+    if op in ("min", "max"):
+        return Dim.max(a, b) if op == "max" else Dim.min(a, b)
+    if op in ("div", "mod") and b != ZERO and not (a.is_const and a.value < 0):
+        return a // b if op == "div" else a % b
+    return None
+
+
+def _dim_compare(op: str, a: Dim, b: Dim) -> bool | None:
+    delta = a - b
+    if delta.is_const:
+        value = delta.value
+        return {"eq": value == 0, "lt": value < 0, "le": value <= 0, "gt": value > 0, "ge": value >= 0}[op]
+    if op == "eq" and ((b.is_const and b.value < 0) or (a.is_const and a.value < 0)):
+        return False  # a size is never negative
+    return None
+
+
+def _shape_arithmetic(net: Net, op: str, a: Value, b: Value) -> Value | None:
+    pair = _content_pair(a, b)
+    if pair is None:
+        return None
+    left, right, dims = pair
+    if op in COMPARE:
+        truths = [_dim_compare(op, x, y) for x, y in zip(left, right, strict=True)]
+        if None in truths:
+            return None
+        return net.constant(np.array(truths, bool).reshape([d.value for d in dims]), "bool")
+    results = [_dim_op(op, x, y) for x, y in zip(left, right, strict=True)]
+    known = [r for r in results if r is not None]
+    return with_content(net, op, [a, b], known, dims) if len(known) == len(results) else None
+
+
+def binary(net: Net, op: str, a: Value, b: Value) -> Value:
+    """An elementwise function of two operands with NumPy broadcasting."""
+    found = _shape_arithmetic(net, op, a, b)
+    if found is None:
+        found = _folded(net, op, [a, b], "bool" if op in COMPARE else a.dtype)
+    if found is None and op == "div" and is_float(a) and a.const is not None and b.const is not None:
+        with np.errstate(all="ignore"):
+            found = net.constant(np.asarray(a.const / b.const, a.const.dtype), a.dtype)
+    if found is None:
+        found = _neutral(net, op, a, b)
+    if found is None and is_float(a):
+        found = _spelling(net, op, a, b)
+    return found if found is not None else net.make(op, [a, b])
+
+
+def _neutral(net: Net, op: str, a: Value, b: Value) -> Value | None:
+    for x, y, commuted in ((a, b, False), (b, a, True)):
+        if y.scalar is None or net.broadcast(x.dims, y.dims) != x.dims:
+            continue
+        right = op in ("add", "mul", "and", "or") or not commuted
+        neutral = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "pow": 1.0, "and": 1.0, "or": 0.0}.get(op)
+        if right and neutral is not None and y.scalar == neutral:
+            return x
+    return None
+
+
+def _spelling(net: Net, op: str, a: Value, b: Value) -> Value | None:
+    if op == "pow" and b.scalar is not None:
+        if b.scalar == 2.0:
+            return net.make("mul", [a, a])
+        if b.scalar == 0.5:
+            return unary(net, "sqrt", a)
+        if b.scalar == -0.5:
+            return net.make("rsqrt", [a])
+        if b.scalar == -1.0:
+            return unary(net, "reciprocal", a)
+        if b.scalar == 3.0:
+            return net.make("mul", [net.make("mul", [a, a]), a])
+    if op == "div":
+        if b.op == "sqrt":
+            root = net.make("rsqrt", [b.args[0]])
+            return root if a.scalar == 1.0 and a.rank <= root.rank else binary(net, "mul", a, root)
+        if a.scalar == 1.0 and a.rank <= b.rank:
+            return unary(net, "reciprocal", b)
+    if op == "add" and b.rank == 1 and a.op == "reshape" and a.args[0].dims[-1:] == a.dims[-1:] != (ONE,):
+        return reshape(net, binary(net, "add", a.args[0], b), a.dims)
+    if op == "add" and a.rank == 1 and b.op == "reshape" and b.rank > 1:
+        return binary(net, "add", b, a) if b.args[0].dims[-1:] == b.dims[-1:] != (ONE,) else None
+    return None
+
+
+def select(net: Net, condition: Value, a: Value, b: Value) -> Value:
+    """Elementwise choice."""
+    if condition.scalar is not None:
+        chosen = a if condition.scalar else b
+        if net.broadcast(condition.dims, a.dims, b.dims) == chosen.dims:
+            return chosen
+    pair = _content_pair(a, b)
+    if pair is not None and condition.const is not None and condition.const.size in (1, len(pair[0])):
+        flags = np.broadcast_to(condition.const.reshape(-1), len(pair[0]))
+        content = [x if f else y for f, x, y in zip(flags, pair[0], pair[1], strict=True)]
+        return with_content(net, "select", [condition, a, b], content, pair[2])
+    folded = _folded(net, "select", [condition, a, b], a.dtype)
+    return folded if folded is not None else net.make("select", [condition, a, b])
+
+
+def matmul(net: Net, a: Value, b: Value) -> Value:
+    """Matrix product. A reshape of the rows of `a` moves behind a product with a stored matrix."""
+    stored = b.weight is not None or (b.op == "transpose" and b.args[0].weight is not None)
+    if stored and b.rank == 2 and a.op == "reshape" and a.rank >= 2 and a.args[0].rank >= 2:
+        inner = a.args[0]
+        if inner.dims[-1] == a.dims[-1]:
+            return reshape(net, net.make("matmul", [inner, b]), (*a.dims[:-1], b.dims[-1]))
+    return net.make("matmul", [a, b])
+
+
+def reshape(net: Net, x: Value, target: Sequence[Dim | int]) -> Value:
+    """Reshape to resolved dimensions (one may be -1); reshapes of reshapes are one."""
+    dims = reshaped(x.dims, tuple(Dim.of(d) for d in target), net.origin)
+    while x.op == "reshape":
+        x = x.args[0]
+    if dims == x.dims:
+        return x
+    if x.const is not None:
+        return net.constant(x.const.reshape([d.value for d in dims]), x.dtype)
+    if x.content is not None and len(dims) <= 1:
+        return net.ints(x.content, len(dims))
+    out = net.make("reshape", [x], {"shape": dims})
+    out.content = x.content
+    return out
+
+
+def transpose(net: Net, x: Value, perm: Sequence[int]) -> Value:
+    """Permutation of axes; permutations of permutations are one."""
+    perm = tuple(perm)
+    if x.op == "transpose" and x.node:
+        inner = x.node.attrs["perm"]
+        x, perm = x.args[0], tuple(inner[p] for p in perm)
+    if perm == tuple(range(len(perm))):
+        return x
+    if x.const is not None:
+        return net.constant(np.ascontiguousarray(x.const.transpose(perm)), x.dtype)
+    return net.make("transpose", [x], {"perm": perm})
+
+
+def expand(net: Net, x: Value, target: Sequence[Dim]) -> Value:
+    """Broadcast to at least `target`."""
+    dims = net.broadcast(x.dims, tuple(target))
+    if dims == x.dims:
+        return x
+    if x.const is not None and all(d.is_const for d in dims):
+        shape = [d.value for d in dims]
+        if int(np.prod(shape, dtype=object)) <= MAX_CONTENT:
+            return net.constant(np.broadcast_to(x.const, shape).copy(), x.dtype)
+    if x.op == "expand" and x.node:
+        x = x.args[0]
+    out = net.make("expand", [x], {"shape": dims})
+    if x.content is not None and len(x.content) == 1 and len(dims) == 1 and dims[0].is_const:
+        return net.ints(list(x.content) * dims[0].value)
+    return out
+
+
+def concat(net: Net, parts: Sequence[Value], axis: int) -> Value:
+    """Concatenation; of shape vectors, it is a shape vector."""
+    axis %= max(parts[0].rank, 1)
+    if len(parts) == 1:
+        return parts[0]
+    if all(p.content is not None and p.rank == 1 for p in parts):
+        return net.ints([c for p in parts for c in (p.content or ())])
+    if all(p.const is not None for p in parts) and sum(_const(p).size for p in parts) <= MAX_FOLDED:
+        return net.constant(np.concatenate([_const(p) for p in parts], axis), parts[0].dtype)
+    return net.make("concat", parts, {"axis": axis})
+
+
+def _const(value: Value) -> Array:
+    if value.const is None:
+        raise ModelError("no constant")
+    return value.const
+
+
+def _bound(bound: Dim, size: Dim, step: int, is_end: bool) -> Dim:
+    if bound.is_const:
+        value = bound.value
+        if value >= _HUGE:
+            return size
+        if value < -_HUGE:
+            return ZERO if step > 0 else Dim.of(-1)
+        if value < 0:
+            bound = size + value
+            if bound.is_const and bound.value < 0:
+                return ZERO if step > 0 else Dim.of(-1)
+        elif size.is_const and value > size.value:
+            return size
+    elif (delta := bound - size).is_const and delta.value > 0:
+        return size
+    elif all(c < 0 for _, c in bound.terms):  # minus a size: counted from the end
+        return size + bound
+    return bound
+
+
+def slice_(
+    net: Net, x: Value, starts: Sequence[Dim], ends: Sequence[Dim], axes: Sequence[int], steps: Sequence[int]
+) -> Value:
+    """Slice with ONNX clamping; whole-axis slices vanish."""
+    kept: list[tuple[Dim, Dim, int, int]] = []
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        axis %= x.rank
+        size = x.dims[axis]
+        low, high = _bound(start, size, step, False), _bound(end, size, step, True)
+        if step < 0 and low == size:
+            low = size - 1
+        if step != 1 or low != ZERO or high != size:
+            kept.append((low, high, axis, step))
+    if not kept:
+        return x
+    kept.sort(key=lambda k: k[2])
+    if x.content is not None and x.rank == 1 and all(k[0].is_const and k[1].is_const for k in kept):
+        low, high, _, step = kept[0]
+        stop: int | None = high.value if high.value >= 0 else None
+        return net.ints(x.content[low.value : stop : step])
+    if x.const is not None and all(k[0].is_const and k[1].is_const and k[1].value >= 0 for k in kept):
+        index: list[slice] = [slice(None)] * x.rank
+        for low, high, axis, step in kept:
+            index[axis] = slice(low.value, high.value, step)
+        return net.constant(x.const[tuple(index)].copy(), x.dtype)
+    attrs = {
+        k: tuple(c) for k, c in zip(("starts", "ends", "axes", "steps"), zip(*kept, strict=True), strict=True)
+    }
+    return net.make("slice", [x], attrs)
+
+
+def gather(net: Net, x: Value, index: Value, axis: int) -> Value:
+    """Rows of `x` along `axis`; from a shape vector, its entries."""
+    axis %= max(x.rank, 1)
+    if x.content is not None and x.rank == 1 and index.const is not None and index.rank <= 1:
+        picked = [x.content[int(i)] for i in index.const.reshape(-1)]
+        return net.ints(picked, index.rank)
+    if (
+        x.const is not None
+        and index.const is not None
+        and index.const.size <= MAX_FOLDED
+        and x.const.size <= MAX_FOLDED
+    ):
+        return net.constant(np.take(x.const, index.const, axis), x.dtype)
+    return net.make("gather", [x, index], {"axis": axis})
+
+
+def reduce(net: Net, kind: str, x: Value, axes: Sequence[int], keepdims: bool) -> Value:
+    """Reduction over `axes`; `kind` is sum, mean, max, min or prod."""
+    chosen = tuple(sorted(a % max(x.rank, 1) for a in axes))
+    if not chosen:
+        return x
+    if x.content is not None and x.rank == 1 and kind in ("sum", "prod", "max", "min"):
+        total = x.content[0]
+        for c in x.content[1:]:
+            found = _dim_op({"sum": "add", "prod": "mul"}.get(kind, kind), total, c)
+            total = found if found is not None else total
+        return net.ints([total], int(keepdims))
+    return net.make("reduce", [x], {"kind": kind, "axes": chosen, "keepdims": keepdims})
+
+
+def iota(net: Net, start: Dim, limit: Dim, step: int, dtype: str = "i64") -> Value:
+    """start, start + step, ... below limit. Short ones of known length carry their contents."""
+    length = (limit - start) if step == 1 else None
+    if length is not None and length.is_const and 0 <= length.value <= MAX_CONTENT and dtype == "i64":
+        return net.ints([start + i for i in range(length.value)])
+    return net.make("iota", (), {"start": start, "limit": limit, "step": step, "dtype": dtype})
+
+
+def shape_of(net: Net, x: Value, start: int = 0, end: int | None = None) -> Value:
+    """The dimensions of `x` as a shape vector."""
+    return net.ints(x.dims[start:end])

@@ -1,0 +1,210 @@
+"""Recognises products with stored matrices, table look-ups, activations, and the MLPs made of them."""
+
+from __future__ import annotations
+
+from mapper.frontend.agree import Checker
+from mapper.frontend.cut import ELEMENTWISE, View, forward
+from mapper.frontend.net import Node, Value
+from mapper.frontend.rewrite import Match
+from mapper.frontend.symbols import strip_views, token_inputs
+
+_SMALL = (5, 7)  # stand-in sizes of a matrix product: no attribute holds them
+KINDS = {
+    "sigmoid": ("silu", "gelu_quick"),
+    "erf": ("gelu",),
+    "tanh": ("gelu_tanh",),
+    "relu": ("relu_squared", "relu"),
+    "exp": ("silu",),
+}
+
+
+def matrix(value: Value) -> tuple[Value, bool] | None:
+    """(stored matrix, whether it is read transposed)."""
+    if value.rank != 2:
+        return None
+    if value.weight is not None:
+        return value, False
+    if value.op == "transpose" and value.args[0].weight is not None:
+        return value.args[0], True
+    return None
+
+
+def bias_of(value: Value) -> Value | None:
+    """The stored vector behind a value of rank 1, or of shape [1, ..., 1, n]."""
+    inner = value.args[0] if value.op == "reshape" and value.dims[-1:] == value.args[0].dims[-1:] else value
+    return inner if inner.weight is not None and inner.rank == 1 else None
+
+
+def linears(view: View, checker: Checker) -> list[Match]:
+    """Products with a stored matrix, each with its bias where one is added, and embeddings."""
+    found = []
+    for node in view.nodes:
+        if node.op == "matmul" and node.inputs[0].rank >= 2:
+            stored = matrix(node.inputs[1])
+            if stored is not None and node.inputs[0].weight is None:
+                found.append(_linear(view, checker, node, *stored))
+    return [m for m in found if m is not None] + embeds(view, checker)
+
+
+def _linear(view: View, checker: Checker, node: Node, weight: Value, transposed: bool) -> Match | None:
+    x, out = node.inputs[0], node.outputs[0]
+    k, n = _SMALL
+    shapes = {
+        id(x): (2, 3, k)[-x.rank :] if x.rank < 4 else (2, 2, 3, k),
+        id(weight): (n, k) if transposed else (k, n),
+    }
+    attrs = {"transposed": transposed}
+    bound = (x, weight)
+    reader = view.sole_reader(out)
+    if reader is not None and reader.op == "add":
+        other = reader.inputs[1] if reader.inputs[0] is out else reader.inputs[0]
+        bias = bias_of(other)
+        if bias is not None and bias.dims[-1] == out.dims[-1] and reader.outputs[0].dims == out.dims:
+            stop = (*bound, bias)
+            biased = Match(reader.outputs[0], "linear", ("x", "weight", "bias"), stop, attrs)
+            direct = bias if other is bias else None
+            if checker.holds(biased, {**shapes, id(bias): (n,)} if direct is not None else None):
+                return biased
+    plain = Match(out, "linear", ("x", "weight"), bound, attrs)
+    return plain if checker.holds(plain, shapes) else None
+
+
+def embeds(view: View, checker: Checker) -> list[Match]:
+    """Rows of a stored table: at the token ids, or added to the hidden state (positions, segments)."""
+    tokens = {id(v) for v in token_inputs(view.net, view.nodes)}
+    found = []
+    for node in view.nodes:
+        if (
+            node.op != "gather"
+            or node.attrs["axis"]
+            or node.inputs[0].weight is None
+            or node.inputs[0].rank != 2
+        ):
+            continue
+        table, ids = node.inputs
+        if ids.const is not None and ids.rank == 0:
+            continue
+        added = any(n.op == "add" for v in _same(view, node.outputs[0]) for n in view.next_nodes(v))
+        if id(strip_views(ids)) in tokens or added:
+            match = Match(node.outputs[0], "embed", ("ids", "table"), (ids, table))
+            if checker.holds(match, {id(table): (4, 6)}):
+                found.append(match)
+    return found
+
+
+def _same(view: View, value: Value) -> list[Value]:
+    through = forward(view, value, lambda n: n.op in ("reshape", "cast") or _scaled(n), 2)
+    return [v for v in through if v is value or v.op != "add"]
+
+
+def _scaled(node: Node) -> bool:
+    return node.op == "mul" and any(v.scalar is not None for v in node.inputs)
+
+
+def activations(view: View, checker: Checker) -> list[Match]:
+    """Activation functions, whatever their spelling, anchored on their transcendental."""
+    found: dict[int, Match] = {}
+    covered: set[int] = set()
+    for node in view.nodes:
+        if node.op not in KINDS or not view.is_data(node.outputs[0]):
+            continue
+        for out in forward(view, node.outputs[0], lambda n: n.op in ELEMENTWISE, 4):
+            match = None if id(out) in covered else _activation(view, checker, out, KINDS[node.op])
+            if match is not None:
+                found[id(out)] = match
+                covered.add(id(out))
+                break
+    return list(found.values())
+
+
+def _activation(view: View, checker: Checker, out: Value, kinds: tuple[str, ...]) -> Match | None:
+    cut = view.source(out, ELEMENTWISE, 16)
+    if cut is None or cut[1] or cut[0].dims != out.dims:
+        return None
+    small = {id(cut[0]): (2, 3, 8)[-cut[0].rank :] if cut[0].rank < 4 else None}
+    shapes = {k: v for k, v in small.items() if v}
+    for kind in kinds:
+        match = Match(out, "activation", ("x",), (cut[0],), {"kind": kind})
+        if checker.holds(match, shapes):
+            return match
+    return None
+
+
+def mlps(view: View, checker: Checker) -> list[Match]:
+    """down(act(gate x) * up x) and down(act(up x)), where nothing else reads what is inside."""
+    found = []
+    for node in view.nodes:
+        if node.op == "linear":
+            match = _mlp(view, node)
+            if match is not None and checker.holds(match, _shrunk(match)):
+                found.append(match)
+    return found
+
+
+def _inner(view: View, value: Value, op: str) -> Node | None:
+    node = value.node
+    return node if node is not None and node.op == op and view.sole_reader(value) is not None else None
+
+
+def _mlp(view: View, down: Node) -> Match | None:
+    hidden = down.inputs[0]
+    act = _inner(view, hidden, "activation")
+    if act is not None:
+        up = _inner(view, act.inputs[0], "linear")
+        return _assemble(down, {"up": up}, act, "mlp") if up else None
+    product = _inner(view, hidden, "mul")
+    if product is None:
+        return None
+    for left, right in (product.inputs, product.inputs[::-1]):
+        act, other = _inner(view, left, "activation"), _inner(view, right, "linear")
+        gate = _inner(view, act.inputs[0], "linear") if act else None
+        if act and other and gate and gate.inputs[0] is other.inputs[0]:
+            return _assemble(down, {"gate": gate, "up": other}, act, "gated_mlp")
+    return None
+
+
+def _assemble(down: Node, inner: dict[str, Node], act: Node, op: str) -> Match:
+    x = next(iter(inner.values())).inputs[0]
+    slots, inputs, attrs = ["x"], [x], {"act": act.attrs["kind"]}
+    for name, node in {**inner, "down": down}.items():
+        slots.append(name)
+        inputs.append(node.inputs[1])
+        attrs[f"{name}_transposed"] = node.attrs["transposed"]
+        if len(node.inputs) > 2:
+            slots.append(f"{name}_bias")
+            inputs.append(node.inputs[2])
+    return Match(down.outputs[0], op, tuple(slots), tuple(inputs), attrs)
+
+
+def _shrunk(match: Match) -> dict[int, tuple[int, ...]]:
+    width, inner = 6, 8
+    shapes: dict[int, tuple[int, ...]] = {}
+    for slot, value in zip(match.slots, match.inputs, strict=True):
+        if slot == "x":
+            shapes[id(value)] = (2, 3, width)[-value.rank :]
+            continue
+        rows, columns = (inner, width) if slot.startswith("down") else (width, inner)
+        if slot.endswith("_bias"):
+            shapes[id(value)] = (columns,)
+        else:
+            shapes[id(value)] = (columns, rows) if match.attrs[f"{slot}_transposed"] else (rows, columns)
+    return shapes
+
+
+def heads(view: View, checker: Checker) -> list[Match]:
+    """The linear layer that makes the logits."""
+    tables = {n.inputs[1].dims[0] for n in view.nodes if n.op == "embed"}
+    found = []
+    for _, value in view.net.outputs:
+        for _ in range(12):
+            if value.node is None or value.op in ("linear", "lm_head"):
+                break
+            data = [v for v in value.args if view.is_data(v)]
+            if len(data) != 1 or value.op not in ELEMENTWISE | {"reshape", "slice", "cast"}:
+                break
+            value = data[0]
+        if value.op == "linear" and value.node and value.dims[-1] in tables:
+            node = value.node
+            attrs = {"transposed": node.attrs["transposed"]}
+            found.append(Match(value, "lm_head", node.attrs["slots"], node.inputs, attrs))
+    return found

@@ -1,0 +1,258 @@
+"""`inspect`: the recognised structure of a graph, as plain data that can be written as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mapper.errors import MapperError
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp, tensor_type
+from mapper.ir.reference import evaluate_values
+
+VIEWS = frozenset(
+    {"reshape", "transpose", "slice", "concat", "split", "expand", "squeeze", "unsqueeze", "cast", "load"}
+    | {"constant", "shape_of"}
+)
+_SOURCES = frozenset({"embed", "embed_at", "linear", "conv"})
+
+
+def inspect(graph: Graph) -> dict[str, Any]:
+    """Layers, widths, heads, masks, rotary embeddings, norms, MLPs, cache convention, parameters, vocabulary,
+    and what stays primitives. Keys whose value the graph does not tell are None or empty."""
+    ops = list(walk(graph))
+    by_kind: dict[str, list[tuple[DataflowOp, int, int]]] = {}
+    for item in ops:
+        by_kind.setdefault(item[0].mnemonic, []).append(item)
+    attention = [_attention(op) for op, _, _ in by_kind.get("attention", [])]
+    mlps = [_mlp(graph, *item) for kind in _MLPS for item in by_kind.get(kind, [])]
+    left = primitives_left(graph)
+    return {
+        "name": graph.name,
+        "params": graph.params,
+        "layers": graph.layers,
+        "distinct_layers": sum(op.mnemonic == "attention" for op in graph.ops()),
+        "hidden": _hidden(graph, by_kind),
+        "vocab": _vocabulary(graph, by_kind),
+        **_common(attention, ("heads", "kv_heads", "head_dim", "value_dim")),
+        "attention": _counted(
+            attention, ("kind", "heads", "kv_heads", "head_dim", "scale", "softcap", "sinks")
+        ),
+        "masks": _counted(attention, ("mask", "window")),
+        "rope": _rope(graph, by_kind),
+        "norms": _counted(
+            [_norm(op) for op, _, _ in by_kind.get("norm", [])], ("kind", "eps", "weight_offset")
+        ),
+        "mlp": _counted(mlps, ("op", "act", "inner")),
+        "kv_cache": _cache(graph, by_kind),
+        "tied_embeddings": _tied(graph, by_kind),
+        "inputs": {n: _described(graph.roles["inputs"].get(n, "other"), t) for n, t in graph.inputs},
+        "outputs": {n: _described(graph.roles["outputs"].get(n, "other"), t) for n, t in graph.outputs},
+        "weight_formats": dict(sorted(Counter(w.dtype for w in graph.weights.values()).items())),
+        "primitives_left": dict(sorted(left.items())),
+        "recognised_fraction": _fraction(ops, left),
+    }
+
+
+_MLPS = ("gated_mlp", "mlp", "moe")
+
+
+def walk(graph: Graph) -> Iterator[tuple[DataflowOp, int, int]]:
+    """(op, iteration, first iteration?) of every op, those of a repeat once per iteration."""
+    for section in graph.sections():
+        for iteration in range(section.count):
+            for op in section.ops:
+                yield op, iteration, section.count
+
+
+def primitives_left(graph: Graph) -> Counter[str]:
+    """Primitives on the hidden path that recognition left, views and residual additions not counted."""
+    found: Counter[str] = Counter()
+    for section in graph.sections():
+        data = _hidden_values(section.ops, {c.argument for c in section.carried})
+        for op in section.ops:
+            if op.mnemonic in _RECOGNISED or op.mnemonic in VIEWS or not any(r in data for r in op.results):
+                continue
+            residual = op.mnemonic == "add" and all(v in data for v in op.operands)
+            if not residual:
+                found[op.mnemonic] += section.count
+    return found
+
+
+_RECOGNISED = frozenset(
+    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "activation", "mlp", "gated_mlp"}
+    | {"moe", "sample", "repeat"}
+)
+
+
+def _hidden_values(ops: Any, start: set[Any]) -> set[Any]:
+    data = set(start)
+    for op in ops:
+        if op.mnemonic in _SOURCES or any(v in data for v in op.operands):
+            data.update(op.results)
+    return data
+
+
+def _fraction(ops: list[tuple[DataflowOp, int, int]], left: Counter[str]) -> float:
+    recognised = sum(op.mnemonic in _RECOGNISED for op, _, _ in ops)
+    total = recognised + sum(left.values())
+    return round(recognised / total, 4) if total else 0.0
+
+
+def _attention(op: DataflowOp) -> dict[str, Any]:
+    q, k, v = (tensor_type(value) for value in op.operands[:3])
+    heads, kv_heads = q.shape[1], k.shape[1]
+    kind = "MHA" if heads == kv_heads else "MQA" if kv_heads.is_const and kv_heads.value == 1 else "GQA"
+    causal, window, slopes = op.attr("causal"), op.attr("window"), op.attr("slopes")
+    mask = "causal" if causal else "given" if op.operand("mask") is not None else "none"
+    mask = "sliding" if window else mask
+    return {
+        "kind": kind,
+        "heads": _number(heads),
+        "kv_heads": _number(kv_heads),
+        "head_dim": _number(q.shape[3]),
+        "value_dim": _number(v.shape[3]),
+        "scale": _round(op.attr("scale")),
+        "softcap": _round(op.attr("softcap")),
+        "sinks": op.operand("sinks") is not None,
+        "mask": mask + ("+alibi" if slopes else ""),
+        "window": window,
+    }
+
+
+def _round(number: float) -> float:
+    return float(f"{number:.7g}")
+
+
+def _number(dim: Any) -> int | str:
+    return dim.value if dim.is_const else str(dim)
+
+
+def _norm(op: DataflowOp) -> dict[str, Any]:
+    return {"kind": op.attr("kind"), "eps": _round(op.attr("eps")), "weight_offset": op.attr("weight_offset")}
+
+
+def _mlp(graph: Graph, op: DataflowOp, iteration: int, count: int) -> dict[str, Any]:
+    down = graph.weight(op, "down", iteration)
+    transposed = op.mnemonic != "moe" and op.attr("down_transposed")
+    inner = None if down is None else down.shape[-1 if transposed else -2]
+    return {"op": op.mnemonic, "act": op.attr("act"), "inner": inner}
+
+
+def _counted(items: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The distinct items by `keys`, each with how often it occurs, in order of first occurrence."""
+    counts = Counter(tuple(item[k] for k in keys) for item in items)
+    return [dict(zip(keys, values, strict=True), layers=n) for values, n in counts.items()]
+
+
+def _common(items: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Per key the value of all items, or the list of distinct ones, or None."""
+    out: dict[str, Any] = {}
+    for key in keys:
+        values = list(dict.fromkeys(item[key] for item in items))
+        out[key] = values[0] if len(values) == 1 else values or None
+    return out
+
+
+def _hidden(graph: Graph, by_kind: dict[str, list[Any]]) -> int | None:
+    for op, iteration, _ in by_kind.get("embed", []):
+        table = graph.weight(op, "table", iteration)
+        if table is not None:
+            return table.shape[1]
+    widths = [tensor_type(op.operands[0]).shape[-1] for op, _, _ in by_kind.get("norm", [])]
+    return widths[0].value if widths and widths[0].is_const else None
+
+
+def _vocabulary(graph: Graph, by_kind: dict[str, list[Any]]) -> int | None:
+    for op, _, _ in by_kind.get("lm_head", []):
+        width = tensor_type(op.results[0]).shape[-1]
+        return width.value if width.is_const else None
+    tables = [graph.weight(op, "table", i) for op, i, _ in by_kind.get("embed", [])]
+    return max((t.shape[0] for t in tables if t is not None), default=None)
+
+
+def _tied(graph: Graph, by_kind: dict[str, list[Any]]) -> bool | None:
+    tables = {op.attr("table") for op, _, _ in by_kind.get("embed", [])}
+    heads = [op.attr("weight") for op, _, _ in by_kind.get("lm_head", [])]
+    return heads[0] in tables if heads else None
+
+
+def _cache(graph: Graph, by_kind: dict[str, list[Any]]) -> dict[str, Any]:
+    past = graph.inputs_with_role("past")
+    convention = "concat" if by_kind.get("kv_append") else "inputs" if past else "none"
+    return {"convention": convention, "layout": graph.roles.get("kv_layout", ""), "tensors": len(past)}
+
+
+def _described(role: str, kind: Any) -> dict[str, Any]:
+    return {"role": role, "dtype": kind.dtype, "shape": [_number(d) for d in kind.shape]}
+
+
+def _rope(graph: Graph, by_kind: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Distinct rotary embeddings: style, width, base frequency where the angles can be evaluated."""
+    found: list[dict[str, Any]] = []
+    thetas: dict[Any, tuple[float | None, float | None]] = {}
+    for op, _, _ in by_kind.get("rope", []):
+        cos, sin = (_outside(graph, op, op.operand(n)) for n in ("cos", "sin"))
+        if (cos, sin) not in thetas:
+            thetas[cos, sin] = base_frequency(graph, cos, sin, op.attr("style"), op.attr("rotary_dim"))
+        theta, factor = thetas[cos, sin]
+        keys = {
+            "style": op.attr("style"),
+            "rotary_dim": op.attr("rotary_dim"),
+            "theta": theta,
+            "factor": factor,
+        }
+        found.append(keys)
+    return _counted(found, ("style", "rotary_dim", "theta", "factor"))
+
+
+def _outside(graph: Graph, op: DataflowOp, value: Any) -> Any:
+    """A value outside the repeat that an argument inside it stands for (of the first iteration)."""
+    for section in graph.sections():
+        for shared in section.shared:
+            if shared.argument is value:
+                return shared.value
+        for slot in section.inputs:
+            if slot.argument is value:
+                return slot.values[0]
+    return value
+
+
+def base_frequency(
+    graph: Graph, cos: Any, sin: Any, style: str, width: int
+) -> tuple[float | None, float | None]:
+    """(theta, magnitude) of theta^(-2i/width) angles, read off position 1; theta None where it is no such."""
+    try:
+        c, s = evaluate_values(graph, _one_token(graph), [cos, sin])
+    except MapperError:
+        return None, None
+    c, s = (
+        c.reshape(-1, c.shape[-1])[-1].astype(np.float64),
+        s.reshape(-1, s.shape[-1])[-1].astype(np.float64),
+    )
+    half = width // 2
+    if len(c) == width:
+        c, s = (c[:half], s[:half]) if style == "half" else (c[0::2], s[0::2])
+    angle = np.arctan2(s, c)
+    factor = _round(float(np.hypot(c[0], s[0])))
+    if half < 2 or angle[1] <= 0 or abs(angle[0] - 1.0) > 1e-4:
+        return None, factor
+    theta = math.exp(-math.log(angle[1] / angle[0]) * half)
+    expected = theta ** (-np.arange(half) / half)
+    fits = bool(np.allclose(angle, expected, rtol=2e-3))
+    return (float(f"{theta:.6g}") if fits else None), factor
+
+
+def _one_token(graph: Graph) -> dict[str, Any]:
+    """Inputs for one token at position 1."""
+    sizes = {"batch": 1, "sequence": 1, "past": 1}
+    given: dict[str, Any] = {}
+    for name, kind in graph.inputs:
+        if all(d.symbols <= set(sizes) for d in kind.shape):
+            shape = [d.evaluate(sizes) for d in kind.shape]
+            given[name] = np.ones(shape, kind.numpy)
+    return given

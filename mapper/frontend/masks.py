@@ -1,0 +1,203 @@
+"""What an attention mask means when no token is padding, found by evaluating it at probe lengths.
+
+Causal or not, how far back a query sees (sliding window), and the slopes of a linear bias (ALiBi) are read
+off the numbers; no spelling of the mask is assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mapper.errors import MapperError
+from mapper.frontend.agree import Probe
+from mapper.frontend.net import Array, Net, Node, Value
+from mapper.frontend.rewrite import Match, rebuild, topological
+from mapper.ir.weights import WeightSymbol
+
+HIDDEN = -1e4  # scores below this take no part in a softmax
+_LONGEST = 1 << 17
+_LARGEST_TABLE = 1 << 26  # bytes of a stored mask that is read
+_SMALL = ((5, 0), (4, 3), (1, 6))  # (new tokens, past) of the first probes
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """The meaning of a mask: see the IR's `attention`."""
+
+    causal: bool = False
+    window: int = 0
+    slopes: tuple[float, ...] = ()
+
+
+def classify(net: Net, folder: Path) -> Net:
+    """The net with `causal`, `window` and `slopes` on every attention whose mask could be evaluated."""
+    known: dict[int, MaskKind | None] = {}
+    matches = []
+    for node in topological(net):
+        if node.op != "attention" or "mask" not in node.attrs["slots"]:
+            continue
+        mask = node.inputs[node.attrs["slots"].index("mask")]
+        if id(mask) not in known:
+            known[id(mask)] = kind_of(mask, folder)
+        matches += _with_kind(node, known[id(mask)])
+    return rebuild(net, matches)
+
+
+def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:
+    if kind is None or kind == MaskKind():
+        return []
+    attrs = {k: v for k, v in node.attrs.items() if k != "slots"}
+    attrs |= {"causal": kind.causal, "window": kind.window}
+    if kind.slopes:
+        attrs["slopes"] = kind.slopes
+    return [Match(node.outputs[0], "attention", node.attrs["slots"], node.inputs, attrs)]
+
+
+def kind_of(mask: Value, folder: Path) -> MaskKind | None:
+    """The meaning of a mask, None where it cannot be evaluated or is none of those known."""
+    probe = Probe.of([mask], [])
+    stored = None if any(v.source and v.rank >= 3 for v in probe.leaves) else _stored(probe, folder)
+    if stored is None:
+        return None
+    cached = any("past" in d.symbols for v in [mask, *probe.leaves] for d in v.dims)
+    kinds = []
+    for new, past in _SMALL:
+        past = past if cached else 0
+        values = evaluate(probe, stored, new, past)
+        kinds.append(None if values is None else read(values, past))
+    if kinds[0] is None or any(k != kinds[0] for k in kinds[: 3 if cached else 2]):
+        return _short_window(probe, stored, cached)
+    return _window(probe, stored, kinds[0], cached)
+
+
+def _stored(probe: Probe, folder: Path) -> dict[int, Array] | None:
+    """The stored tables that the mask reads; None where one is absent or large."""
+    found: dict[int, Array] = {}
+    for leaf in probe.leaves:
+        ref = leaf.weight
+        if ref is None:
+            continue
+        if ref.bytes > _LARGEST_TABLE:
+            return None
+        symbol = WeightSymbol(
+            ref.name, ref.dims, ref.dtype, ref.file, ref.offset, ref.bytes, ref.data, folder
+        )
+        try:
+            found[id(leaf)] = np.array(symbol.load())
+        except MapperError:
+            return None
+    return found
+
+
+def evaluate(probe: Probe, stored: Mapping[int, Array], new: int, past: int) -> Array | None:
+    """The mask as scores [H, S, T] for one sequence of `new` tokens after `past`, no padding."""
+    sizes = {"batch": 1, "sequence": new, "past": past}
+    arrays = dict(stored)
+    for leaf in probe.leaves:
+        if leaf.source:
+            shape = tuple(d.evaluate(sizes) if d.symbols <= set(sizes) else new for d in leaf.dims)
+            positions = shape[-1:] == (new,) and past + new != new
+            row = np.arange(past, past + new) if positions else np.ones(shape[-1:] or (), np.int64)
+            arrays[id(leaf)] = np.broadcast_to(row, shape).copy()
+    try:
+        (values,) = probe.evaluate(sizes, arrays)
+    except MapperError:
+        return None
+    if values.dtype == bool:
+        values = np.where(values, 0.0, -np.inf)
+    if values.ndim > 4 or (values.ndim == 4 and values.shape[0] != 1):
+        return None
+    values = values.reshape((1,) * (4 - values.ndim) + values.shape)[0]
+    return (
+        np.broadcast_to(values, (values.shape[0], new, values.shape[2]))
+        if values.shape[2] == past + new
+        else None
+    )
+
+
+def read(values: Array, past: int) -> MaskKind | None:
+    """The meaning of one evaluated mask, window left out; None where it fits none."""
+    _, new, total = values.shape
+    seen = values > HIDDEN
+    position = past + np.arange(new)[:, None]
+    token = np.arange(total)[None, :]
+    causal = bool(np.array_equal(seen, np.broadcast_to(token <= position, seen.shape)))
+    if not causal and not bool(seen.all()):
+        return None
+    kept = np.where(seen, values, 0.0)
+    if not np.any(kept):
+        return MaskKind((causal and total > 1) or (causal and new == 1))
+    return _slopes(values, seen, token - position, causal)
+
+
+def _slopes(values: Array, seen: Array, distance: Array, causal: bool) -> MaskKind | None:
+    """A bias that is linear in the distance, up to a constant per row, which a softmax does not see."""
+    heads, new, _ = values.shape
+    found = []
+    for head in range(heads):
+        row, reach = values[head, -1], seen[head, -1]
+        index = np.flatnonzero(reach)
+        if len(index) < 2:
+            return None
+        slope = float((row[index[-1]] - row[index[0]]) / (index[-1] - index[0]))
+        for s in range(new):
+            tokens = np.flatnonzero(seen[head, s])
+            line = values[head, s, tokens] - slope * distance[s, tokens]
+            if not np.allclose(line, line[0], atol=1e-5):
+                return None
+        found.append(float(np.float32(slope)))
+    return MaskKind(causal, 0, tuple(found))
+
+
+def _lengths(probe: Probe) -> list[int]:
+    """Lengths at which a sliding window would show, longest first."""
+    numbers = {
+        abs(int(v.scalar))
+        for n in probe.nodes
+        for v in n.inputs
+        if v.scalar is not None and abs(v.scalar) < _LONGEST
+    }
+    numbers |= {
+        v.dims[-1].value - 2 for v in probe.leaves if v.weight is not None and v.dims and v.dims[-1].is_const
+    }
+    top = max(numbers | {16})
+    return sorted(
+        {min(2 * top + 5, _LONGEST), *(n + 3 for n in numbers if n > 8), *(n for n in numbers if n > 8)}
+    )[::-1]
+
+
+def _window(
+    probe: Probe, stored: Mapping[int, Array], kind: MaskKind | None, cached: bool
+) -> MaskKind | None:
+    """`kind` with the window that long sequences show."""
+    if kind is None or not kind.causal or kind.slopes or not cached:
+        return kind
+    for length in _lengths(probe):
+        values = evaluate(probe, stored, 1, length - 1)
+        if values is not None:
+            seen = values[0, 0] > HIDDEN
+            reach = int(seen.sum())
+            if reach == length:
+                return kind
+            return MaskKind(True, reach) if bool(seen[length - reach :].all()) else None
+    return kind
+
+
+def _short_window(probe: Probe, stored: Mapping[int, Array], cached: bool) -> MaskKind | None:
+    """A causal window so short that the first probes already show it."""
+    values = evaluate(probe, stored, 1, 40) if cached else evaluate(probe, stored, 41, 0)
+    if values is None:
+        return None
+    reach = int((values[0, -1] > HIDDEN).sum())
+    for new, past in ((6, 0), (4, 30)) if cached else ((6, 0), (30, 0)):
+        made = evaluate(probe, stored, new, past)
+        position, token = past + np.arange(new)[:, None], np.arange(past + new)[None, :]
+        if made is None or np.any(np.where(made > HIDDEN, made, 0.0)):
+            return None
+        if not np.array_equal(made[0] > HIDDEN, (token <= position) & (token > position - reach)):
+            return None
+    return MaskKind(True, reach)

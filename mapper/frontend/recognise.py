@@ -1,0 +1,27 @@
+"""Recognition by meaning: primitives become transformer ops where that is numerically verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mapper.frontend.agree import Checker
+from mapper.frontend.cut import View
+from mapper.frontend.find_attention import appends, attentions
+from mapper.frontend.find_linear import activations, heads, linears, mlps
+from mapper.frontend.find_norm import norms
+from mapper.frontend.find_rope import ropes
+from mapper.frontend.masks import classify
+from mapper.frontend.net import Net
+from mapper.frontend.rewrite import Match, rebuild
+
+Finder = Callable[[View, Checker], list[Match]]
+STAGES: tuple[Finder, ...] = (linears, norms, activations, ropes, attentions, appends, mlps, heads)
+
+
+def recognise(net: Net, folder: Path) -> Net:
+    """The net with everything recognised that could be verified; what does not hold stays primitives."""
+    checker = Checker()
+    for stage in STAGES:
+        net = rebuild(net, stage(View.of(net), checker))
+    return classify(net, folder)

@@ -1,0 +1,150 @@
+"""What each input and output is, found by how the graph uses it: names are never read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mapper.frontend.net import Net, Node, Value
+from mapper.frontend.rewrite import topological
+from mapper.frontend.symbols import strip_views, token_inputs
+from mapper.ir.dims import Dim
+
+_FEW_ROWS = 16  # a table with fewer rows holds segments, not positions
+
+
+def find_roles(net: Net) -> dict[str, Any]:
+    """{"inputs": {name: role}, "outputs": {name: role}, "kv_layout": ...} of a net, recognised or not."""
+    nodes = topological(net)
+    inputs = {v.source: "other" for v in net.inputs}
+    outputs = {name: "other" for name, _ in net.outputs}
+    tokens = token_inputs(net, nodes)
+    for value in tokens:
+        inputs[value.source] = "token_ids"
+    caches = _caches(net, nodes)
+    for value, name, role in caches:
+        inputs[value.source], outputs[name] = f"past.{role}", f"present.{role}"
+    total = Dim.symbol("sequence") + (Dim.symbol("past") if caches else 0)
+    used = {id(v) for n in nodes for v in n.inputs}
+    for value in net.inputs:
+        if inputs[value.source] == "other" and value.dims and id(value) in used:
+            inputs[value.source] = _steering(nodes, value, total, bool(caches))
+    vocabulary = {table.dims[0] for table, ids in lookups(nodes) if strip_views(ids) in tokens}
+    for name, value in net.outputs:
+        if outputs[name] == "other" and value.rank >= 2 and value.dtype[0] in "fb":
+            outputs[name] = "logits" if value.dims[-1] in vocabulary else "hidden"
+    roles: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
+    return {**roles, "kv_layout": "BHLD"} if caches else roles
+
+
+def lookups(nodes: Sequence[Node]) -> Iterator[tuple[Value, Value]]:
+    """(stored table, indices) of every look-up of rows."""
+    for node in nodes:
+        if node.op == "embed":
+            yield node.inputs[1], node.inputs[0]
+        elif node.op == "gather" and node.inputs[0].weight is not None and node.attrs["axis"] == 0:
+            yield node.inputs[0], node.inputs[1]
+
+
+def _caches(net: Net, nodes: Sequence[Node]) -> list[tuple[Value, str, str]]:
+    """(input, output name, "key.<layer>" or "value.<layer>") of every cache, in layer order."""
+    names = {id(v): name for name, v in net.outputs}
+    users: dict[int, list[Node]] = {}
+    for node in nodes:
+        for value in node.inputs:
+            users.setdefault(id(value), []).append(node)
+    counts = {"key": 0, "value": 0}
+    found = []
+    for node in nodes:
+        joins = node.op == "kv_append" or (
+            node.op == "concat" and node.attrs["axis"] == 2 and len(node.inputs) == 2
+        )
+        out = node.outputs[0]
+        if joins and node.inputs[0].source and id(out) in names and out.rank == 4:
+            kind = "value" if _is_value(users, out) else "key"
+            found.append((node.inputs[0], names[id(out)], f"{kind}.{counts[kind]}"))
+            counts[kind] += 1
+    return found
+
+
+def _is_value(users: dict[int, list[Node]], cache: Value) -> bool:
+    """Whether the cache is multiplied with the result of a softmax, rather than with queries."""
+    stack, seen = [cache], {id(cache)}
+    while stack:
+        value = stack.pop()
+        for node in users.get(id(value), []):
+            if node.op == "attention":
+                return node.inputs[node.attrs["slots"].index("v")] is value
+            if node.op == "matmul":
+                return node.inputs[1] is value and _from_softmax(node.inputs[0])
+            if (
+                node.op in ("reshape", "transpose", "expand", "cast", "mul", "slice")
+                and id(node.outputs[0]) not in seen
+            ):
+                seen.add(id(node.outputs[0]))
+                stack.append(node.outputs[0])
+    return False
+
+
+def _from_softmax(value: Value) -> bool:
+    for _ in range(6):
+        if value.op == "softmax":
+            return True
+        if value.op in ("cast", "reshape", "slice"):
+            value = value.args[0]
+        elif value.op == "select":
+            value = next((v for v in value.args[1:] if v.const is None), value.args[1])
+        else:
+            return False
+    return False
+
+
+def _steering(nodes: Sequence[Node], value: Value, total: Dim, cached: bool) -> str:
+    """The role of an input that is neither tokens nor cache: mask, positions, or other."""
+    reached = _reached(nodes, value)
+    placed = "rope" in reached or "trigonometry" in reached or "table" in reached
+    integer = value.dtype in ("i64", "i32")
+    if (
+        value.dims[-1] == total
+        and (cached or "mask" in reached)
+        and (not placed or cached)
+        and value.dtype != "i8"
+    ):
+        return "attention_mask" if "mask" in reached or value.rank == 2 else "other"
+    if integer and placed and value.dims[-1] == Dim.symbol("sequence"):
+        return "position_ids" if value.rank == 2 else "cache_position"
+    if "mask" in reached and not integer and value.rank >= 2:
+        return "attention_mask"
+    if integer and value.rank == 1 and "mask" in reached:
+        return "cache_position"
+    return "other"
+
+
+def _reached(nodes: Sequence[Node], start: Value) -> set[str]:
+    """Where an input's influence arrives before it meets the hidden state."""
+    known, found = {id(start)}, set()
+    for node in nodes:
+        if not any(id(v) in known for v in node.inputs):
+            continue
+        if "slots" in node.attrs:
+            for slot, value in zip(node.attrs["slots"], node.inputs, strict=True):
+                if id(value) in known:
+                    label = {"mask": "mask", "cos": "rope", "sin": "rope"}.get(slot, "")
+                    found.add(
+                        "table" if slot == "ids" and node.inputs[1].dims[0].value > _FEW_ROWS else label
+                    )
+            continue
+        if node.op == "softmax":
+            found.add("mask")
+            continue
+        if (
+            node.op == "gather"
+            and node.inputs[0].weight is not None
+            and node.inputs[0].dims[0].value > _FEW_ROWS
+        ):
+            found.add("table")
+            continue
+        if node.op in ("cos", "sin"):
+            found.add("trigonometry")
+        known.update(id(o) for o in node.outputs)
+    return found

@@ -1,0 +1,148 @@
+"""One name for every size: symbols that the graph or its inputs' roles force to be equal become one.
+
+Exporters give each input its own symbols (`s26`, `s53`); after this pass a decoder speaks of
+`batch`, `sequence` and `past` alone. Symbols of the file are tagged while equations are
+solved, so that a file which itself uses the name `past` for something else cannot confuse them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from mapper.frontend.net import Net, Node, Value
+from mapper.ir.dims import Dim
+
+TAG = "~"
+KNOWN = ("batch", "sequence", "past")
+
+
+def tags(dims: Iterable[Dim]) -> dict[str, Dim]:
+    """Every symbol of some dimensions -> its tagged form."""
+    return {s: Dim.symbol(TAG + s) for s in sorted({s for d in dims for s in d.symbols})}
+
+
+def solve(pairs: Iterable[tuple[Dim, Dim]]) -> dict[str, Dim]:
+    """A substitution that makes the sides of each pair equal, where one symbol can be eliminated for it."""
+    found: dict[str, Dim] = {}
+    for left, right in pairs:
+        difference = left.substitute(found) - right.substitute(found)
+        chosen = _eliminable(difference)
+        if chosen is None:
+            continue
+        symbol, value = chosen
+        found = {s: d.substitute({symbol: value}) for s, d in found.items()}
+        found[symbol] = value
+    return found
+
+
+def _eliminable(difference: Dim) -> tuple[str, Dim] | None:
+    """(symbol, its value) for a symbol that occurs once, with coefficient 1 or -1; file symbols first."""
+    linear = [(m[0], c) for m, c in difference.terms if len(m) == 1 and isinstance(m[0], str) and abs(c) == 1]
+    for symbol, sign in sorted(linear, key=lambda t: (str(t[0]) in KNOWN, str(t[0])), reverse=False):
+        if not isinstance(symbol, str):
+            continue
+        rest = difference - Dim.symbol(symbol) * sign
+        value = rest * -sign
+        if symbol in rest.symbols or (symbol in KNOWN and not rest.is_const):
+            continue
+        if value.is_const and value.value < 0:
+            continue
+        return symbol, value
+    return None
+
+
+def equations(net: Net) -> list[tuple[Dim, Dim]]:
+    """What the graph's structure says of the inputs' dimensions: tokens, caches, positions and masks."""
+    batch, sequence, past = (Dim.symbol(k) for k in KNOWN)
+    live = net.live(v for _, v in net.outputs)
+    used = {id(v) for n in live for v in n.inputs}
+    caches = cache_inputs(net, live)
+    tokens = token_inputs(net, live)
+    if len(tokens) != 1 or tokens[0].rank != 2:
+        return list(net.equal)
+    out = [(tokens[0].dims[0], batch), (tokens[0].dims[1], sequence)]
+    for cache in caches:
+        out += [(cache.dims[0], batch), (cache.dims[2], past)]
+    total = past + sequence if caches else sequence
+    for value in net.inputs:
+        if value in caches or value in tokens or value.rank != 2 or id(value) not in used:
+            continue
+        if value.dims == tokens[0].dims:
+            continue
+        if _reaches(live, value, ("cos", "sin", "gather")):
+            out += [(value.dims[0], batch), (value.dims[1], sequence)]
+        elif value.dtype[0] != "f":
+            out += [(value.dims[0], batch), (value.dims[1], total)]
+    return out + list(net.equal)
+
+
+def cache_inputs(net: Net, live: Sequence[Node]) -> list[Value]:
+    """Rank-4 float inputs that are extended along axis 2 to make an output."""
+    given = {id(v) for _, v in net.outputs}
+    found = []
+    for node in live:
+        if node.op == "concat" and node.attrs["axis"] == 2 and id(node.outputs[0]) in given:
+            first = node.inputs[0]
+            if first.source and first.rank == 4 and len(node.inputs) == 2:
+                found.append(first)
+    return found
+
+
+def token_inputs(net: Net, live: Sequence[Node]) -> list[Value]:
+    """Integer inputs that choose rows of a stored table with a row per logit, else of any one table."""
+    chosen: dict[int, tuple[Value, Dim]] = {}
+    for node in live:
+        if node.op == "embed" or (node.op == "gather" and node.inputs[0].weight and node.attrs["axis"] == 0):
+            table, ids = node.inputs if node.op == "gather" else node.inputs[::-1]
+            index = strip_views(ids)
+            if index.source and index.dtype in ("i64", "i32") and table.rank == 2:
+                chosen.setdefault(id(index), (index, table.dims[0]))
+    vocabulary = {v.dims[-1] for _, v in net.outputs if v.rank == 3}
+    strong = [v for v, rows in chosen.values() if rows in vocabulary]
+    if strong:
+        return strong
+    paths = [v for v, _ in chosen.values() if not _reaches(live, v, ("cos", "sin"))]
+    return paths[:1]
+
+
+def strip_views(value: Value) -> Value:
+    """The value behind reshapes and casts."""
+    while value.op in ("reshape", "cast"):
+        value = value.args[0]
+    return value
+
+
+def _reaches(live: Sequence[Node], value: Value, ops: Sequence[str]) -> bool:
+    """Whether `value` reaches one of `ops` through elementwise arithmetic and views alone."""
+    simple = (
+        "cast",
+        "reshape",
+        "mul",
+        "add",
+        "sub",
+        "transpose",
+        "expand",
+        "concat",
+        "matmul",
+        "cos",
+        "sin",
+        "gather",
+    )
+    known = {id(value)}
+    for node in live:
+        if node.op in simple and any(id(i) in known for i in node.inputs):
+            if node.op in ops and (node.op != "gather" or node.inputs[0].weight):
+                return True
+            known.update(id(o) for o in node.outputs)
+    return False
+
+
+def untag(substitution: Mapping[str, Dim], tagged: Mapping[str, Dim]) -> dict[str, Dim]:
+    """File symbol -> its final dimension: solved ones by `substitution`, others under their own name."""
+    out: dict[str, Dim] = {}
+    for symbol, tag in tagged.items():
+        value = tag.substitute(substitution)
+        own = {s: s[1:] for s in value.symbols if s[0] == TAG}
+        plain = {s: Dim.symbol(n + "_" if n in KNOWN else n) for s, n in own.items()}
+        out[symbol] = value.substitute(plain)
+    return out

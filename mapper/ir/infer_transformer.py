@@ -1,0 +1,162 @@
+"""Inference rules of the transformer ops and their serving forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mapper.ir.dims import Dim
+from mapper.ir.infer import Call, rule
+from mapper.ir.infer_primitives import same
+from mapper.ir.serving import CacheAppendOp, CachedAttentionOp, EmbedAtOp, RopeAtOp
+from mapper.ir.transformer import (
+    ActivationOp,
+    AttentionOp,
+    EmbedOp,
+    GatedMlpOp,
+    KvAppendOp,
+    LinearOp,
+    LmHeadOp,
+    MlpOp,
+    MoeOp,
+    NormOp,
+    RopeOp,
+    SampleOp,
+)
+from mapper.ir.types import TensorType
+
+Types = Sequence[TensorType]
+
+
+def matrix(call: Call, name: str, flag: str = "transposed") -> tuple[Dim, Dim]:
+    """(inputs K, outputs N) of the matrix that weight attribute `name` points to."""
+    weight = call.weight(name)
+    call.need(weight.rank == 2, f"{name} is {weight}, not a matrix")
+    first, second = weight.shape
+    return (second, first) if call.attrs.get(flag) else (first, second)
+
+
+def _vector(call: Call, name: str, size: Dim) -> None:
+    if call.attrs.get(name) is not None:
+        vector = call.weight(name)
+        call.need(vector.rank == 1, f"{name} is {vector}, not a vector")
+        same(call, vector.shape[0], size, f"{name} has another length")
+
+
+@rule(EmbedOp)
+def _embed(call: Call) -> Types:
+    table = call.weight("table")
+    call.need(table.rank == 2, f"table is {table}, not a matrix")
+    return [TensorType.of([*call.type("ids").shape, table.shape[1]], table.dtype)]
+
+
+@rule(LinearOp, LmHeadOp)
+def _linear(call: Call) -> Types:
+    x = call.type("x")
+    inputs, outputs = matrix(call, "weight")
+    call.need(x.rank > 0, "a scalar operand")
+    same(call, x.shape[-1], inputs, "inner dimensions differ")
+    _vector(call, "bias", outputs)
+    return [TensorType.of([*x.shape[:-1], outputs], x.dtype)]
+
+
+@rule(NormOp)
+def _norm(call: Call) -> Types:
+    x = call.type("x")
+    _vector(call, "weight", x.shape[-1])
+    _vector(call, "bias", x.shape[-1])
+    return [x]
+
+
+@rule(RopeOp)
+def _rope(call: Call) -> Types:
+    x, cos, sin = call.type("x"), call.type("cos"), call.type("sin")
+    call.need(
+        x.rank == 4 and 2 <= cos.rank <= 4 and cos.rank == sin.rank, f"ranks {x.rank}, {cos.rank}, {sin.rank}"
+    )
+    width = call.attrs["rotary_dim"]
+    call.need(width % 2 == 0 and cos.shape[-1] in (Dim.of(width), Dim.of(width // 2)), f"cos is {cos}")
+    return [x]
+
+
+@rule(RopeAtOp)
+def _rope_at(call: Call) -> Types:
+    x, table = call.type("x"), call.weight("table")
+    call.need(x.rank == 4, f"x is {x}")
+    call.need(table.rank == 3 and table.shape[2] * 2 == Dim.of(call.attrs["rotary_dim"]), f"table is {table}")
+    return [x]
+
+
+@rule(AttentionOp, CachedAttentionOp)
+def _attention(call: Call) -> Types:
+    q, k, v = call.type("q"), call.type("k"), call.type("v")
+    call.need(q.rank == k.rank == v.rank == 4, f"q {q}, k {k}, v {v}")
+    same(call, q.shape[3], k.shape[3], "head widths differ")
+    same(call, k.shape[1], v.shape[1], "key and value heads differ")
+    if q.shape[1].is_const and k.shape[1].is_const:
+        heads, groups = q.shape[1].value, k.shape[1].value
+        call.need(groups > 0 and heads % groups == 0, f"{groups} key/value heads for {heads} heads")
+    return [TensorType.of([*q.shape[:3], v.shape[3]], q.dtype)]
+
+
+@rule(KvAppendOp)
+def _kv_append(call: Call) -> Types:
+    past, new = call.type("past"), call.type("new")
+    call.need(past.rank == new.rank == 4 and past.dtype == new.dtype, f"past {past}, new {new}")
+    same(call, past.shape[1], new.shape[1], "heads differ")
+    return [
+        TensorType.of([new.shape[0], past.shape[1], past.shape[2] + new.shape[2], past.shape[3]], past.dtype)
+    ]
+
+
+@rule(CacheAppendOp)
+def _cache_append(call: Call) -> Types:
+    cache, new = call.type("cache"), call.type("new")
+    call.need(cache.rank == new.rank == 4 and cache.dtype == new.dtype, f"cache {cache}, new {new}")
+    for axis in (0, 1, 3):
+        same(call, cache.shape[axis], new.shape[axis], f"cache {cache}, new {new}")
+    return [cache]
+
+
+@rule(EmbedAtOp)
+def _embed_at(call: Call) -> Types:
+    table = call.weight("table")
+    call.need(table.rank == 2, f"table is {table}, not a matrix")
+    return [TensorType.of([call.attrs["batch"], call.attrs["seq"], table.shape[1]], table.dtype)]
+
+
+@rule(ActivationOp)
+def _activation(call: Call) -> Types:
+    return [call.type("x")]
+
+
+@rule(MlpOp, GatedMlpOp)
+def _mlp(call: Call) -> Types:
+    x = call.type("x")
+    inner = Dim.of(0)
+    for name in ("gate", "up"):
+        if name in call.attrs:
+            inputs, inner = matrix(call, name, f"{name}_transposed")
+            same(call, x.shape[-1], inputs, f"inner dimensions of {name} differ")
+            _vector(call, f"{name}_bias", inner)
+    inputs, outputs = matrix(call, "down", "down_transposed")
+    same(call, inner, inputs, "inner dimensions of down differ")
+    _vector(call, "down_bias", outputs)
+    return [TensorType.of([*x.shape[:-1], outputs], x.dtype)]
+
+
+@rule(MoeOp)
+def _moe(call: Call) -> Types:
+    x, router, down = call.type("x"), call.weight("router"), call.weight("down")
+    call.need(router.rank == 2 and down.rank == 3, f"router {router}, down {down}")
+    for name in ("gate", "up"):
+        weight = call.weight(name)
+        call.need(weight.rank == 3, f"{name} is {weight}")
+        same(call, weight.shape[0], router.shape[1], f"{name} has another number of experts")
+        same(call, weight.shape[1], x.shape[-1], f"{name} has another width")
+    call.need(call.attrs["top_k"] > 0, "top_k is not positive")
+    return [TensorType.of([*x.shape[:-1], down.shape[2]], x.dtype)]
+
+
+@rule(SampleOp)
+def _sample(call: Call) -> Types:
+    return [TensorType.of(call.type("logits").shape[:-1], "i64")]

@@ -1,0 +1,211 @@
+"""Reference semantics of the transformer ops and their serving forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mapper.ir.reference import Step, meaning
+from mapper.ir.reference_compute import erf, sigmoid, softmax
+from mapper.ir.types import Array
+
+_ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_quick": lambda x: x * sigmoid(1.702 * x),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu_squared": lambda x: np.maximum(x, 0) ** 2,
+    "sigmoid": sigmoid,
+    "tanh": np.tanh,
+    "identity": lambda x: x,
+}
+
+
+@meaning("activation")
+def _activation(s: Step) -> Array:
+    return np.asarray(_ACTIVATIONS[s.attr("kind")](s.arg("x")))
+
+
+@meaning("embed")
+def _embed(s: Step) -> Array:
+    return s.need("table")[s.arg("ids")]
+
+
+@meaning("embed_at")
+def _embed_at(s: Step) -> Array:
+    first = int(s.arg("past_length")) + s.attr("offset")
+    rows = np.take(s.need("table"), np.arange(first, first + s.attr("seq")), axis=0)
+    return np.broadcast_to(rows, (s.attr("batch"), *rows.shape))
+
+
+def _linear(s: Step, x: Array, name: str, bias: str, flag: str) -> Array:
+    weight, offset = s.need(name), s.weight(bias)
+    y = x @ (weight.T if s.attr(flag) else weight)
+    return np.asarray(y if offset is None else y + offset)
+
+
+@meaning("linear", "lm_head")
+def _linear_op(s: Step) -> Array:
+    return _linear(s, s.arg("x"), "weight", "bias", "transposed")
+
+
+@meaning("mlp")
+def _mlp(s: Step) -> Array:
+    inner = _linear(s, s.arg("x"), "up", "up_bias", "up_transposed")
+    return _linear(s, _ACTIVATIONS[s.attr("act")](inner), "down", "down_bias", "down_transposed")
+
+
+@meaning("gated_mlp")
+def _gated_mlp(s: Step) -> Array:
+    gate = _ACTIVATIONS[s.attr("act")](_linear(s, s.arg("x"), "gate", "gate_bias", "gate_transposed"))
+    up = _linear(s, s.arg("x"), "up", "up_bias", "up_transposed")
+    return _linear(s, gate * up, "down", "down_bias", "down_transposed")
+
+
+@meaning("moe")
+def _moe(s: Step) -> Array:
+    x = s.arg("x").reshape(-1, s.arg("x").shape[-1])
+    gate, up, down = s.need("gate"), s.need("up"), s.need("down")
+    scores = x @ s.need("router")
+    chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : s.attr("top_k")]
+    picked = np.take_along_axis(scores, chosen, -1)
+    if s.attr("scoring") == "topk_softmax":
+        weight = softmax(picked, -1)
+    else:
+        every = softmax(scores, -1) if s.attr("scoring") == "softmax" else sigmoid(scores)
+        weight = np.take_along_axis(every, chosen, -1)
+    if s.attr("normalise"):
+        weight = weight / weight.sum(-1, keepdims=True)
+    result = np.zeros((x.shape[0], down.shape[2]), x.dtype)
+    for token, experts in enumerate(chosen):
+        for share, e in zip(weight[token], experts, strict=True):
+            hidden = _ACTIVATIONS[s.attr("act")](x[token] @ gate[e]) * (x[token] @ up[e])
+            result[token] += share * s.attr("scale") * (hidden @ down[e])
+    return result.reshape(*s.arg("x").shape[:-1], -1)
+
+
+@meaning("norm")
+def _norm(s: Step) -> Array:
+    given = s.arg("x")
+    x = given.astype(np.promote_types(given.dtype, np.float32))
+    if s.attr("kind") == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    y = x / np.sqrt((x * x).mean(-1, keepdims=True) + x.dtype.type(s.attr("eps")))
+    weight, bias = s.weight("weight"), s.weight("bias")
+    if weight is not None:
+        y = y * (weight + s.attr("weight_offset"))
+    return np.asarray((y if bias is None else y + bias).astype(given.dtype))
+
+
+def _rotate(x: Array, cos: Array, sin: Array, style: str) -> Array:
+    """x [..., r] rotated; cos and sin [..., r/2] one per pair."""
+    half = x.shape[-1] // 2
+    a, b = (x[..., :half], x[..., half:]) if style == "half" else (x[..., 0::2], x[..., 1::2])
+    first, second = a * cos - b * sin, b * cos + a * sin
+    if style == "half":
+        return np.concatenate([first, second], axis=-1)
+    return np.stack([first, second], axis=-1).reshape(x.shape)
+
+
+def _per_head(angles: Array) -> Array:
+    return angles[:, None] if angles.ndim == 3 else angles
+
+
+@meaning("rope")
+def _rope(s: Step) -> Array:
+    x, cos, sin, width = s.arg("x"), _per_head(s.arg("cos")), _per_head(s.arg("sin")), s.attr("rotary_dim")
+    turned, passed = x[..., :width], x[..., width:]
+    if cos.shape[-1] == width // 2:
+        turned = _rotate(turned, cos, sin, s.attr("style"))
+    else:
+        quarter = _rotate(turned, np.zeros_like(cos[..., ::2]), np.ones_like(sin[..., ::2]), s.attr("style"))
+        turned = turned * cos + quarter * sin
+    return np.concatenate([turned, passed], axis=-1)
+
+
+@meaning("rope_at")
+def _rope_at(s: Step) -> Array:
+    x, width, first = s.arg("x"), s.attr("rotary_dim"), int(s.arg("past_length"))
+    cos, sin = np.take(s.need("table"), np.arange(first, first + x.shape[2]), axis=1)
+    return np.concatenate([_rotate(x[..., :width], cos, sin, s.attr("style")), x[..., width:]], axis=-1)
+
+
+@meaning("kv_append")
+def _kv_append(s: Step) -> Array:
+    return np.concatenate([s.arg("past"), s.arg("new")], axis=2)
+
+
+@meaning("cache_append")
+def _cache_append(s: Step) -> Array:
+    cache, new, first = s.arg("cache").copy(), s.arg("new"), int(s.arg("past_length"))
+    if first < 0 or first + new.shape[2] > cache.shape[2]:
+        raise ValueError(f"rows {first}..{first + new.shape[2]} of a cache of {cache.shape[2]}")
+    cache[:, :, first : first + new.shape[2]] = new
+    return cache
+
+
+def _scores(s: Step, q: Array, k: Array) -> Array:
+    shared = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    scores = (q @ np.swapaxes(shared, 2, 3)) * q.dtype.type(s.attr("scale"))
+    cap = s.attr("softcap")
+    return np.asarray(np.tanh(scores / cap) * cap if cap else scores)
+
+
+def _weighted(s: Step, scores: Array, v: Array) -> Array:
+    sinks = s.optional("sinks")
+    extra = None if sinks is None else sinks.reshape(1, -1, 1, 1)
+    probabilities = softmax(scores, -1, extra)
+    return np.asarray(probabilities @ np.repeat(v, scores.shape[1] // v.shape[1], axis=1))
+
+
+def position_mask(
+    queries: Array, keys: int, causal: bool, window: int, slopes: tuple[float, ...] | None
+) -> tuple[Array, Array | None]:
+    """(allowed [S, keys], bias [H, S, keys] or None) for queries at the given positions."""
+    t, position = np.arange(keys)[None, :], queries[:, None]
+    allowed = (t <= position) if causal else np.ones((len(queries), keys), bool)
+    if window:
+        allowed = allowed & (t > position - window)
+    if slopes is None:
+        return allowed, None
+    return allowed, np.array(slopes)[:, None, None] * (t - position)[None]
+
+
+def _masked(scores: Array, allowed: Array, bias: Array | None) -> Array:
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)
+    return np.where(allowed, scores, scores.dtype.type(-np.inf))
+
+
+@meaning("attention")
+def _attention(s: Step) -> Array:
+    q, k, v, mask = s.arg("q"), s.arg("k"), s.arg("v"), s.optional("mask")
+    scores = _scores(s, q, k)
+    if mask is None:
+        queries = np.arange(q.shape[2]) + k.shape[2] - q.shape[2]
+        rule = position_mask(queries, k.shape[2], s.attr("causal"), s.attr("window"), s.attr("slopes"))
+        scores = _masked(scores, *rule)
+    elif mask.dtype == np.bool_:
+        scores = _masked(scores, mask, None)
+    else:
+        scores = scores + mask
+    return _weighted(s, scores, v)
+
+
+@meaning("cached_attention")
+def _cached_attention(s: Step) -> Array:
+    q, first = s.arg("q"), int(s.arg("past_length"))
+    filled = first + q.shape[2]
+    k, v = s.arg("k")[:, :, :filled], s.arg("v")[:, :, :filled]
+    queries = np.arange(first, filled)
+    rule = position_mask(queries, filled, True, s.attr("window"), s.attr("slopes"))
+    return _weighted(s, _masked(_scores(s, q, k), *rule), v)
+
+
+@meaning("sample")
+def _sample(s: Step) -> Array:
+    return np.asarray(np.argmax(s.arg("logits"), axis=-1))

@@ -1,0 +1,107 @@
+"""Weight symbols: what a weight is called, its type, and where its bytes are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mapper.errors import ModelError, WeightsMissingError
+from mapper.ir.structure import WeightOp
+from mapper.ir.types import TensorType, numpy_dtype, type_of
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSymbol:
+    """One weight. `bytes` bytes, little-endian in C order, at `offset` of `file` (relative to the model's
+    folder); or, where `file` is None, the array `data`. 4-bit formats hold two elements per byte, the first
+    one low.
+
+    `derived` marks a table that a pass made: no parameter of the model.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: str | None = None
+    offset: int = 0
+    bytes: int = 0
+    data: Array | None = None
+    folder: Path | None = None
+    derived: bool = False
+
+    @staticmethod
+    def of(name: str, data: Array, derived: bool = False) -> WeightSymbol:
+        """A weight that is held as data."""
+        kind = type_of(data)
+        return WeightSymbol(name, data.shape, kind.dtype, data=data, bytes=data.nbytes, derived=derived)
+
+    @property
+    def type(self) -> TensorType:
+        """The tensor type."""
+        return TensorType.of(self.shape, self.dtype)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.type.elements.value
+
+    def load(self) -> Array:
+        """The array, mapped read-only from its file where it has one. Raises WeightsMissingError."""
+        if self.data is not None:
+            return self.data
+        if self.file is None or self.folder is None:
+            raise WeightsMissingError(f"weight {self.name!r} has no data")
+        path = self.folder / self.file
+        if not path.is_file() or path.stat().st_size < self.offset + self.bytes:
+            raise WeightsMissingError(f"weight {self.name!r}: {path} does not hold its {self.bytes} bytes")
+        if not self.elements:
+            return np.zeros(self.shape, numpy_dtype(self.dtype))
+        raw = np.memmap(path, np.uint8, "r", self.offset, (self.bytes,))
+        return decode(raw, self.shape, self.dtype)
+
+    def op(self) -> WeightOp:
+        """The IR op that declares it."""
+        made = WeightOp.create(attributes={})
+        values = {"file": self.file, "offset": self.offset, "bytes": self.bytes, "derived": self.derived}
+        data = None if self.data is None else encode(self.data)
+        made.set_attr("sym_name", self.name)
+        for name, value in {**values, "type": self.type, "data": data}.items():
+            made.set_attr(name, value)
+        return made
+
+    @staticmethod
+    def from_op(op: WeightOp, folder: Path | None) -> WeightSymbol:
+        """Inverse of `op`."""
+        kind: TensorType = op.attr("type")
+        raw = op.attr("data")
+        data = None if raw is None else decode(np.frombuffer(raw, np.uint8), kind.ints, kind.dtype)
+        where = (op.attr("file"), op.attr("offset"), op.attr("bytes"))
+        return WeightSymbol(
+            op.attr("sym_name"), kind.ints, kind.dtype, *where, data, folder, op.attr("derived")
+        )
+
+
+def decode(raw: npt.NDArray[np.uint8], shape: tuple[int, ...], dtype: str) -> Array:
+    """Bytes as an array. Raises ModelError where their number does not fit."""
+    elements = TensorType.of(shape, dtype).elements.value
+    if dtype in ("i4", "u4"):
+        pairs = np.stack([raw & 15, raw >> 4], axis=-1).reshape(-1)[:elements]
+        signed = (
+            np.where(pairs > 7, pairs.astype(np.int8) - 16, pairs.astype(np.int8)) if dtype == "i4" else pairs
+        )
+        return signed.astype(numpy_dtype(dtype)).reshape(shape)
+    kind = numpy_dtype(dtype)
+    if raw.nbytes != elements * kind.itemsize:
+        raise ModelError(f"{raw.nbytes} bytes for a {dtype} tensor of shape {list(shape)}")
+    return raw.view(kind).reshape(shape)
+
+
+def encode(array: Array) -> bytes:
+    """Inverse of `decode` for formats of whole bytes."""
+    return np.ascontiguousarray(array).tobytes()

@@ -1,0 +1,174 @@
+"""What a target with narrow arithmetic should give: the model in float64, within four times the error that an
+independent forward pass makes in the same storage formats.
+
+The forward pass is NumPy's, on the recognised graph; it shares nothing with any target. In which formats a
+target stores what is said by its schedule, in `plan["arithmetic"]`: `matmul` (operands of matrix products),
+`accumulate` (everything else), `key_cache` and `value_cache` where the caches are narrower than `accumulate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from xdsl.ir import SSAValue
+
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp
+from mapper.ir.reference import bind_symbols, evaluate, evaluate_op
+from mapper.ir.reference_transformer import position_mask
+from mapper.ir.types import Array
+from mapper.passes.unroll import Unroll
+from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.verify import Wanted
+
+SLACK = 4.0
+"""A target may be this much less exact than NumPy in its formats: its sums run in another order, its exp..."""
+
+_GELU = math.sqrt(2 / math.pi)
+ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(_GELU * (x + 0.044715 * x**3))),
+    "gelu_quick": lambda x: x / (1 + np.exp(-1.702 * x)),
+    "relu": lambda x: np.maximum(x, 0),
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True)
+class Formats:
+    """NumPy names of the types that a target keeps things in."""
+
+    matmul: str
+    accumulate: str = "float32"
+    key_cache: str | None = None
+    value_cache: str | None = None
+
+    def narrow(self, array: Array, kind: str | None) -> Array:
+        """The array as it is after being stored as `kind`, back in the accumulation type."""
+        return array.astype(kind or self.accumulate).astype(self.accumulate)
+
+
+@dataclass
+class FormatJudge:
+    """See mapper.runtime.verify.Judge. Keeps caches of its own, in float64 and in the target's formats.
+
+    `interface` names the model's inputs and outputs; `graph` is the recognised graph.
+    """
+
+    graph: Graph
+    interface: Interface
+    formats: Formats
+    slack: float = SLACK
+    _exact: dict[Entry, Array] = field(default_factory=dict)
+    _stored: dict[Entry, Array] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> str:
+        """See Judge."""
+        return f"error against float64 at most {self.slack:g} x that of NumPy with {self.formats.matmul} products"
+
+    @cached_property
+    def forward(self) -> StoredForward:
+        """The forward pass in the target's formats."""
+        return StoredForward(Unroll().apply(self.graph), self.formats)
+
+    def judge(self, ids: Array, past: int, logits: Array, entries: Mapping[Entry, Array]) -> Wanted:
+        """See Judge. The error allowed is `slack` times the largest of the forward pass, per array."""
+        names = [self.interface.logits, *self.interface.present.values()]
+        exact = evaluate(self.graph, self._inputs(ids, past, self._exact), names, "f64")
+        stored = self.forward.run(self._inputs(ids, past, self._stored), names)
+        presents = self.interface.present.items()
+        self._exact = {e: self.interface.to_state(exact[n]) for e, n in presents}
+        self._stored = {e: self.interface.to_state(stored[n]) for e, n in presents}
+        wanted = {e: self._exact[e][:, :, past:] for e in entries}
+        allowed = {e: self._allowed(self._stored[e][:, :, past:], wanted[e]) for e in entries}
+        name = self.interface.logits
+        return Wanted(exact[name], wanted, self._allowed(stored[name], exact[name]), allowed)
+
+    def _allowed(self, stored: Array, exact: Array) -> float:
+        return self.slack * float(np.abs(stored - exact).max(initial=0.0))
+
+    def _inputs(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> dict[str, Array]:
+        batch, tokens = ids.shape
+        position = np.arange(past, past + tokens)
+        given: dict[str, Array] = {self.interface.token_ids: ids}
+        types = dict(self.graph.inputs)
+        if self.interface.attention_mask is not None:
+            given[self.interface.attention_mask] = np.ones((batch, past + tokens), np.int64)
+        for name in self.interface.positions:
+            given[name] = position if types[name].rank == 1 else np.broadcast_to(position, (batch, tokens))
+        for entry, name in self.interface.past.items():
+            if entry in caches:
+                given[name] = self.interface.from_state(caches[entry])
+                continue
+            b, h, _, d = (self.interface.layout.index(a) for a in "BHLD")
+            shape = [0] * 4
+            shape[b], shape[h], shape[d] = batch, *(types[name].shape[i].value for i in (h, d))
+            given[name] = np.zeros(shape, np.float32)
+        return given
+
+
+@dataclass
+class StoredForward:
+    """NumPy forward pass of an unrolled recognised graph in given storage formats."""
+
+    graph: Graph
+    formats: Formats
+    _weights: dict[str, Array] = field(default_factory=dict)
+
+    def run(self, inputs: Mapping[str, Array], outputs: list[str]) -> dict[str, Array]:
+        """The outputs named."""
+        known: dict[SSAValue, Array] = {
+            v: np.asarray(inputs[n]) for n, v in self.graph.input_values.items() if n in inputs
+        }
+        symbols = bind_symbols(self.graph.inputs, inputs)
+        with np.errstate(over="ignore"):
+            for op in self.graph.top():
+                results = self._step(op, [known[v] for v in op.operands], symbols)
+                known.update(zip(op.results, results, strict=True))
+        return {n: known[self.graph.output_values[n]] for n in outputs}
+
+    def _step(self, op: DataflowOp, args: list[Array], symbols: Mapping[str, int]) -> list[Array]:
+        match op.mnemonic:
+            case "linear" | "lm_head":
+                return [self._product(op, args[0], "weight", "bias", "transposed")]
+            case "gated_mlp":
+                gate = self._product(op, args[0], "gate", "gate_bias", "gate_transposed")
+                up = self._product(op, args[0], "up", "up_bias", "up_transposed")
+                inner = np.asarray(ACTIVATIONS[op.attr("act")](gate) * up)
+                return [self._product(op, inner, "down", "down_bias", "down_transposed")]
+            case "mlp":
+                up = self._product(op, args[0], "up", "up_bias", "up_transposed")
+                inner = np.asarray(ACTIVATIONS[op.attr("act")](up))
+                return [self._product(op, inner, "down", "down_bias", "down_transposed")]
+            case "attention" if op.attr("slopes") is None and not op.attr("softcap"):
+                return [self._attention(op, *args[:3])]
+        return evaluate_op(op, args, self._weight, symbols)
+
+    def _weight(self, symbol: str) -> Array:
+        return self.graph.weights[symbol].load()
+
+    def _product(self, op: DataflowOp, x: Array, name: str, bias: str, flag: str) -> Array:
+        symbol = op.attr(name)
+        if symbol not in self._weights:
+            self._weights[symbol] = self.formats.narrow(self._weight(symbol), self.formats.matmul)
+        weight = self._weights[symbol]
+        y = self.formats.narrow(x, self.formats.matmul) @ (weight.T if op.attr(flag) else weight)
+        return np.asarray(y if op.attr(bias) is None else y + self._weight(op.attr(bias)))
+
+    def _attention(self, op: DataflowOp, q: Array, k: Array, v: Array) -> Array:
+        group = q.shape[1] // k.shape[1]
+        keys = self.formats.narrow(k, self.formats.key_cache).repeat(group, axis=1)
+        values = self.formats.narrow(v, self.formats.value_cache).repeat(group, axis=1)
+        asked = self.formats.narrow(q, self.formats.matmul if self.formats.key_cache else None)
+        scores = asked @ keys.swapaxes(2, 3) * np.float32(op.attr("scale"))
+        queries = np.arange(k.shape[2] - q.shape[2], k.shape[2])
+        seen, _ = position_mask(queries, k.shape[2], op.attr("causal"), op.attr("window"), None)
+        scores = np.where(seen, scores, np.float32(-np.inf))
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.asarray(shares / shares.sum(-1, keepdims=True) @ values)

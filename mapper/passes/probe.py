@@ -1,0 +1,190 @@
+"""Numeric probes of a decoder graph: what it computes from positions and masks when no token is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from xdsl.ir import SSAValue
+
+from mapper.errors import ModelError, UnsupportedModelError
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp, tensor_type
+from mapper.ir.reference import evaluate_values
+from mapper.ir.reference_transformer import position_mask
+from mapper.ir.types import Array
+
+_MASKED = -1e4
+"""An additive mask at or below this excludes a position."""
+
+
+@dataclass
+class Probe:
+    """Evaluates parts of an unrolled, dynamic decoder graph on chosen positions."""
+
+    graph: Graph
+    _tables: dict[tuple[SSAValue, SSAValue, int], Array] = field(default_factory=dict)
+    _checked: set[tuple[SSAValue | None, object]] = field(default_factory=set)
+
+    def inputs(self, past: int, tokens: int) -> dict[str, Array]:
+        """Inputs of batch 1: `tokens` new tokens after `past` old ones, nothing padded, caches zero."""
+        made: dict[str, Array] = {}
+        for name, kind in self.graph.inputs:
+            role = self.graph.roles["inputs"].get(name, "other")
+            if role == "token_ids":
+                made[name] = np.zeros((1, tokens), kind.numpy)
+            elif role == "attention_mask" and kind.rank == 2:
+                made[name] = np.ones((1, past + tokens), kind.numpy)
+            elif role == "position_ids" and kind.rank == 2:
+                made[name] = np.arange(past, past + tokens, dtype=kind.numpy)[None]
+            elif role == "cache_position" and kind.rank == 1:
+                made[name] = np.arange(past, past + tokens, dtype=kind.numpy)
+            elif role.startswith("past.") and kind.rank == 4:
+                made[name] = np.zeros((1, kind.shape[1].value, past, kind.shape[3].value), kind.numpy)
+        return made
+
+    def values(self, op: DataflowOp, values: Sequence[SSAValue], past: int, tokens: int) -> list[Array]:
+        """Values of the graph at those positions. Raises UnsupportedModelError naming `op`, their reader."""
+        try:
+            return evaluate_values(self.graph, self.inputs(past, tokens), values)
+        except ModelError as error:
+            raise UnsupportedModelError(f"{place(op)}: cannot be evaluated on its own: {error}") from error
+
+    @cached_property
+    def _from_tokens(self) -> set[SSAValue]:
+        """All values that depend on the token ids' values (not only on their shape)."""
+        names = self.graph.inputs_with_role("token_ids")
+        found: set[SSAValue] = {self.graph.input_values[n] for n in names}
+        for op in self.graph.top():
+            if op.mnemonic != "shape_of" and any(v in found for v in op.operands):
+                found.update(op.results)
+        return found
+
+    def is_position_embedding(self, op: DataflowOp) -> bool:
+        """Whether the op embeds something else than tokens."""
+        return op.mnemonic == "embed" and op.operands[0] not in self._from_tokens
+
+    def position_offset(self, op: DataflowOp) -> int:
+        """The table row of position 0. Raises where the rows are not position + offset."""
+        (ids,) = self.values(op, [op.operands[0]], 3, 4)
+        offset = int(ids.flat[0]) - 3
+        if ids.shape[-1] != 4 or not (ids.reshape(-1, 4) == np.arange(4) + 3 + offset).all():
+            raise UnsupportedModelError(f"{place(op)}: its rows are not positions plus a constant")
+        return offset
+
+    def rope_table(self, op: DataflowOp, context: int) -> Array:
+        """[2, context, rotary_dim/2] f32: cosines and sines of positions 0..context-1. Raises where the
+        angles depend on more than the position."""
+        cos, sin = op.operands[1:3]
+        key = (cos, sin, context)
+        if key not in self._tables:
+            table = self._angles(op, 0, context)
+            past = context // 2
+            later = self._angles(op, past, min(context - past, 4))
+            if not np.allclose(later, table[:, past : past + later.shape[1]], rtol=1e-5, atol=1e-6):
+                raise UnsupportedModelError(
+                    f"{place(op)}: its angles depend on more than the token's position"
+                )
+            self._tables[key] = table
+        return self._tables[key]
+
+    def _angles(self, op: DataflowOp, past: int, tokens: int) -> Array:
+        pairs = op.attr("rotary_dim") // 2
+        found: list[Array] = []
+        for array in self.values(op, op.operands[1:3], past, tokens):
+            if array.size != tokens * array.shape[-1]:
+                raise UnsupportedModelError(f"{place(op)}: angles of shape {list(array.shape)}")
+            flat = array.reshape(tokens, -1)
+            if flat.shape[1] == 2 * pairs:
+                half = op.attr("style") == "half"
+                flat, twin = (flat[:, :pairs], flat[:, pairs:]) if half else (flat[:, ::2], flat[:, 1::2])
+                if not np.allclose(flat, twin, rtol=1e-6, atol=1e-7):
+                    raise UnsupportedModelError(f"{place(op)}: the two angles of a pair differ")
+            found.append(flat)
+        return np.stack(found).astype(np.float32)
+
+    def check_attention(self, op: DataflowOp) -> None:
+        """Raises UnsupportedModelError where the mask is not what the op's attributes say."""
+        if not op.attr("causal"):
+            raise UnsupportedModelError(f"{place(op)}: not causal; the serving form needs a decoder")
+        mask = op.operand("mask")
+        window, slopes = op.attr("window"), op.attr("slopes")
+        key = (mask, (window, slopes))
+        if mask is None or key in self._checked:
+            return
+        past, tokens = (window if 0 < window <= 4096 else 0) + 3, 4
+        (found,) = self.values(op, [mask], past, tokens)
+        allowed, bias = position_mask(np.arange(past, past + tokens), past + tokens, True, window, slopes)
+        if not _same_mask(found, allowed, bias):
+            raise UnsupportedModelError(
+                f"{place(op)}: its mask is not causal with window {window} as recognised"
+            )
+        self._checked.add(key)
+
+
+def _same_mask(found: Array, allowed: Array, bias: Array | None) -> bool:
+    """Whether a mask passes `allowed` [S, T] and adds `bias` [H, S, T] there, up to a constant per row."""
+    heads = 1 if bias is None else bias.shape[0]
+    try:
+        wide = np.broadcast_to(found, (1, heads, *allowed.shape))[0]
+    except ValueError:
+        return False
+    if wide.dtype == np.bool_:
+        return bias is None and bool((wide == allowed).all())
+    if ((wide > _MASKED) != allowed).any():
+        return False
+    expected = np.zeros(wide.shape) if bias is None else bias
+    difference = np.where(allowed, wide - expected, np.nan)
+    spread = np.nanmax(difference, axis=-1) - np.nanmin(difference, axis=-1)
+    return bool((spread <= 1e-4 * (1 + np.abs(expected).max())).all())
+
+
+def place(op: DataflowOp) -> str:
+    """How an error names an op."""
+    return f"{op.name} ({op.node or 'unnamed node'})"
+
+
+def step_shapes(graph: Graph, batch: int, tokens: int) -> Mapping[str, int]:
+    """Values of the symbols for the batch and the number of new tokens; the past stays symbolic."""
+    bound: dict[str, int] = {}
+    for name, kind in graph.inputs:
+        role = graph.roles["inputs"].get(name, "other")
+        sizes: list[int | None] = []
+        if role in ("token_ids", "position_ids"):
+            sizes = [batch, tokens]
+        elif role == "attention_mask" or role.startswith("past."):
+            sizes = [batch]
+        elif role == "cache_position":
+            sizes = [tokens]
+        for dim, size in zip(kind.shape, sizes, strict=False):
+            if size is None:
+                continue
+            if dim.is_const and dim.value != size:
+                raise UnsupportedModelError(
+                    f"input {name!r} has a fixed dimension {dim}, and {size} is asked for"
+                )
+            if not dim.is_const and bound.setdefault(str(dim), size) != size:
+                raise UnsupportedModelError(
+                    f"input {name!r}: dimension {dim} is both {bound[str(dim)]} and {size}"
+                )
+    return {symbol: size for symbol, size in bound.items()}
+
+
+def table_of(tensors: Mapping[str, Array], table: Array) -> str | None:
+    """The name under which an equal table is already there."""
+    for name, known in tensors.items():
+        if known.shape == table.shape and np.array_equal(known, table):
+            return name
+    return None
+
+
+def static_or_raise(graph: Graph) -> None:
+    """Raises UnsupportedModelError naming the first op with a shape that still depends on a symbol."""
+    for op in graph.top():
+        for result in op.results:
+            if not tensor_type(result).is_static:
+                raise UnsupportedModelError(
+                    f"{place(op)}: shape {tensor_type(result)} depends on the cache length"
+                )

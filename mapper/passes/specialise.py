@@ -1,0 +1,77 @@
+"""Specialisation: a graph for given shapes, with all shape arithmetic folded away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mapper.errors import ModelError
+from mapper.ir.graph import Graph
+from mapper.ir.op import DimsKind, fields
+from mapper.ir.types import TensorType
+from mapper.passes.dce import Dce
+from mapper.passes.fold import Folder
+from mapper.passes.rewrite import Values, rewrite
+
+Binding = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Specialise:
+    """Fixes dimension symbols: `-p specialise{batch=1,sequence=4}` gives {"batch": 1, "sequence": 4}; a name
+    of an input with a sequence of ints gives its whole shape. Symbols that are not named stay symbolic."""
+
+    bindings: tuple[tuple[str, Binding], ...] = ()
+    name = "specialise"
+
+    def apply(self, graph: Graph) -> Graph:
+        """The specialised graph, folded and without dead code."""
+        return specialise(graph, dict(self.bindings))
+
+
+def specialise(graph: Graph, bindings: Mapping[str, Binding]) -> Graph:
+    """The graph with {input name: shape} or {symbol: int} fixed. Raises ModelError on a misfit."""
+    return Dce(weights=False).apply(specialise_values(graph, bindings)[0])
+
+
+def specialise_values(graph: Graph, bindings: Mapping[str, Binding]) -> tuple[Graph, Values]:
+    """The specialised graph with its dead code, and the map from the graph's values to its values."""
+    symbols = _symbols(graph, bindings)
+    types = {n: TensorType.of([d.substitute(symbols) for d in t.shape], t.dtype) for n, t in graph.inputs}
+    for name, shape in bindings.items():
+        if not isinstance(shape, int):
+            types[name] = TensorType.of(tuple(shape), types[name].dtype)
+    substituted, clones = _substituted(graph, symbols)
+    values: Values = {}
+    made = rewrite(substituted, Folder().visit, types, values)
+    return made, {old: values[clone] for old, clone in clones.items() if clone in values}
+
+
+def _symbols(graph: Graph, bindings: Mapping[str, Binding]) -> dict[str, int]:
+    symbols = {n: v for n, v in bindings.items() if isinstance(v, int)}
+    types = dict(graph.inputs)
+    for name, shape in bindings.items():
+        if isinstance(shape, int):
+            continue
+        if name not in types or len(shape) != types[name].rank:
+            raise ModelError(f"shape {list(shape)} for {name!r}: no input of that name and rank")
+        for dim, size in zip(types[name].shape, shape, strict=True):
+            if dim.is_const and dim.value != size:
+                raise ModelError(f"input {name!r}: dimension {dim} cannot be {size}")
+            if not dim.is_const and dim.symbols == {str(dim)} and symbols.setdefault(str(dim), size) != size:
+                raise ModelError(f"input {name!r}: {dim} is both {symbols[str(dim)]} and {size}")
+    return symbols
+
+
+def _substituted(graph: Graph, symbols: Mapping[str, int]) -> tuple[Graph, Values]:
+    """A copy with the symbols replaced in all attributes, types still as they were; and its values."""
+    new = graph.clone()
+    for op in new.ops():
+        for name, field in fields(type(op)).items():
+            dims = op.attr(name) if isinstance(field.kind, DimsKind) else None
+            if dims is not None and any(not d.is_const for d in dims):
+                op.set_attr(name, tuple(d.substitute(symbols) for d in dims))
+    clones: Values = dict(zip(graph.block.args, new.block.args, strict=True))
+    for old, copied in zip(graph.top(), new.top(), strict=True):
+        clones.update(zip(old.results, copied.results, strict=True))
+    return new, clones

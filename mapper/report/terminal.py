@@ -1,0 +1,142 @@
+"""Tables for the terminal (rich). They print what the records hold and compute nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mapper.cost.estimate import Estimate, Result
+from mapper.report.numbers import count, seconds, share, significant
+
+WIDTH_OFF_TERMINAL = 140
+
+
+def console() -> Console:
+    """Standard output; off a terminal, wide and without colour."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OFF_TERMINAL, highlight=False, markup=False)
+
+
+def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table in the house style; columns named in `right` are right-aligned."""
+    made = Table(
+        title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+    )
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return made
+
+
+def results(found: Sequence[Result]) -> list[RenderableType]:
+    """What `mapper compile` says: a row per target and phase, then the checks and where the schedules are."""
+    numeric = ("time", "band", "bound", "ratio", "tokens/s/user", "tokens/s", "steps")
+    made = table("", "target", "machine", "phase", *numeric, "bottleneck", right=numeric)
+    for result in found:
+        for phase, e in result.phases.items():
+            made.add_row(result.target, result.machine, phase, *_figures(e), bottleneck(e))
+    lines: list[RenderableType] = [made]
+    for result in found:
+        lines.append(checks(result.checks, f"{result.target} checks"))
+        if result.schedule_dir is not None:
+            lines.append(f"{result.target} schedule: {result.schedule_dir}")
+    return lines
+
+
+def _figures(e: Estimate) -> list[str]:
+    record = e.record()
+    return [
+        seconds(e.time_s),
+        f"{seconds(e.low_s)} .. {seconds(e.high_s)}",
+        f"{seconds(e.bound.seconds)} ({e.bound.name})",
+        f"{e.ratio:.2f}",
+        count(record["tokens_per_s_per_user"]),
+        count(record["tokens_per_s"]),
+        f"{e.steps:,}",
+    ]
+
+
+def bottleneck(e: Estimate) -> str:
+    """The busiest unit and its share of the time."""
+    return f"{e.loads[0].unit}, busy {share(e.loads[0].share)}" if e.loads else "none"
+
+
+def checks(found: Mapping[str, bool], title: str = "checks") -> Text:
+    """One line: each check and whether it holds."""
+    parts = [
+        Text(name, "green") if ok else Text(f"{name} FAILS", "bold red") for name, ok in sorted(found.items())
+    ]
+    return Text(f"{title}: ") + Text(", ").join(parts)
+
+
+def explanation(phase: str, e: Estimate, top: int = 10) -> list[RenderableType]:
+    """What `mapper explain` says of one phase: bound, busiest units, dominating constants."""
+    lines: list[RenderableType] = [
+        f"{phase}: {seconds(e.time_s)} ({seconds(e.low_s)} .. {seconds(e.high_s)}), "
+        f"{e.ratio:.2f} x the bound {e.bound.name} of {seconds(e.bound.seconds)}: {e.bound.why}"
+    ]
+    influences = table(
+        "constants that move the time most", "constant", "at low", "at high", right=("at low", "at high")
+    )
+    for i in e.influences[:top]:
+        influences.add_row(i.key, _change(i.at_low_s, e.time_s), _change(i.at_high_s, e.time_s))
+    units = table("busiest units", "unit", "busy", "steps", right=("busy", "steps"))
+    for load in e.loads[:top]:
+        units.add_row(load.unit, share(load.share), f"{load.steps:,}")
+    return [*lines, influences if e.influences else "no constant has a range: the band is a point", units]
+
+
+def _change(delta: float, time: float) -> str:
+    sign = "+" if delta >= 0 else "-"
+    return f"{sign}{seconds(abs(delta))} ({sign}{significant(100 * abs(delta) / time)} %)" if time else "0"
+
+
+def fields(record: Mapping[str, Any], title: str = "") -> Table:
+    """A record as a two-column table; nested records and lists are written out in one cell."""
+    made = table(title, "field", "value")
+    for key, value in record.items():
+        made.add_row(key.replace("_", " "), _cell(value))
+    return made
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(v) for v in value) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return (
+        significant(value)
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Records of equal fields as a table, a row each."""
+    made = table("", *(key.replace("_", " ") for key in (rows[0] if rows else ())))
+    for row in rows:
+        made.add_row(*(_cell(value) for value in row.values()))
+    return made
+
+
+def decoded(record: Mapping[str, Any]) -> str:
+    """One line on a decoding on the host: rate, and measured beside predicted time."""
+    parts = [f"{record['tokens']} tokens"]
+    if record["tokens_per_s"] is not None:
+        parts.append(f"{count(record['tokens_per_s'])} tokens/s")
+    for phase in ("decode", "prefill"):
+        p = record[phase]
+        if p["measured_s"] is not None:
+            band = f"{seconds(p['low_s'])} .. {seconds(p['high_s'])}"
+            parts.append(
+                f"{phase} {seconds(p['measured_s'])} measured, {seconds(p['predicted_s'])} ({band}) predicted"
+            )
+    return "; ".join(parts) + f" on machine {record['machine']}"

@@ -1,0 +1,130 @@
+"""Run a schedule: load its ports into poisoned memories, execute its programs, read the results.
+
+The runtime knows the tables; what opcodes and layouts mean comes from the target's `Semantics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mapper.errors import ScheduleError, UsageError, WeightsMissingError
+from mapper.runtime.interface import Semantics
+from mapper.runtime.memories import POISON, allocate, temporaries
+from mapper.runtime.weights import WeightFiles
+from mapper.schedule.dtypes import dtype
+from mapper.schedule.tables import Phase, Port, Schedule
+from mapper.schedule.validate import validate
+from mapper.schedule.values import evaluate
+
+Array = npt.NDArray[Any]
+Weights = Callable[[str], Array]
+
+
+class Session:
+    """One loaded schedule. State (the KV cache) stays in its memories from run to run. `cycles`, `steps` and
+    `runs` count what has been executed.
+
+    `weights` looks weights up by name; without it they are read from `model_folder`. Raises ScheduleError if
+    the schedule is not well formed, WeightsMissingError if a weight is not there.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        semantics: Semantics,
+        model_folder: str | Path | None = None,
+        weights: Weights | None = None,
+    ) -> None:
+        validate(schedule)
+        self.schedule = schedule
+        self.cycles = self.steps = self.runs = 0
+        self._semantics = semantics
+        self._memories = allocate(schedule)
+        self._ports = {port.name: port for port in schedule.ports}
+        self._temporaries = temporaries(schedule)
+        if weights is None:
+            weights = WeightFiles(schedule, Path(model_folder)) if model_folder is not None else _none
+        self._weights = weights
+        for port in schedule.ports:
+            if port.kind in ("weight", "constant", "state") and port.source is not None:
+                self._load(port)
+
+    def _load(self, port: Port) -> None:
+        array = evaluate(port.source, self._weights, self.schedule.constants.__getitem__)
+        if array.shape != port.shape:
+            raise ScheduleError(f"port {port.name}: its source has shape {array.shape}, not {port.shape}")
+        self._place(port, array.astype(dtype(port.dtype), copy=False))
+
+    def _place(self, port: Port, array: Array) -> None:
+        self._semantics.place(self.schedule, port, array, self._memories)
+
+    def reset(self) -> None:
+        """Bring every state port back to its initial value."""
+        for port in self.ports("state"):
+            if port.source is not None:
+                self._load(port)
+
+    def ports(self, *kinds: str, phase: str | None = None) -> list[Port]:
+        """Ports of these kinds, those that take part in `phase` where it is given."""
+        taking = (p for p in self.schedule.ports if p.kind in kinds)
+        return [p for p in taking if phase is None or not p.programs or phase in p.programs]
+
+    def run(self, phase: Phase, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute program `phase` once and return its output ports by name.
+
+        `inputs` by port name, each with its port's shape, converted to its type. All bytes that belong to no
+        weight, constant or state are poisoned first. Raises UsageError, ExecutionFault.
+        """
+        if phase not in self.schedule.programs:
+            raise UsageError(
+                f"the schedule has no {phase} program; it has {', '.join(self.schedule.programs)}"
+            )
+        wanted = {p.name: p for p in self.ports("input", phase=phase)}
+        if set(inputs) != set(wanted):
+            raise UsageError(f"{phase} takes the inputs {sorted(wanted)}, not {sorted(inputs)}")
+        for memory, low, high in self._temporaries:
+            self._memories.written(memory)[low:high] = False
+            self._memories.data(memory)[low:high] = POISON
+        for name, port in wanted.items():
+            self._place(port, _fitting(name, inputs[name], port))
+        self.cycles += self._semantics.run(self.schedule, phase, self._memories)
+        self.steps += sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
+        self.runs += 1
+        return {p.name: self._fetch(p) for p in self.ports("output", phase=phase)}
+
+    def _fetch(self, port: Port) -> Array:
+        return self._semantics.fetch(self.schedule, port, self._memories)
+
+    def state(self, name: str) -> Array:
+        """The array of state port `name`, now. Raises UsageError, ExecutionFault on unwritten bytes."""
+        return self._fetch(self._state_port(name))
+
+    def set_state(self, name: str, array: Array) -> None:
+        """Overwrite state port `name`. Raises UsageError on another shape."""
+        port = self._state_port(name)
+        self._place(port, _fitting(name, array, port))
+
+    def _state_port(self, name: str) -> Port:
+        port = self._ports.get(name)
+        if port is None or port.kind != "state":
+            raise UsageError(f"the schedule has no state {name!r}")
+        return port
+
+
+def _none(name: str) -> Array:
+    raise WeightsMissingError(f"weight {name}: no folder of the model was given")
+
+
+def _fitting(name: str, array: Array, port: Port) -> Array:
+    array = np.asarray(array)
+    if array.shape != port.shape:
+        raise UsageError(f"input {name} has shape {array.shape}; the schedule takes {port.shape}")
+    wanted = dtype(port.dtype)
+    if array.dtype.kind not in "biufV" or (array.dtype.kind == "f" and wanted.kind in "iub"):
+        raise UsageError(f"input {name} is {array.dtype}; the schedule takes {port.dtype}")
+    return array.astype(wanted, copy=False)

@@ -1,0 +1,220 @@
+"""The model's own inputs and outputs, by role: what a decoder's ONNX names mean to a schedule.
+
+A schedule works on states of `context` positions; the model on caches as long as what has been used. Roles:
+token_ids, attention_mask, position_ids, cache_position, past.key.<i>, past.value.<i>, present.key.<i>,
+present.value.<i>, logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mapper.errors import ScheduleError, UsageError
+from mapper.runtime.execute import Session
+from mapper.schedule.tables import Phase, Schedule
+
+Array = npt.NDArray[Any]
+Entry = tuple[str, int]  # ("key" | "value", layer)
+AXES = "BHLD"
+"""Layout of a schedule's states: batch, KV head, position, element."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The model's ONNX inputs and outputs by what they are. `layout` orders the axes of its caches."""
+
+    token_ids: str
+    logits: str
+    attention_mask: str | None
+    positions: tuple[str, ...]
+    past: Mapping[Entry, str]
+    present: Mapping[Entry, str]
+    layout: str = AXES
+
+    def to_state(self, array: Array) -> Array:
+        """A cache of the model as [B, Hkv, L, D]."""
+        return np.transpose(array, [self.layout.index(a) for a in AXES])
+
+    def from_state(self, array: Array) -> Array:
+        """A [B, Hkv, L, D] cache as the model has it."""
+        return np.transpose(array, [AXES.index(a) for a in self.layout])
+
+
+def interface(roles: Any) -> Interface:
+    """Reads `Schedule.roles`. Raises ScheduleError where no input is token ids or no output logits, and
+    UsageError for an input whose role a compiled schedule has no place for."""
+    try:
+        inputs, outputs = dict(roles["inputs"]), dict(roles["outputs"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ScheduleError("the schedule does not say what the model's inputs and outputs are") from error
+    by_role = {str(role): str(name) for name, role in (*inputs.items(), *outputs.items())}
+    if "token_ids" not in by_role or "logits" not in by_role:
+        raise ScheduleError("the model has no input of token ids or no output of logits")
+    layout = str(roles.get("kv_layout", AXES))
+    if sorted(layout) != sorted(AXES):
+        raise ScheduleError(f"KV caches of layout {layout!r} cannot be mapped to {AXES}")
+    known = ("token_ids", "attention_mask", "position_ids", "cache_position")
+    for name, role in inputs.items():
+        if role not in known and not str(role).startswith("past."):
+            raise UsageError(f"input {name} ({role}) of the model has no place in a compiled schedule")
+    return Interface(
+        by_role["token_ids"],
+        by_role["logits"],
+        by_role.get("attention_mask"),
+        tuple(by_role[r] for r in ("position_ids", "cache_position") if r in by_role),
+        _entries(by_role, "past"),
+        _entries(by_role, "present"),
+        layout,
+    )
+
+
+def _entries(by_role: Mapping[str, str], prefix: str) -> dict[Entry, str]:
+    out = {}
+    for role, name in by_role.items():
+        parts = role.split(".")
+        if parts[0] == prefix and len(parts) == 3 and parts[1] in ("key", "value") and parts[2].isdigit():
+            out[(parts[1], int(parts[2]))] = name
+    return dict(sorted(out.items(), key=lambda e: (e[0][1], e[0][0])))
+
+
+def state_name(entry: Entry) -> str:
+    """The state port of a cache."""
+    return f"cache.{entry[0]}.{entry[1]}"
+
+
+def states(schedule: Schedule) -> dict[Entry, tuple[int, ...]]:
+    """The caches of a decoder schedule and their shapes [B, Hkv, L, D]."""
+    out = {}
+    for port in schedule.ports:
+        parts = port.name.split(".")
+        if port.kind == "state" and len(parts) == 3 and parts[0] == "cache" and parts[2].isdigit():
+            out[(parts[1], int(parts[2]))] = port.shape
+    return dict(sorted(out.items(), key=lambda e: (e[0][1], e[0][0])))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A session of a decoder schedule: feeds tokens in the pieces that its programs take."""
+
+    session: Session
+
+    @property
+    def context(self) -> int:
+        """Positions that the caches have room for."""
+        shapes = states(self.session.schedule).values()
+        return min((s[2] for s in shapes), default=self.session.schedule.request.context)
+
+    @property
+    def prompt(self) -> int | None:
+        """Tokens that the prefill program takes, None where there is none."""
+        program = self.session.schedule.programs.get("prefill")
+        return None if program is None else program.sequence
+
+    def feed(self, ids: Array, past: int) -> Array:
+        """Run the programs over `ids` [B, S] after `past` positions; the logits [B, S, V].
+
+        The prefill program takes the first tokens of an empty cache, the decode program one token at a time.
+        Raises UsageError where the programs cannot take this many tokens, or the context is too short.
+        """
+        total = ids.shape[1]
+        if past + total > self.context:
+            raise UsageError(f"{past} + {total} tokens do not fit the schedule's context of {self.context}")
+        pieces: list[Array] = []
+        done = 0
+        prompt = self.prompt
+        if past == 0 and prompt is not None and total >= prompt:
+            pieces.append(self._run("prefill", ids[:, :prompt], 0))
+            done = prompt
+        if done < total and "decode" not in self.session.schedule.programs:
+            raise UsageError(
+                f"the schedule has no decode program, and its prefill takes {prompt} tokens, not {total}"
+            )
+        for at in range(done, total):
+            pieces.append(self._run("decode", ids[:, at : at + 1], past + at))
+        return np.concatenate(pieces, axis=1)
+
+    def _run(self, phase: Phase, ids: Array, past: int) -> Array:
+        given = {"input_ids": ids, "past_length": np.array(past)}
+        wanted = {p.name for p in self.session.ports("input", phase=phase)}
+        return self.session.run(phase, {k: v for k, v in given.items() if k in wanted})["logits"]
+
+    def entries(self, begin: int, end: int) -> dict[Entry, Array]:
+        """Positions [begin, end) of every cache: [B, Hkv, end - begin, D]."""
+        names = states(self.session.schedule)
+        return {e: self.session.state(state_name(e))[:, :, begin:end] for e in names}
+
+    def fill(self, caches: Mapping[Entry, Array]) -> None:
+        """Set the first positions of every cache ([B, Hkv, P, D] each) and clear the others."""
+        for entry, shape in states(self.session.schedule).items():
+            port_dtype = next(p.dtype for p in self.session.schedule.ports if p.name == state_name(entry))
+            whole = np.zeros(shape, port_dtype)
+            if entry in caches:
+                whole[:, :, : caches[entry].shape[2]] = caches[entry]
+            self.session.set_state(state_name(entry), whole)
+
+
+def execute(session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the model's own inputs, by their ONNX names, and return its outputs: logits [B, S, V] and caches
+    after the step. Raises UsageError where the inputs ask for what the schedule excludes (padding, gaps)."""
+    model = interface(session.schedule.roles)
+    shapes = states(session.schedule)
+    _named(model, shapes, inputs)
+    ids = np.asarray(inputs[model.token_ids])
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise UsageError(f"{model.token_ids} must be whole numbers of shape [batch, tokens]")
+    caches = {e: model.to_state(np.asarray(inputs[n])) for e, n in model.past.items() if n in inputs}
+    past = _past(caches, shapes, ids.shape[0])
+    _plain(model, inputs, ids.shape, past)
+    decoder = Decoder(session)
+    decoder.fill(caches)
+    logits = decoder.feed(ids, past)
+    out = {model.logits: logits}
+    present = decoder.entries(0, past + ids.shape[1])
+    return out | {name: model.from_state(present[e]) for e, name in model.present.items() if e in present}
+
+
+def _named(model: Interface, shapes: Mapping[Entry, Any], inputs: Mapping[str, Array]) -> None:
+    known = {model.token_ids, model.attention_mask, *model.positions, *model.past.values()}
+    unknown = sorted(set(inputs) - known)
+    if unknown:
+        raise UsageError(f"the model has no input {unknown[0]!r}")
+    if model.token_ids not in inputs:
+        raise UsageError(f"input {model.token_ids} is missing")
+    given = {e for e, n in model.past.items() if n in inputs}
+    if given and given != set(shapes):
+        missing = sorted(set(shapes) - given)
+        raise UsageError(
+            f"input {model.past[missing[0]]} is missing" if missing else "caches of other layers"
+        )
+
+
+def _past(caches: Mapping[Entry, Array], shapes: Mapping[Entry, tuple[int, ...]], batch: int) -> int:
+    lengths = {c.shape[2] for c in caches.values() if c.ndim == 4}
+    if len(lengths) > 1 or any(c.ndim != 4 for c in caches.values()):
+        raise UsageError("the caches given differ in length")
+    for entry, cache in caches.items():
+        b, h, _, d = shapes[entry]
+        if (cache.shape[0], cache.shape[1], cache.shape[3]) != (b, h, d) or cache.shape[0] != batch:
+            raise UsageError(
+                f"cache {entry[0]} of layer {entry[1]} is {cache.shape}; the schedule has {(b, h, d)}"
+            )
+    return lengths.pop() if lengths else 0
+
+
+def _plain(model: Interface, inputs: Mapping[str, Array], shape: tuple[int, ...], past: int) -> None:
+    """Raises UsageError unless the mask is all ones and positions follow on the cache without gaps."""
+    batch, tokens = shape
+    mask = inputs.get(model.attention_mask) if model.attention_mask else None
+    if mask is not None and (np.shape(mask) != (batch, past + tokens) or not np.all(np.asarray(mask) == 1)):
+        raise UsageError(f"{model.attention_mask} must be ones of shape {(batch, past + tokens)}: no padding")
+    for name in model.positions:
+        wanted = np.arange(past, past + tokens)
+        if name in inputs and (
+            np.shape(inputs[name])[-1:] != (tokens,) or not np.all(np.asarray(inputs[name]) == wanted)
+        ):
+            raise UsageError(f"{name} must be {past}..{past + tokens - 1}: positions follow on the cache")

@@ -1,0 +1,168 @@
+"""DependenceHolds: values are written before they are read, and not rewritten while they are being read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mapper.schedule.check_memory import windows
+from mapper.schedule.ranges import NEVER, expand, paint_min, query_max
+from mapper.schedule.tables import Int, Schedule
+from mapper.schedule.timeline import Accesses, Timeline, timeline
+from mapper.schedule.violation import Violation, buffer_label, first, label
+
+
+@dataclass(frozen=True)
+class DependenceHolds:
+    """Every byte that a step reads was written by a step that had completed, or was there from the start
+    (input, weight, constant and state ports); and no two steps use the same byte at once if one writes it.
+
+    A step reads at its start and has written at its end, or at the exact cycles that the plan's
+    `access_timing` gives (see timeline.access_times).
+    """
+
+    name: str = "DependenceHolds"
+
+    def run(self, schedule: Schedule) -> list[Violation]:
+        """See class."""
+        return first(v for phase in schedule.programs for v in self._program(schedule, phase))
+
+    def _program(self, schedule: Schedule, phase: str) -> Iterator[Violation]:
+        times = timeline(schedule, phase)
+        space = _Space.of(schedule, times)
+        yield from _unwritten(schedule, phase, times, space)
+        yield from _races(schedule, phase, times, space)
+
+
+@dataclass(frozen=True)
+class _Space:
+    """All buffers end to end, cut into segments at every access boundary; accesses as ranges of them."""
+
+    size: int
+    base: Int  # first byte of each buffer, and the end of the last
+    edges: Int
+    reads: tuple[Int, Int]
+    writes: tuple[Int, Int]
+
+    @staticmethod
+    def of(schedule: Schedule, times: Timeline) -> _Space:
+        """Cut the space of one program."""
+        sizes = np.asarray(schedule.buffers.column("bytes").to_numpy(), np.int64)
+        base = np.concatenate([[0], np.cumsum(sizes)])
+        parts = [base[a.buffer] + edge for a in (times.reads, times.writes) for edge in (a.low, a.high)]
+        edges, place = np.unique(np.concatenate([base, *parts]), return_inverse=True)
+        cuts = np.cumsum([0, len(base), *(len(p) for p in parts)])
+        a, b, c, d = (place[cuts[k] : cuts[k + 1]] for k in (1, 2, 3, 4))
+        return _Space(len(edges), base, edges, (a, b), (c, d))
+
+    def initial(self, schedule: Schedule, phase: str) -> tuple[Int, Int]:
+        """Segment ranges that hold data before the program starts."""
+        rows = [
+            b
+            for port in schedule.ports
+            if port.kind in ("weight", "constant", "state")
+            or (port.kind == "input" and (not port.programs or phase in port.programs))
+            for b in port.buffers
+        ]
+        at = np.array(rows, np.int64)
+        low, high = (np.searchsorted(self.edges, self.base[at + k]) for k in (0, 1))
+        return np.asarray(low, np.int64), np.asarray(high, np.int64)
+
+
+def _unwritten(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> Iterator[Violation]:
+    """Reads of bytes that no completed write covers."""
+    low, high = space.initial(schedule, phase)
+    ready = paint_min(
+        space.size,
+        np.concatenate([low, space.writes[0]]),
+        np.concatenate([high, space.writes[1]]),
+        np.concatenate([np.full(len(low), -NEVER), times.writes.end]),
+    )
+    reads = times.reads
+    needed = query_max(ready, *space.reads)
+    for row in np.flatnonzero(needed > reads.begin):
+        step, buffer = int(reads.step[row]), int(reads.buffer[row])
+        part = np.arange(space.reads[0][row], space.reads[1][row])
+        place = int(space.edges[part[np.argmax(ready[part])]] - space.base[buffer])
+        when = "never written" if needed[row] == NEVER else f"written at cycle {needed[row]}"
+        message = (
+            f"{label(schedule, phase, times, step)} reads at cycle {reads.begin[row]} byte {place} of "
+            f"{buffer_label(schedule, buffer)}, which is {when}"
+        )
+        yield Violation(
+            message, (step,), schedule.units[times.unit[step]], int(reads.begin[row]), float(needed[row])
+        )
+
+
+def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> Iterator[Violation]:
+    """Pairs of steps that use a byte at once, where at least one writes it."""
+    reads, writes = times.reads, times.writes
+    low, high = (np.concatenate([space.reads[k], space.writes[k]]) for k in (0, 1))
+    seen: set[tuple[int, int]] = set()
+    for rows, a, b in windows(low, high, space.size):
+        owner, segment = expand(a, b)
+        access = rows[owner]
+        for x, y in _clashes(reads, writes, access, segment):
+            pair = (min(x[0], y[0]), max(x[0], y[0]))
+            if pair in seen:
+                continue
+            seen.add(pair)
+            message = (
+                f"{label(schedule, phase, times, x[0])} and {label(schedule, phase, times, y[0])} use the "
+                f"same bytes of {buffer_label(schedule, x[1])} at once, and one writes them"
+            )
+            yield Violation(message, pair, None, int(max(times.start[x[0]], times.start[y[0]])))
+
+
+Place = tuple[int, int]
+
+
+def _clashes(reads: Accesses, writes: Accesses, access: Int, segment: Int) -> Iterator[tuple[Place, Place]]:
+    """((step, buffer), (step, buffer)) of clashing accesses. `access` numbers the reads, then the writes."""
+    count = len(reads)
+    written = access >= count
+    touched = np.unique(segment[written])
+    if not len(touched):
+        return
+    keep = touched[np.minimum(np.searchsorted(touched, segment), len(touched) - 1)] == segment
+    access, segment, written = access[keep], segment[keep], written[keep]
+    step, begin, end = (
+        np.concatenate([getattr(reads, k), getattr(writes, k)])[access] for k in ("step", "begin", "end")
+    )
+    # a step that reads what it writes (in place) clashes with nobody more than its write does
+    own = np.isin(segment * (1 << 31) + step, (segment * (1 << 31) + step)[written])
+    alive = (written | ~own) & (end > begin)
+    access, segment, written, step = access[alive], segment[alive], written[alive], step[alive]
+    begin, end = begin[alive], end[alive]
+    order = np.lexsort((begin, segment))
+    access, segment, written, step = access[order], segment[order], written[order], step[order]
+    begin, end = begin[order], end[order]
+    buffer = np.concatenate([reads.buffer, writes.buffer])
+    for mine, against in ((written, written), (written, ~written), (~written, written)):
+        busy, holder = _running_max(segment, end, against)
+        hit = mine & (holder >= 0) & (busy > begin) & (step != step[np.maximum(holder, 0)])
+        for i in np.flatnonzero(hit):
+            j = int(holder[i])
+            yield (int(step[j]), int(buffer[access[j]])), (int(step[i]), int(buffer[access[i]]))
+
+
+def _running_max(segment: Int, end: Int, mask: npt.NDArray[np.bool_]) -> tuple[Int, Int]:
+    """For each row: the largest `end` among earlier rows of its segment in `mask`, and that row (or -1)."""
+    n = len(segment)
+    if not n:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    # ends become ranks: (segment, rank) is then one growing key, and one running maximum serves all
+    rank = np.empty(n, np.int64)
+    rank[np.argsort(end, kind="stable")] = np.arange(1, n + 1)
+    number = np.cumsum(np.concatenate([[0], segment[1:] != segment[:-1]]))
+    key = number * (n + 1) + np.where(mask, rank, 0)
+    best = np.maximum.accumulate(key)
+    before = np.concatenate([[-1], best[:-1]])
+    same = (before // (n + 1) == number) & (before % (n + 1) > 0)
+    by_rank = np.empty(n + 1, np.int64)
+    by_rank[rank] = np.arange(n)
+    holder = np.where(same, by_rank[np.where(same, before % (n + 1), 1)], -1)
+    return np.where(holder >= 0, end[np.maximum(holder, 0)], -1), holder

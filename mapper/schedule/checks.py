@@ -1,0 +1,48 @@
+"""The shared checks, and how to run them. Written without any knowledge of schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mapper.schedule.check_cover import CoversGraph
+from mapper.schedule.check_dependence import DependenceHolds
+from mapper.schedule.check_memory import CapacityFits, LifetimesDisjoint, WeightsIntact
+from mapper.schedule.check_units import BandwidthHolds, UnitExclusive
+from mapper.schedule.tables import Schedule
+from mapper.schedule.violation import Check, Violation
+
+__all__ = [
+    "SHARED",
+    "BandwidthHolds",
+    "CapacityFits",
+    "Check",
+    "CoversGraph",
+    "DependenceHolds",
+    "LifetimesDisjoint",
+    "UnitExclusive",
+    "Violation",
+    "WeightsIntact",
+    "run_checks",
+]
+
+SHARED: tuple[Check, ...] = (
+    CapacityFits(),
+    UnitExclusive(),
+    LifetimesDisjoint(),
+    WeightsIntact(),
+    DependenceHolds(),
+    CoversGraph(),
+    BandwidthHolds(),
+)
+"""Every schedule of every target must pass these. The first one makes the others safe to run."""
+
+
+def run_checks(schedule: Schedule, extra: Sequence[Check] = ()) -> dict[str, list[Violation]]:
+    """Violations by check name: the shared checks, then `extra`. Where something lies outside its buffer or
+    memory, only `CapacityFits` runs, because the other checks rely on it."""
+    found: dict[str, list[Violation]] = {}
+    for check in (*SHARED, *extra):
+        found[check.name] = check.run(schedule)
+        if check.name == "CapacityFits" and found[check.name]:
+            break
+    return found

@@ -1,0 +1,198 @@
+"""What a lowering rule sees: values by SSA name, weights, and how to emit a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from mapper.errors import LoweringError
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp, tensor_type
+from mapper.ir.weights import WeightSymbol
+from xdsl.ir import SSAValue
+
+from mapper_host.opcodes import CODES, ELEMENTWISE
+from mapper_host.program import BlockSteps, Slice, Storage, Value, step
+from mapper_host.strides import broadcast, collapse
+
+
+@dataclass(eq=False)
+class Weights:
+    """Weights and constants that any program uses: one storage each, with the value expression that fills it."""
+
+    values: dict[str, Value] = field(default_factory=dict)
+    sources: dict[Storage, Any] = field(default_factory=dict)
+    symbols: dict[str, WeightSymbol] = field(default_factory=dict)
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    def symbol(self, weight: WeightSymbol, dtype: str) -> Value:
+        """The weight as elements of `dtype`, converted when it is loaded."""
+        key = weight.name if weight.dtype == dtype else f"{weight.name}:{dtype}"
+        if key not in self.values:
+            source: Any = ["const" if weight.file is None else "weight", weight.name]
+            if weight.file is None:
+                self.arrays[weight.name] = np.ascontiguousarray(weight.load())
+            else:
+                self.symbols[weight.name] = weight
+            if weight.dtype != dtype:
+                source = ["cast", source, np.dtype(_numpy(dtype)).name]
+            self._add(key, tuple(weight.shape), dtype, source)
+        return self.values[key]
+
+    def constant(self, array: npt.NDArray[Any], dtype: str) -> Value:
+        """An array held in the schedule; equal ones are stored once."""
+        import hashlib
+
+        raw = np.ascontiguousarray(array)
+        digest = hashlib.sha256(f"{dtype} {raw.shape} ".encode() + raw.tobytes()).hexdigest()
+        key = f"constant.{digest[:16]}"
+        if key not in self.values:
+            self.arrays[key] = raw
+            self._add(key, raw.shape, dtype, ["const", key])
+        return self.values[key]
+
+    def _add(self, key: str, shape: tuple[int, ...], dtype: str, source: Any) -> None:
+        value = Value(Storage(key, 0, "weights"), shape, dtype)
+        value.storage.bytes = value.bytes
+        self.values[key] = value
+        self.sources[value.storage] = source
+
+
+def _numpy(dtype: str) -> Any:
+    from mapper.ir.types import numpy_dtype
+
+    return numpy_dtype(dtype)
+
+
+@dataclass(eq=False)
+class Context:
+    """The program being lowered: the current block and op, and the value of every SSA value so far.
+
+    `slots` maps a weight slot of the repeat at hand to its symbol (of the first iteration, or of the one at hand).
+    """
+
+    graph: Graph
+    weights: Weights
+    block: BlockSteps
+    place: str
+    values: dict[SSAValue, Value] = field(default_factory=dict)
+    slots: Mapping[str, str] = field(default_factory=dict)
+    used_slots: dict[Storage, tuple[str, str]] = field(default_factory=dict)
+    op: DataflowOp | None = None
+    row: int = -1
+
+    def fail(self, reason: str) -> NoReturn:
+        """Raise LoweringError naming the op and its place."""
+        kind = self.op.mnemonic if self.op is not None else "graph"
+        node = f" ({self.op.node})" if self.op is not None and self.op.node else ""
+        raise LoweringError(f"host: {self.place}{kind}{node}: {reason}")
+
+    def value(self, ssa: SSAValue) -> Value:
+        """The value of an SSA value that is already lowered."""
+        return self.values[ssa]
+
+    def operand(self, name: str) -> Value | None:
+        """An optional operand of the op at hand."""
+        assert self.op is not None
+        ssa = self.op.operand(name)
+        return None if ssa is None else self.values[ssa]
+
+    def f32(self, ssa: SSAValue) -> Value:
+        """The value of an SSA value that must hold float32."""
+        value = self.values[ssa]
+        if value.dtype != "f32":
+            self.fail(f"computes in f32, not in {value.dtype}")
+        return value
+
+    def weight(self, attribute: str, dtype: str | None = "f32") -> Value | None:
+        """The weight that an attribute of the op at hand names, as elements of `dtype` (None: as stored)."""
+        assert self.op is not None
+        name = self.op.attr(attribute)
+        if name is None:
+            return None
+        symbol = self.graph.weights[self.slots.get(name, name)]
+        wanted = dtype or symbol.dtype
+        if wanted not in CODES:
+            self.fail(f"weight {symbol.name} has element type {wanted}")
+        value = self.weights.symbol(symbol, wanted)
+        self._note_slot(value.storage, name if name in self.slots else "", wanted)
+        return value
+
+    def need(self, attribute: str, dtype: str | None = "f32") -> Value:
+        """As `weight`, for one that must be there."""
+        value = self.weight(attribute, dtype)
+        if value is None:
+            self.fail(f"has no {attribute}")
+        return value
+
+    def _note_slot(self, storage: Storage, slot: str, dtype: str) -> None:
+        known = self.used_slots.setdefault(storage, (slot, dtype))
+        if known != (slot, dtype):
+            raise SlotConflict
+
+    def out(self, index: int = 0) -> Value:
+        """New storage for a result of the op at hand."""
+        assert self.op is not None
+        ssa = self.op.results[index]
+        kind = tensor_type(ssa)
+        if kind.dtype not in CODES:
+            self.fail(f"makes element type {kind.dtype}")
+        if not kind.is_static:
+            self.fail(f"the shape of its result is not known before it runs ({kind.shape})")
+        self.values[ssa] = self.temporary(kind.ints, kind.dtype)
+        return self.values[ssa]
+
+    def temporary(self, shape: Sequence[int], dtype: str) -> Value:
+        """New storage for an array of this program."""
+        kind = self.op.mnemonic if self.op is not None else "value"
+        value = Value(Storage(f"{self.place}{kind}", 0), tuple(shape), dtype)
+        value.storage.bytes = value.bytes
+        return value
+
+    def alias(self, value: Value, index: int = 0) -> None:
+        """The result is the same bytes as `value`, in the result's shape."""
+        assert self.op is not None
+        ssa = self.op.results[index]
+        kind = tensor_type(ssa)
+        if not kind.is_static:
+            self.fail(f"the shape of its result is not known before it runs ({kind.shape})")
+        self.values[ssa] = Value(value.storage, kind.ints, kind.dtype)
+
+    def emit(
+        self, opcode: int, args: Sequence[int], operands: Sequence[Value | Slice], flops: int, writes: int = 1, bytes: int = -1
+    ) -> None:
+        """Append a step of the op at hand. A step that writes nothing is left out."""
+        if any(v.bytes for v in operands[-writes:]):
+            self.block.steps.append(step(opcode, args, operands, writes, self.row, flops, bytes))
+
+    def elementwise(self, number: int, inputs: Sequence[Value], out: Value) -> None:
+        """Emit one elementwise operation, with broadcasting."""
+        walks = [broadcast(v.shape, out.shape) for v in inputs]
+        shape, collapsed = collapse(out.shape, [*walks, broadcast(out.shape, out.shape)])
+        codes = [*(v.code for v in inputs), 0, 0, 0][:3]
+        args = [number, len(inputs), *codes, out.code, len(shape), *shape]
+        for walk in collapsed[:-1]:
+            args += walk
+        self.emit(ELEMENTWISE, args, [*inputs, out], out.items)
+
+
+class SlotConflict(Exception):
+    """One weight stands for two slots of a repeat: the repeat has to be unrolled."""
+
+
+Rule = Callable[[Context, DataflowOp], None]
+RULES: dict[str, Rule] = {}
+"""How each op is lowered, by mnemonic."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the lowering of ops."""
+
+    def wrap(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return wrap

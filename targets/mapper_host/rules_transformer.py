@@ -1,0 +1,233 @@
+"""Lowering of transformer ops, as recognised and in serving form."""
+
+from __future__ import annotations
+
+from mapper.ir.op import DataflowOp
+from mapper_kernels.names import ACTIVATIONS
+
+from mapper_host.context import Context, rule
+from mapper_host.opcodes import (
+    ACTIVATION,
+    ATTENTION,
+    CACHE_APPEND,
+    CACHED_ATTENTION,
+    COPY,
+    EMBED_AT,
+    GATE,
+    GATHER,
+    LINEAR_KN,
+    LINEAR_NK,
+    MOE,
+    NORM,
+    ROPE,
+    ROPE_AT,
+    SIZES,
+    bits,
+    span,
+)
+from mapper_host.program import Slice, Value
+from mapper_host.strides import broadcast, collapse, row_major
+
+SCORINGS = ("softmax", "sigmoid", "topk_softmax")
+
+
+@rule("embed")
+def _embed(c: Context, op: DataflowOp) -> None:
+    table, ids, y = c.need("table", None), c.value(op.operands[0]), c.out()
+    rows, d = table.shape
+    size = SIZES[table.code]
+    moved = 2 * y.bytes + ids.bytes
+    c.emit(GATHER, [size, ids.code, 1, rows, d, ids.items], [table, ids, y], y.items, bytes=moved)
+
+
+@rule("embed_at")
+def _embed_at(c: Context, op: DataflowOp) -> None:
+    table, past, y = c.need("table"), c.value(op.operands[0]), c.out()
+    args = [*table.shape, op.attr("batch"), op.attr("seq"), op.attr("offset")]
+    c.emit(EMBED_AT, args, [table, past, y], y.items, bytes=2 * y.bytes)
+
+
+def linear(c: Context, x: Value, weight: Value, bias: Value | None, transposed: bool, y: Value) -> None:
+    """Emit y = x W + bias over the last axis."""
+    n, k = weight.shape if transposed else weight.shape[::-1]
+    m = y.items // n if n else 0
+    opcode = LINEAR_NK if transposed else LINEAR_KN
+    args = [m, n, k, int(bias is not None)]
+    c.emit(opcode, args, [x, weight, *([] if bias is None else [bias]), y], 2 * m * n * k + (m * n if bias else 0))
+
+
+@rule("linear", "lm_head")
+def _linear(c: Context, op: DataflowOp) -> None:
+    x, weight = c.f32(op.operands[0]), c.need("weight")
+    linear(c, x, weight, c.weight("bias"), op.attr("transposed"), c.out())
+
+
+@rule("norm")
+def _norm(c: Context, op: DataflowOp) -> None:
+    x, weight, bias = c.f32(op.operands[0]), c.weight("weight"), c.weight("bias")
+    y = c.out()
+    d = x.shape[-1]
+    args = [
+        x.items // d, d, int(op.attr("kind") == "layer"), int(weight is not None), int(bias is not None),
+        bits(op.attr("eps")), bits(op.attr("weight_offset")),
+    ]  # fmt: skip
+    c.emit(NORM, args, [v for v in (x, weight, bias, y) if v is not None], 8 * x.items)
+
+
+@rule("rope")
+def _rope(c: Context, op: DataflowOp) -> None:
+    x, cos, sin = (c.f32(v) for v in op.operands)
+    b, h, s, d = x.shape
+    y = c.out()
+    width, rotary = cos.shape[-1], op.attr("rotary_dim")
+    full = cos.shape if len(cos.shape) == 4 else (cos.shape[0], 1, *cos.shape[1:]) if len(cos.shape) == 3 else cos.shape
+    walk = broadcast(full, (b, 1, s, width))
+    interleaved = op.attr("style") == "interleaved"
+    step = 2 if interleaved and width == rotary else 1
+    args = [b, h, s, d, rotary, int(interleaved), step, width, walk[0], walk[2]]
+    c.emit(ROPE, args, [x, cos, sin, y], 6 * x.items)
+
+
+@rule("rope_at")
+def _rope_at(c: Context, op: DataflowOp) -> None:
+    x, past, table = c.f32(op.operands[0]), c.value(op.operands[1]), c.need("table")
+    y = c.out()
+    s, d = x.shape[2:]
+    interleaved = int(op.attr("style") == "interleaved")
+    args = [x.items // d, d, s, table.shape[1], op.attr("rotary_dim"), interleaved]
+    moved = 2 * x.bytes + 4 * s * op.attr("rotary_dim")
+    c.emit(ROPE_AT, args, [x, table, past, y], 6 * x.items, bytes=moved)
+
+
+@rule("cache_append")
+def _cache_append(c: Context, op: DataflowOp) -> None:
+    cache, new, past = (c.value(v) for v in op.operands)
+    if cache.storage.memory != "state" or c.f32(op.operands[1]).dtype != cache.dtype:
+        c.fail("appends to what is no f32 cache")
+    b, h, length, d = cache.shape
+    c.alias(cache)
+    # the cache is read as well as written, because most of its bytes stay
+    whole = Slice(cache.storage, 0, cache.bytes)
+    args = [b * h, length, new.shape[2], d]
+    c.emit(CACHE_APPEND, args, [whole, new, past, whole], new.items, bytes=2 * new.bytes)
+
+
+@rule("cached_attention")
+def _cached_attention(c: Context, op: DataflowOp) -> None:
+    q, k, v = (c.f32(x) for x in op.operands[:3])
+    past, sinks = c.value(op.operands[3]), c.operand("sinks")
+    b, h, s, d = q.shape
+    hkv, length, dv = k.shape[1], k.shape[2], v.shape[3]
+    slopes = op.attr("slopes") or ()
+    y = c.out()
+    args = [
+        b, h, s, d, hkv, length, dv, op.attr("window"), int(sinks is not None), len(slopes),
+        bits(op.attr("scale")), bits(op.attr("softcap")), *map(bits, slopes),
+    ]  # fmt: skip
+    operands = [q, k, v, past, *([] if sinks is None else [sinks]), y]
+    c.emit(CACHED_ATTENTION, args, operands, b * h * s * length * (2 * d + 2 * dv + 8))
+
+
+@rule("attention")
+def _attention(c: Context, op: DataflowOp) -> None:
+    q, k, v = (c.f32(x) for x in op.operands[:3])
+    mask, sinks = c.operand("mask"), c.operand("sinks")
+    b, h, s, d = q.shape
+    hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
+    slopes = op.attr("slopes") or ()
+    y = c.out()
+    walk = (0, 0, 0, 0) if mask is None else broadcast(mask.shape, (b, h, s, t))
+    args = [
+        b, h, s, d, hkv, t, dv, op.attr("window"), int(op.attr("causal")), int(mask is not None),
+        0 if mask is None else mask.code, *walk, int(sinks is not None), len(slopes),
+        bits(op.attr("scale")), bits(op.attr("softcap")), *map(bits, slopes),
+    ]  # fmt: skip
+    operands = [x for x in (q, k, v, mask, sinks, y) if x is not None]
+    c.emit(ATTENTION, args, operands, b * h * s * t * (2 * d + 2 * dv + 8))
+
+
+@rule("kv_append")
+def _kv_append(c: Context, op: DataflowOp) -> None:
+    join(c, [c.value(v) for v in op.operands], 2, c.out())
+
+
+def join(c: Context, parts: list[Value], axis: int, y: Value) -> None:
+    """Emit copies of `parts`, one after the other along `axis` of y."""
+    strides = row_major(y.shape)
+    at = 0
+    for x in parts:
+        size = SIZES[x.code]
+        copy(c, x, Slice(y.storage, 0, y.bytes), size, x.shape, row_major(x.shape), strides, 0, at * strides[axis])
+        at += x.shape[axis]
+
+
+def copy(
+    c: Context,
+    x: Value,
+    y: Slice | Value,
+    size: int,
+    shape: tuple[int, ...],
+    xs: tuple[int, ...],
+    ys: tuple[int, ...],
+    x0: int = 0,
+    y0: int = 0,
+) -> None:
+    """Emit y[y0 + i * ys] = x[x0 + i * xs] over all i of `shape`, in items of `size` bytes."""
+    if 0 in shape:
+        return
+    walk, (xs, ys) = collapse(shape, [xs, ys])
+    items = 1
+    for d in walk:
+        items *= d
+    # slices are cut to what is touched, so that the parts of a join do not seem to write each other's bytes
+    low_x, high_x = span(walk, xs)
+    low_y, high_y = span(walk, ys)
+    a, b = x0 + low_x, y0 + low_y
+    args = [size, len(walk), -low_x, -low_y, *walk, *xs, *ys]
+    source = Slice(x.storage, a * size, (high_x - low_x) * size)
+    target = Slice(y.storage, b * size, (high_y - low_y) * size)
+    c.emit(COPY, args, [source, target], items, bytes=2 * items * size)
+
+
+@rule("activation")
+def _activation(c: Context, op: DataflowOp) -> None:
+    x = c.f32(op.operands[0])
+    c.emit(ACTIVATION, [x.items, ACTIVATIONS[op.attr("kind")]], [x, c.out()], 4 * x.items)
+
+
+@rule("mlp")
+def _mlp(c: Context, op: DataflowOp) -> None:
+    x, up, down = c.f32(op.operands[0]), c.need("up"), c.need("down")
+    inner = up.shape[0 if op.attr("up_transposed") else 1]
+    h, a, y = c.temporary((*x.shape[:-1], inner), "f32"), c.temporary((*x.shape[:-1], inner), "f32"), c.out()
+    linear(c, x, up, c.weight("up_bias"), op.attr("up_transposed"), h)
+    c.emit(ACTIVATION, [h.items, ACTIVATIONS[op.attr("act")]], [h, a], 4 * h.items)
+    linear(c, a, down, c.weight("down_bias"), op.attr("down_transposed"), y)
+
+
+@rule("gated_mlp")
+def _gated_mlp(c: Context, op: DataflowOp) -> None:
+    x, gate, up, down = c.f32(op.operands[0]), c.need("gate"), c.need("up"), c.need("down")
+    inner = gate.shape[0 if op.attr("gate_transposed") else 1]
+    g, u, a = (c.temporary((*x.shape[:-1], inner), "f32") for _ in range(3))
+    y = c.out()
+    linear(c, x, gate, c.weight("gate_bias"), op.attr("gate_transposed"), g)
+    linear(c, x, up, c.weight("up_bias"), op.attr("up_transposed"), u)
+    c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
+    linear(c, a, down, c.weight("down_bias"), op.attr("down_transposed"), y)
+
+
+@rule("moe")
+def _moe(c: Context, op: DataflowOp) -> None:
+    x, router = c.f32(op.operands[0]), c.need("router")
+    gate, up, down = c.need("gate"), c.need("up"), c.need("down")
+    d, e = router.shape
+    inner, rows, k = gate.shape[2], x.items // d, op.attr("top_k")
+    y = c.out()
+    args = [
+        rows, d, e, inner, k, ACTIVATIONS[op.attr("act")], SCORINGS.index(op.attr("scoring")),
+        int(op.attr("normalise")), bits(op.attr("scale")),
+    ]  # fmt: skip
+    flops = rows * (2 * d * e + k * (6 * d * inner + 5 * inner + 2 * d))
+    moved = router.bytes + min(rows * k, e) * 12 * d * inner + x.bytes + y.bytes
+    c.emit(MOE, args, [x, router, gate, up, down, y], flops, bytes=moved)

@@ -1,0 +1,110 @@
+"""The executable meaning of the host's schedules: arrays are row-major bytes, programs run in the interpreter."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mapper.backend import Memories
+from mapper.errors import ExecutionFault
+from mapper.schedule.dtypes import dtype
+from mapper.schedule.tables import Int, Phase, Port, Schedule
+
+from mapper_host.packed import Packed, Span, merged, pack
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A program on memories: its tables, the bytes it leaves written, and the threads' barrier."""
+
+    packed: Packed
+    floats: npt.NDArray[np.float64]
+    written: list[Span]
+    barrier: Int
+    cycles: int
+
+
+@dataclass(eq=False)
+class HostSemantics:
+    """See mapper.backend.Semantics. Tables are prepared once per schedule, program and memories."""
+
+    _known: dict[tuple[int, int, str], tuple[Any, Any, Prepared]] = field(default_factory=dict)
+
+    def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
+        """Copy the array's bytes, in C order, into the port's buffer."""
+        memory, low, high = _where(schedule, port)
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if raw.size != high - low:
+            raise ExecutionFault(f"port {port.name}: {raw.size} bytes for a buffer of {high - low}")
+        memories.data(memory)[low:high] = raw
+        memories.written(memory)[low:high] = True
+
+    def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
+        """A copy of the port's array. Raises ExecutionFault on unwritten bytes."""
+        memory, low, high = _where(schedule, port)
+        flags = memories.written(memory)[low:high]
+        if not flags.all():
+            at = low + int(np.argmin(flags))
+            raise ExecutionFault(f"port {port.name}: byte {at} of its memory is read and was never written")
+        return memories.data(memory)[low:high].copy().view(dtype(port.dtype)).reshape(port.shape)
+
+    def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
+        """Execute a program in one call of the interpreter. Raises ExecutionFault."""
+        ready = self.prepare(schedule, phase, memories)
+        execute(ready)
+        for memory, low, high in ready.written:
+            memories.written(memory)[low:high] = True
+        return ready.cycles
+
+    def prepare(self, schedule: Schedule, phase: Phase, memories: Memories) -> Prepared:
+        """The tables of a program on these memories. Addresses are fixed, so what the steps read is known: the first
+        time, every read is checked to be of written bytes. Raises ExecutionFault naming the step."""
+        key = (id(schedule), id(memories), phase)
+        if key not in self._known or self._known[key][0]() is not schedule or self._known[key][1]() is not memories:
+            packed = pack(schedule, phase, memories)
+            _trace(packed, memories)
+            ready = Prepared(
+                packed, packed.floats, merged(packed.writes), np.zeros(2, np.int64), schedule.programs[phase].cycles
+            )
+            self._known[key] = (weakref.ref(schedule), weakref.ref(memories), ready)
+        return self._known[key][2]
+
+
+def execute(ready: Prepared) -> None:
+    """Run prepared tables. Raises ExecutionFault where data leads a step out of range."""
+    from mapper_host.interpreter import FAULTS, interpret, unpack
+
+    packed = ready.packed
+    result = interpret(packed.rows, packed.args, ready.floats, 0, len(packed.rows), 0, 1, ready.barrier)
+    if result:
+        step, fault = unpack(result)
+        raise ExecutionFault(f"{packed.names[step]}: {FAULTS[fault]}")
+
+
+def _trace(packed: Packed, memories: Memories) -> None:
+    """Walk the steps over the "written" flags. Raises ExecutionFault at the first read of an unwritten byte."""
+    flags: dict[int, npt.NDArray[np.bool_]] = {}
+    for i, (reads, writes) in enumerate(zip(packed.reads, packed.writes, strict=True)):
+        for memory, low, high in reads:
+            known = flags.setdefault(memory, memories.written(memory).copy())
+            if not known[low:high].all():
+                at = low + int(np.argmin(known[low:high]))
+                raise ExecutionFault(f"{packed.names[i]}: byte {at} of memory {memory} is read and was never written")
+        for memory, low, high in writes:
+            flags.setdefault(memory, memories.written(memory).copy())[low:high] = True
+
+
+def _where(schedule: Schedule, port: Port) -> Span:
+    if len(port.buffers) != 1 or port.layout != "row-major":
+        raise ExecutionFault(f"port {port.name}: not one row-major buffer")
+    row = schedule.buffers.slice(port.buffers[0], 1)
+    memory, offset, size = (int(row.column(c)[0].as_py()) for c in ("memory", "offset", "bytes"))
+    if math.prod(port.shape) * dtype(port.dtype).itemsize != size:
+        raise ExecutionFault(f"port {port.name}: its buffer has {size} bytes")
+    return memory, offset, offset + size

@@ -1,0 +1,87 @@
+"""Operations and weight bytes of IR ops on the host: what any lowering must do, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp
+from mapper.ir.weights import WeightSymbol
+
+_PRODUCTS = {
+    "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
+}  # fmt: skip
+_ELEMENT = 4
+"""Bytes of a weight as the kernels read it (float32)."""
+
+
+def flops_of(graph: Graph, op: DataflowOp) -> int:
+    """Multiply-adds (two operations each) of the matrix products of an op; 0 for what has none."""
+    if op.mnemonic in _PRODUCTS:
+        rows = math.prod(op.operand_shape(0)[:-1])
+        return sum(2 * rows * _elements(graph, op, name) for name in _PRODUCTS[op.mnemonic])
+    if op.mnemonic in ("cached_attention", "attention"):
+        b, h, s, d = op.operand_shape(0)
+        keys, dv = op.operand_shape(1)[2], op.operand_shape(2)[3]
+        return 2 * b * h * s * keys * (d + dv)
+    if op.mnemonic == "matmul":
+        return 2 * math.prod(op.result_shape()) * op.operand_shape(0)[-1]
+    if op.mnemonic == "conv":
+        return 2 * math.prod(op.result_shape()) * math.prod(op.operand_shape(1)[1:])
+    if op.mnemonic == "moe":
+        rows = math.prod(op.operand_shape(0)[:-1])
+        gate = _shape(graph, op, "gate")
+        return 2 * rows * (_elements(graph, op, "router") + op.attr("top_k") * 3 * gate[1] * gate[2])
+    return 0
+
+
+def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
+    """Bytes of weights that an op must read at least, as float32."""
+    if op.mnemonic in ("embed", "embed_at"):
+        return 0 if not op.result_shape() else _ELEMENT * op.result_shape()[-1]
+    if op.mnemonic == "rope_at":
+        return _ELEMENT * op.operand_shape(0)[2] * op.attr("rotary_dim")
+    if op.mnemonic == "moe":
+        gate = _shape(graph, op, "gate")
+        return _ELEMENT * (_elements(graph, op, "router") + op.attr("top_k") * 3 * gate[1] * gate[2])
+    if op.mnemonic in ("constant", "load"):
+        return 0
+    return sum(_ELEMENT * _elements(graph, op, name) for name in op.weights())
+
+
+def _symbol(graph: Graph, op: DataflowOp, name: str) -> WeightSymbol:
+    found = graph.weight(op, name)
+    assert found is not None
+    return found
+
+
+def _shape(graph: Graph, op: DataflowOp, name: str) -> tuple[int, ...]:
+    return tuple(_symbol(graph, op, name).shape)
+
+
+def _elements(graph: Graph, op: DataflowOp, name: str) -> int:
+    return math.prod(_shape(graph, op, name))
+
+
+def graph_flops(graph: Graph) -> int:
+    """Multiply-add operations of one run of a static graph."""
+    return sum(s.count * sum(flops_of(graph, op) for op in s.ops) for s in graph.sections())
+
+
+def graph_weight_bytes(graph: Graph) -> int:
+    """Weight bytes that one run of a static graph reads at least; a weight that two ops share counts once."""
+    seen: dict[str, int] = {}
+    rows = 0
+    for section in graph.sections():
+        for op in section.ops:
+            whole = sum(_ELEMENT * _elements(graph, op, n) for n in op.weights())
+            if op.mnemonic in ("constant", "load") or weight_bytes_of(graph, op) < whole:
+                rows += section.count * weight_bytes_of(graph, op)
+                continue
+            for name in op.weights():
+                slot = op.attr(name)
+                for symbol in section.table.get(slot, (slot,)):
+                    seen[symbol] = _ELEMENT * math.prod(graph.weights[symbol].shape)
+    return rows + sum(seen.values())
+
+

@@ -1,0 +1,209 @@
+"""From timed programs to the schedule's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp
+from mapper.machine import Machine
+from mapper.schedule.tables import (
+    BINDING_SCHEMA,
+    BUFFER_SCHEMA,
+    OP_SCHEMA,
+    Block,
+    Int,
+    ModelRef,
+    Phase,
+    Program,
+    Request,
+    Schedule,
+    StepTable,
+    step_table,
+)
+from mapper_lpu.isa import LANES, OPCODES, ROWS, UNITS
+from mapper_lpu.lower import Lowered
+from mapper_lpu.program import Timed
+from mapper_lpu.storage import Storage
+from mapper_lpu.template import Instruction
+
+_OPCODE = {name: number for number, name in enumerate(OPCODES)}
+_MEM_UNITS = 88
+
+
+def _steps(instructions: Sequence[Instruction]) -> StepTable:
+    ordered = sorted(instructions, key=lambda i: (i.cycle, i.unit, i.opcode, i.args))
+    args = [i.args for i in ordered]
+    flat = np.array([n for a in args for n in a], np.int64)
+    offsets = np.concatenate([[0], np.cumsum([len(a) for a in args])]).astype(np.int64)
+
+    def slices(mode: int) -> tuple[Int, Int, Int, Int]:
+        chosen = [i for i in ordered if i.mode == mode]
+        ends = np.cumsum([i.mode == mode for i in ordered])
+        return (
+            np.concatenate([[0], ends]).astype(np.int64),
+            np.array([i.buffer for i in chosen], np.int64),
+            np.array([i.row * LANES for i in chosen], np.int64),
+            np.array([i.rows * LANES for i in chosen], np.int64),
+        )
+
+    return step_table(
+        [i.cycle for i in ordered],
+        [i.duration for i in ordered],
+        [i.unit for i in ordered],
+        [_OPCODE[i.opcode] for i in ordered],
+        (offsets, flat),
+        slices(1),
+        slices(2),
+        [i.ir for i in ordered],
+        [LANES if i.mode else 0 for i in ordered],
+        [i.flops for i in ordered],
+    )
+
+
+def _bindings(lowered: Lowered, steps: StepTable, repeat: int) -> pa.Table | None:
+    used = set(steps.slices("reads")[1].tolist()) | set(steps.slices("writes")[1].tolist())
+    rows = [
+        (slot, r, buffers[r])
+        for slot, buffers in sorted(lowered.bindings.items())
+        if slot in used
+        for r in range(repeat)
+        if buffers[r] != slot
+    ]
+    if not rows:
+        return None
+    columns = list(zip(*rows, strict=True))
+    return pa.table({n: list(c) for n, c in zip(BINDING_SCHEMA.names, columns, strict=True)}, BINDING_SCHEMA)
+
+
+def program(phase: Phase, lowered: Lowered) -> Program:
+    """The blocks of one phase."""
+    timed = lowered.timed[phase]
+    body = _steps(timed.body)
+    blocks = [
+        Block("before", _steps(timed.before)),
+        Block(
+            "layer", body, timed.start, timed.repeat, timed.period, _bindings(lowered, body, timed.repeat)
+        ),
+        Block("after", _steps(timed.after)),
+    ]
+    return Program(phase, tuple(blocks), timed.end, lowered.decoders[phase].tokens)
+
+
+def _lifetimes(storage: Storage, timed: Mapping[str, Timed]) -> tuple[list[int], list[int]]:
+    """First and last cycle of every temporary in its program; -1, -1 for what stays."""
+    first, last = [-1] * len(storage.memory), [-1] * len(storage.memory)
+    for part in timed.values():
+        shift = part.start + (part.repeat - 1) * part.period
+        for instructions, low, high in ((part.before, 0, 0), (part.body, part.start, shift), (part.after, 0, 0)):
+            for i in instructions:
+                if i.mode and storage.temporary[i.buffer]:
+                    begin, end = i.cycle + low, i.cycle + high + 1
+                    first[i.buffer] = begin if first[i.buffer] < 0 else min(first[i.buffer], begin)
+                    last[i.buffer] = max(last[i.buffer], end)
+    return first, last
+
+
+def buffers(lowered: Lowered) -> pa.Table:
+    """The buffer table."""
+    storage = lowered.storage
+    first, last = _lifetimes(storage, lowered.timed)
+    outputs = {b for p in storage.ports if p.kind == "output" for b in p.buffers}
+    return pa.table(
+        {
+            "memory": storage.memory,
+            "offset": storage.offset,
+            "bytes": storage.bytes,
+            "value": storage.value,
+            "first": first,
+            "last": [-1 if b in outputs else end for b, end in enumerate(last)],
+            "program": storage.program,
+        },
+        BUFFER_SCHEMA,
+    )
+
+
+def number_ops(graphs: Mapping[str, Graph]) -> tuple[dict[str, dict[DataflowOp, int]], list[tuple[str, DataflowOp, int]]]:
+    """Row numbers of the ops table per phase, and the rows as (phase, op, repeat)."""
+    ids: dict[str, dict[DataflowOp, int]] = {}
+    rows: list[tuple[str, DataflowOp, int]] = []
+    for phase, graph in graphs.items():
+        ids[phase] = {}
+        for section in graph.sections():
+            for op in section.ops:
+                if op.mnemonic not in ("output", "yield"):
+                    ids[phase][op] = len(rows)
+                    rows.append((phase, op, section.count))
+    return ids, rows
+
+
+def ops(
+    rows: Sequence[tuple[str, DataflowOp, int]], ids: Mapping[str, Mapping[DataflowOp, int]], graphs: Mapping[str, Graph]
+) -> pa.Table:
+    """The ops table."""
+    from mapper.ir.cost import flops, weight_bytes
+
+    table: dict[str, list[Any]] = {name: [] for name in OP_SCHEMA.names}
+    for number, (phase, op, repeat) in enumerate(rows):
+        values = {
+            "program": phase,
+            "id": number,
+            "kind": op.mnemonic,
+            "name": op.node or op.mnemonic,
+            "repetition": 0,
+            "repeat": repeat,
+            "operands": [ids[phase].get(p, -1) if p is not None else -1 for p in op.producers()],
+            "shape": list(op.result_shape()),
+            "flops": flops(op).value,
+            "weight_bytes": weight_bytes(op, graphs[phase], "f16").value,
+        }
+        for name, value in values.items():
+            table[name].append(value)
+    return pa.table(table, OP_SCHEMA)
+
+
+def assemble(
+    graph: Graph,
+    machine: Machine,
+    request: Request,
+    lowered: Lowered,
+    op_table: pa.Table,
+    model: ModelRef,
+    plan: dict[str, Any],
+) -> Schedule:
+    """The whole schedule."""
+    weights: dict[str, Any] = {}
+    constants = dict(lowered.weights.constants)
+    for name in sorted(lowered.weights.symbols):
+        symbol = lowered.weights.symbols[name]
+        weights[name] = {
+            "file": symbol.file,
+            "offset": symbol.offset,
+            "bytes": symbol.bytes,
+            "dtype": symbol.dtype,
+            "shape": list(symbol.shape),
+        }
+    return Schedule(
+        target="lpu",
+        machine=machine.name,
+        machine_toml=machine.text,
+        chips=1,
+        request=request,
+        model=model,
+        clock_hz=machine.value("chip.clock"),
+        units=UNITS,
+        memories=tuple((name, ROWS * LANES) for name in UNITS[:_MEM_UNITS]),
+        opcodes=OPCODES,
+        programs={phase: program(phase, lowered) for phase in request.phases},
+        buffers=buffers(lowered),
+        ops=op_table,
+        ports=tuple(lowered.storage.ports),
+        weights=weights,
+        constants=constants,
+        roles=graph.roles,
+        plan=plan,
+    )

@@ -1,0 +1,183 @@
+"""`mapper --help` stays quick because it imports nothing heavy; usage errors are one line and exit with 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+HEAVY = [
+    "numpy",
+    "pyarrow",
+    "numba",
+    "llvmlite",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "xdsl",
+    "pydantic",
+    "tokenizers",
+    "jinja2",
+    "torch",
+    "pandas",
+    "rich",
+    "mapper.driver",
+    "mapper.backend",
+    "mapper.schedule.tables",
+]
+COMMANDS = ["compile", "verify", "check", "inspect", "run", "opt", "explain", "report", "targets", "machines"]
+
+
+def mapper(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mapper", *args], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"COLUMNS": "200"} | env, check=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> Done:
+    """The command in this process: quicker than `mapper`, for what does not depend on a fresh one."""
+    from mapper.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["mapper", *args])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert isinstance(stop.value.code, int)
+    return Done(stop.value.code, *capsys.readouterr())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from mapper.cli import main; sys.argv = ['mapper', '--help']\n"
+        "try: main()\nexcept SystemExit as e: code = e.code\n"
+        f"print('LOADED', code, [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "LOADED 0 []"
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+
+
+def test_help_is_quick() -> None:
+    def once() -> float:
+        began = time.perf_counter()
+        assert mapper("--help").returncode == 0
+        return time.perf_counter() - began
+
+    once()  # byte code of a fresh checkout is compiled here
+    assert min(once() for _ in range(5)) <= 0.4
+
+
+def test_import_of_the_package_is_light() -> None:
+    code = f"import sys, mapper; assert mapper.MapperError; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert mapper("--version").stdout.strip() == f"mapper {version('inference-mapper')}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = inside(monkeypatch, capsys, command, "--help")
+    assert done.returncode == 0
+    assert f"mapper {command}" in done.stdout
+    assert "Example: mapper" in done.stdout or command == "machines"
+
+
+USAGE = {
+    "no such command": ["frobnicate"],
+    "no such option": ["compile", "x.onnx", "--target", "host", "--frobnicate"],
+    "no model": ["compile", "--target", "host"],
+    "no target": ["compile", "x.onnx"],
+    "unknown target": ["compile", "x.onnx", "--target", "abacus"],
+    "unknown machine": ["compile", "x.onnx", "--target", "host", "--machine", "abacus"],
+    "word for a number": ["compile", "x.onnx", "--target", "host", "--batch", "two"],
+    "zero batch": ["compile", "x.onnx", "--target", "host", "--batch", "0"],
+    "no chips": ["compile", "x.onnx", "--target", "host", "--chips", "many"],
+    "prompt beyond context": ["compile", "x.onnx", "--target", "host", "--prompt", "9", "--context", "8"],
+    "no such phase": ["compile", "x.onnx", "--target", "host", "--phase", "reverse"],
+    "no such schedule": ["check", "nowhere"],
+    "neither prompt nor ids": ["run", "x.onnx"],
+    "ids that are words": ["run", "x.onnx", "--ids", "a,b"],
+    "calibrate without target": ["machines", "calibrate"],
+    "calibrate what cannot be": ["machines", "calibrate", "lpu"],
+    "no such machine": ["machines", "show", "abacus"],
+}
+
+
+@pytest.mark.parametrize("args", USAGE.values(), ids=USAGE.keys())
+def test_usage_errors_are_one_line_and_exit_2(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = inside(monkeypatch, capsys, *args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("mapper: ")
+
+
+def test_no_arguments_prints_help() -> None:
+    assert mapper().stdout == mapper("--help").stdout
+
+
+def test_a_bug_is_one_line_and_exits_70() -> None:
+    code = (
+        "import sys, mapper.cli as c\n"
+        "c.app.registered_commands.clear()\n"
+        "@c.app.command('boom')\ndef boom():\n    raise ZeroDivisionError('two\\nlines')\n"
+        "sys.argv = ['mapper', 'boom']; c.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 70
+    assert len(done.stderr.splitlines()) == 1
+    assert "bug: ZeroDivisionError: two lines" in done.stderr
+    debug = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"MAPPER_DEBUG": "1"},
+    )  # fmt: skip
+    assert "Traceback" in debug.stderr
+
+
+def test_interrupt_exits_130() -> None:
+    code = (
+        "import sys, mapper.cli as c\n"
+        "@c.app.command('wait')\ndef wait():\n    raise KeyboardInterrupt\n"
+        "sys.argv = ['mapper', 'wait']; c.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "mapper: interrupted\n")
+
+
+def test_broken_pipe_is_silent() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m mapper compile --help | true; echo ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", str(128 + signal.SIGPIPE))
