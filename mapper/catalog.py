@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from mapper import backend
+from mapper import backend as targets
+from mapper.backend import Backend
 from mapper.errors import MachineError, MapperError, UsageError
 from mapper.machine import Machine, find, parse, read, user_folder
 
@@ -23,9 +24,9 @@ class Calibrates(Protocol):
 
 def machine_files(target: str | None = None) -> Iterator[Path]:
     """Machine files that installed targets ship, or `target` alone does. Broken targets are left out."""
-    for name in [target] if target is not None else backend.discover():
+    for name in [target] if target is not None else targets.discover():
         try:
-            yield from sorted(backend.load(name).machine_files())
+            yield from sorted(targets.load(name).machine_files())
         except MapperError:
             if target is not None:
                 raise
@@ -45,9 +46,23 @@ def machine(name: str) -> Machine:
     return find(name, machine_files())
 
 
+def machine_for(backend: Backend, wanted: str | Path | Machine | None = None) -> Machine:
+    """The machine asked for; else the user's calibrated one (named like the target), else the default.
+
+    Raises MachineError, and UsageError where the machine is another target's.
+    """
+    if wanted is None:
+        calibrated = user_folder() / f"{backend.name}.toml"
+        wanted = calibrated if calibrated.is_file() else backend.default_machine
+    found = wanted if isinstance(wanted, Machine) else find(str(wanted), backend.machine_files())
+    if found.target != backend.name:
+        raise UsageError(f"machine {found.name!r} is for target {found.target!r}, not {backend.name!r}")
+    return found
+
+
 def calibrate(target: str) -> tuple[Machine, Path]:
     """Measure this computer for `target`, write a machine file to the user's folder; machine and file."""
-    found = backend.load(target)
+    found = targets.load(target)
     if not isinstance(found, Calibrates):
         raise UsageError(f"target {target!r} cannot be calibrated: its machine is not this computer")
     text = found.calibrate()

@@ -163,8 +163,8 @@ def check(schedule: Dir, as_json: Json = False) -> None:
 @app.command(epilog="Example: mapper inspect examples/tiny-llama-op18.onnx")
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show what was recognised in a model. Layers, widths, heads, attention, masks, RoPE, norms, MLP, KV."""
-    from mapper.frontend import inspect as recognised
-    from mapper.frontend import load
+    from mapper.frontend.inspect import inspect as recognised
+    from mapper.frontend.load import load
 
     with _working(f"reading {model}"):
         record = recognised(load(model))
@@ -230,7 +230,7 @@ def opt(
     """Run passes over the IR and print it. The IR is verified after each pass."""
     from mapper.driver import optimise
 
-    text = optimise(file, passes)
+    text = optimise(file, passes).print()
     if out is None:
         sys.stdout.write(text)
     else:
@@ -272,7 +272,7 @@ def report(
     for folder in schedules:
         with _working(f"reading {folder}"):
             described = driver.describe(folder)
-            found = driver.verify(folder, tokens=tokens) if verified else None
+            found = driver.verify(folder, tokens=tokens).record() if verified else None
         entries.append(Entry(described, found))
     print(write(entries, out))
 

@@ -108,13 +108,13 @@ def stream(model: Path, ids: Sequence[int], tokens: int) -> Decoding:
 
     Raises MapperError like `mapper.compile`; UsageError for ids outside of the vocabulary.
     """
-    from mapper import driver
+    from mapper import driver, execution
 
-    done = driver.build(model, driver.HOST, context=len(ids) + tokens, prompt=len(ids))
+    done = driver.build(model, execution.HOST, context=len(ids) + tokens, prompt=len(ids))
     done.report.raise_first()
     vocabulary = next(p.shape[-1] for p in done.schedule.ports if p.name == "logits")
     if not all(0 <= i < vocabulary for i in ids):
         raise UsageError(f"token ids must be 0 to {vocabulary - 1}")
     phases = done.result.phases
-    session = driver.session(done.schedule, model)
+    session = execution.session(done.schedule, model)
     return Decoding(session, done.schedule, phases["prefill"], phases["decode"], tuple(ids), tokens)

@@ -7,25 +7,25 @@ runs graphs. Heavy modules are imported where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mapper import backend as targets
-from mapper.bounds import Bound, tightest
-from mapper.errors import CheckFailedError, ScheduleError, UsageError
-from mapper.machine import Machine, find, parse, user_folder
+from mapper.catalog import machine_for
+from mapper.cost.estimate import Result, result, with_bounds
+from mapper.errors import CheckFailedError, UsageError
+from mapper.machine import Machine, parse
 
 if TYPE_CHECKING:
-    from mapper.backend import Backend
-    from mapper.cost.estimate import Estimate, Result
+    from mapper.backend import Array, Backend
     from mapper.ir.graph import Graph
+    from mapper.runtime.verify import Verification
     from mapper.schedule.checks import Violation
     from mapper.schedule.tables import Phase, Request, Schedule
 
 PhaseChoice = Literal["decode", "prefill", "both"]
-HOST = "host"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Compiled:
 
 def load(path: str | Path) -> Graph:
     """The graph of an ONNX file. Raises ModelError, UnsupportedModelError."""
-    from mapper.frontend import load as load_onnx
+    from mapper.frontend.load import load as load_onnx
 
     return load_onnx(path)
 
@@ -113,20 +113,20 @@ def build(
 ) -> Compiled:
     """Like `compile`, with checks, times, bands and bounds; a failed check is reported, not raised."""
     backend = targets.load(target)
-    chip = _machine(backend, machine)
+    chip = machine_for(backend, machine)
     request = _request(phase, batch, context, prompt, weights, chips)
     folder = _free(out)
     graph = load(model) if isinstance(model, str | Path) else model
     bounds = backend.bounds(graph, chip, request)
-    schedule = _noted(backend.lower(graph, chip, request), bounds)
+    schedule = with_bounds(backend.lower(graph, chip, request), bounds)
     report = _check(backend, schedule)
-    result = _result(backend, schedule, chip, report)
+    said = result(backend, schedule, chip, report.checks)
     if folder is not None and report.ok:
         from mapper.schedule.store import save
 
         save(schedule, folder, backend.artifacts(schedule))
-        result = replace(result, schedule_dir=str(out))
-    return Compiled(schedule, report, result)
+        said = replace(said, schedule_dir=str(out))
+    return Compiled(schedule, report, said)
 
 
 def check(schedule_dir: str | Path) -> CheckReport:
@@ -140,8 +140,8 @@ def describe(schedule_dir: str | Path) -> Compiled:
     schedule = _open(schedule_dir)
     backend = targets.load(schedule.target)
     report = _check(backend, schedule)
-    result = _result(backend, schedule, parse(schedule.machine_toml, schedule.machine), report)
-    return Compiled(schedule, report, replace(result, schedule_dir=str(schedule_dir)))
+    said = result(backend, schedule, parse(schedule.machine_toml, schedule.machine), report.checks)
+    return Compiled(schedule, report, replace(said, schedule_dir=str(schedule_dir)))
 
 
 def _check(backend: Backend, schedule: Schedule) -> CheckReport:
@@ -155,17 +155,6 @@ def _open(schedule_dir: str | Path) -> Schedule:
     from mapper.schedule.store import load as load_schedule
 
     return load_schedule(Path(schedule_dir))
-
-
-def _machine(backend: Backend, machine: str | Path | Machine | None) -> Machine:
-    """The machine asked for; else the user's calibrated one (named like the target), else the default."""
-    if machine is None:
-        calibrated = user_folder() / f"{backend.name}.toml"
-        machine = calibrated if calibrated.is_file() else backend.default_machine
-    found = machine if isinstance(machine, Machine) else find(str(machine), backend.machine_files())
-    if found.target != backend.name:
-        raise UsageError(f"machine {found.name!r} is for target {found.target!r}, not {backend.name!r}")
-    return found
 
 
 def _request(
@@ -198,44 +187,78 @@ def _free(out: str | Path | None) -> Path | None:
     return folder
 
 
-def _noted(schedule: Schedule, bounds: Mapping[Phase, Sequence[Bound]]) -> Schedule:
-    """The schedule with its bounds on record: they come from the graph, which a schedule does not hold."""
-    record = {
-        phase: [{"name": b.name, "seconds": b.seconds, "why": b.why} for b in found]
-        for phase, found in bounds.items()
-    }
-    return replace(schedule, provenance={**(schedule.provenance or {}), "bounds": record})
+def execute(
+    schedule_dir: str | Path, inputs: Mapping[str, Array], model: str | Path | None = None
+) -> dict[str, Array]:
+    """Execute a schedule on disk on the model's own inputs, by their ONNX names; its outputs by theirs.
+
+    The schedule assumes no padding: masks must be ones, positions must follow on the cache. Raises
+    UsageError, ScheduleError, WeightsMissingError, ExecutionFault.
+    """
+    from mapper.execution import session
+    from mapper.runtime.inputs import execute as execute_inputs
+
+    return execute_inputs(session(_open(schedule_dir), model), inputs)
 
 
-def bounds_of(schedule: Schedule) -> dict[str, tuple[Bound, ...]]:
-    """The lower bounds that `build` put on record. Raises ScheduleError where there are none."""
-    try:
-        record = schedule.provenance["bounds"]
-        return {phase: tuple(Bound(**b) for b in found) for phase, found in record.items()}
-    except (TypeError, KeyError) as error:
-        raise ScheduleError("the schedule holds no bounds; it was not made by mapper.compile") from error
+def verify(
+    schedule_dir: str | Path,
+    model: str | Path | None = None,
+    inputs: str | Path | None = None,
+    tokens: int = 16,
+) -> Verification:
+    """Execute a schedule from disk beside onnxruntime: a prompt, then `tokens` greedy steps, all compared.
 
+    The prompt is the token ids in the .npz file `inputs`, or a fixed seeded one. Targets that compute in
+    float32 are compared with onnxruntime; others as `mapper.judge` says. `tokens` beyond the context are cut.
+    """
+    from mapper import execution
+    from mapper.runtime import verify as runtime
+    from mapper.runtime.inputs import interface, states
+    from mapper.runtime.oracle import oracle
 
-def _result(backend: Backend, schedule: Schedule, machine: Machine, report: CheckReport) -> Result:
-    from mapper.cost.bands import bands
-    from mapper.cost.estimate import Estimate, Result, loads, step_count
-
-    bounds = bounds_of(schedule)
-    phases: dict[str, Estimate] = {}
-    for phase, band in sorted(bands(backend, schedule, machine).items()):
-        program = schedule.programs[phase]
-        phases[phase] = Estimate(
-            band.time_s, band.low_s, band.high_s, tightest(bounds[phase]), schedule.request.batch, program.sequence,
-            step_count(program), band.influences, loads(schedule, program),
-        )  # fmt: skip
-    model = schedule.model
-    return Result(
-        schedule.target,
-        schedule.machine,
-        schedule.chips,
-        model.params,
-        model.layers,
-        phases,
-        report.checks,
-        None,
+    if tokens < 0:
+        raise UsageError(f"tokens must not be negative, and is {tokens}")
+    schedule = _open(schedule_dir)
+    path, names = execution.model_file(schedule, model), interface(schedule.roles)
+    prompt = (
+        runtime.seeded_prompt(schedule)
+        if inputs is None
+        else execution.prompt_in(Path(inputs), names.token_ids)
     )
+    beside = oracle(path, names, states(schedule))
+    judge = execution.judge_for(schedule, path, names)
+    steps = min(tokens, max(schedule.request.context - prompt.shape[1], 0))
+    return runtime.verify(execution.session(schedule, model), beside, judge, steps, prompt)
+
+
+def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The graph's outputs for its own inputs, both by their ONNX names, on the host target's kernels.
+
+    The graph is specialised to the inputs' shapes; what was lowered for some shapes is kept.
+    """
+    from mapper.execution import loaded
+
+    return loaded(graph, inputs).run("prefill", inputs)
+
+
+def optimise(file: str | Path, passes: str) -> Graph:
+    """The graph of an ONNX file, or of IR text (any other file; "-" is standard input), after some passes."""
+    from mapper.ir.graph import Graph
+    from mapper.passes.pipeline import run as run_passes
+
+    path = Path(file)
+    if path.suffix == ".onnx" or path.is_dir():
+        graph = load(path)
+    else:
+        graph = Graph.parse(_text(path), path, path.parent)
+    return run_passes(graph, passes) if passes else graph
+
+
+def _text(path: Path) -> str:
+    import sys
+
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error

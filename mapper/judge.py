@@ -21,13 +21,14 @@ from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp
 from mapper.ir.reference import bind_symbols, evaluate, evaluate_op
 from mapper.ir.reference_transformer import position_mask
+from mapper.ir.transformer import AttentionOp
 from mapper.ir.types import Array
 from mapper.passes.unroll import Unroll
 from mapper.runtime.inputs import Entry, Interface
 from mapper.runtime.verify import Wanted
 
 SLACK = 4.0
-"""A target may be this much less exact than NumPy in its formats: its sums run in another order, its exp..."""
+"""A target may be this much less exact than NumPy in its formats: another order of sums, its own exp."""
 
 _GELU = math.sqrt(2 / math.pi)
 ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
@@ -70,7 +71,8 @@ class FormatJudge:
     @property
     def rule(self) -> str:
         """See Judge."""
-        return f"error against float64 at most {self.slack:g} x that of NumPy with {self.formats.matmul} products"
+        kind = self.formats.matmul
+        return f"error against float64 at most {self.slack:g} x that of NumPy with {kind} products"
 
     @cached_property
     def forward(self) -> StoredForward:
@@ -84,11 +86,15 @@ class FormatJudge:
         stored = self.forward.run(self._inputs(ids, past, self._stored), names)
         presents = self.interface.present.items()
         self._exact = {e: self.interface.to_state(exact[n]) for e, n in presents}
-        self._stored = {e: self.interface.to_state(stored[n]) for e, n in presents}
+        self._stored = {e: self._cached(e, self.interface.to_state(stored[n])) for e, n in presents}
         wanted = {e: self._exact[e][:, :, past:] for e in entries}
         allowed = {e: self._allowed(self._stored[e][:, :, past:], wanted[e]) for e in entries}
         name = self.interface.logits
         return Wanted(exact[name], wanted, self._allowed(stored[name], exact[name]), allowed)
+
+    def _cached(self, entry: Entry, array: Array) -> Array:
+        kept = self.formats.key_cache if entry[0] == "key" else self.formats.value_cache
+        return self.formats.narrow(array, kept)
 
     def _allowed(self, stored: Array, exact: Array) -> float:
         return self.slack * float(np.abs(stored - exact).max(initial=0.0))
@@ -146,7 +152,7 @@ class StoredForward:
                 up = self._product(op, args[0], "up", "up_bias", "up_transposed")
                 inner = np.asarray(ACTIVATIONS[op.attr("act")](up))
                 return [self._product(op, inner, "down", "down_bias", "down_transposed")]
-            case "attention" if op.attr("slopes") is None and not op.attr("softcap"):
+            case "attention" if isinstance(op, AttentionOp) and _plain(op):
                 return [self._attention(op, *args[:3])]
         return evaluate_op(op, args, self._weight, symbols)
 
@@ -172,3 +178,7 @@ class StoredForward:
         scores = np.where(seen, scores, np.float32(-np.inf))
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         return np.asarray(shares / shares.sum(-1, keepdims=True) @ values)
+
+
+def _plain(op: AttentionOp) -> bool:
+    return op.attr("slopes") is None and not op.attr("softcap") and op.sinks is None

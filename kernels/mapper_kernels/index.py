@@ -17,33 +17,37 @@ ADD, MUL, MAX, MIN = 1, 2, 3, 4
 
 
 @jit
+def _reversed(source: int, target: int, size: int, n: int, from_step: int, to_step: int) -> None:
+    """`move` with a negative step: byte by byte, because compiled code takes negative indices from the end."""
+    for i in range(n):
+        a, b = u8(source + i * from_step * size, size), u8(target + i * to_step * size, size)
+        for j in range(size):
+            b[j] = a[j]
+
+
+@jit
+def _strided(a: Any, b: Any, n: int, from_step: int, to_step: int) -> None:
+    for i in range(n):
+        b[i * to_step] = a[i * from_step]
+
+
+@jit
 def move(source: int, target: int, size: int, n: int, from_step: int, to_step: int) -> None:
-    """Copy n items of `size` bytes from address `source` to `target`; steps in items (to_step >= 0)."""
-    if from_step < 0:
-        for i in range(n):
-            move(source + i * from_step * size, target + i * to_step * size, size, 1, 1, 1)
-        return
-    if size == 4:
-        a4, b4 = u32(source, n), u32(target, n)
-        if from_step == 1 and to_step == 1:
-            for i in range(n):
-                b4[i] = a4[i]
-        else:
-            a4, b4 = u32(source, n * from_step + 1), u32(target, n * to_step + 1)
-            for i in range(n):
-                b4[i * to_step] = a4[i * from_step]
+    """Copy n items of `size` bytes from address `source` to `target`; steps in items."""
+    if from_step == 1 and to_step == 1:
+        a, b = u8(source, n * size), u8(target, n * size)
+        for i in range(n * size):
+            b[i] = a[i]
+    elif from_step < 0 or to_step < 0:
+        _reversed(source, target, size, n, from_step, to_step)
+    elif size == 4:
+        _strided(u32(source, n * from_step + 1), u32(target, n * to_step + 1), n, from_step, to_step)
     elif size == 8:
-        a8, b8 = u64(source, n * from_step + 1), u64(target, n * to_step + 1)
-        for i in range(n):
-            b8[i * to_step] = a8[i * from_step]
+        _strided(u64(source, n * from_step + 1), u64(target, n * to_step + 1), n, from_step, to_step)
     elif size == 2:
-        a2, b2 = u16(source, n * from_step + 1), u16(target, n * to_step + 1)
-        for i in range(n):
-            b2[i * to_step] = a2[i * from_step]
+        _strided(u16(source, n * from_step + 1), u16(target, n * to_step + 1), n, from_step, to_step)
     else:
-        a1, b1 = u8(source, n * from_step + 1), u8(target, n * to_step + 1)
-        for i in range(n):
-            b1[i * to_step] = a1[i * from_step]
+        _strided(u8(source, n * from_step + 1), u8(target, n * to_step + 1), n, from_step, to_step)
 
 
 @jit

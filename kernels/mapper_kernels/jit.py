@@ -24,14 +24,21 @@ def digest(folder: Path) -> str:
     return state.hexdigest()
 
 
+def _compiled(function: F, **options: Any) -> F:
+    # private functions are called from compiled code only: without wrappers they compile faster
+    bare = function.__name__.startswith("_") or "forceinline" in options
+    wrappers = {"no_cpython_wrapper": bare, "no_cfunc_wrapper": True}
+    return cast(F, numba.njit(error_model="numpy", **wrappers, **options)(function))
+
+
 def jit(function: F) -> F:
     """Compile with exact floating-point semantics. Not cached on its own: it is linked into its callers."""
-    return cast(F, numba.njit(error_model="numpy")(function))
+    return _compiled(function)
 
 
 def fast(function: F) -> F:
     """Compile with reassociation and fused multiply-add (SAFE). Not cached on its own."""
-    return cast(F, numba.njit(fastmath=SAFE, error_model="numpy")(function))
+    return _compiled(function, fastmath=SAFE)
 
 
 def entry(*folders: Path) -> Callable[[F], F]:
@@ -54,4 +61,4 @@ def entry(*folders: Path) -> Callable[[F], F]:
 
 def inline(function: F) -> F:
     """Compile and always inline into the caller: for tiny functions in hot loops."""
-    return cast(F, numba.njit(fastmath=SAFE, error_model="numpy", forceinline=True)(function))
+    return _compiled(function, fastmath=SAFE, forceinline=True)

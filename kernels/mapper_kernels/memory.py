@@ -87,6 +87,17 @@ def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_max(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] = max(array[index], value) on a 1-d int64 array, sequentially consistent; the value before."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("max", builder.gep(data, [args[1]]), args[2], "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), build
+
+
+@intrinsic
 def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
     """array[index] of a 1-d int64 array, sequentially consistent."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mapper.bounds import Bound
-from mapper.cost.bands import Influence
+from mapper.bounds import Bound, tightest
+from mapper.cost.bands import Influence, Retimes, bands
+from mapper.errors import ScheduleError
+from mapper.machine import Machine
 
 if TYPE_CHECKING:
-    from mapper.schedule.tables import Program, Schedule
+    from mapper.schedule.tables import Phase, Program, Schedule
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,51 @@ def loads(schedule: Schedule, program: Program) -> tuple[UnitLoad, ...]:
 def step_count(program: Program) -> int:
     """Steps that one run of `program` executes."""
     return sum(len(block.steps) * block.repeat for block in program.blocks)
+
+
+def with_bounds(schedule: Schedule, bounds: Mapping[Phase, Sequence[Bound]]) -> Schedule:
+    """The schedule with its bounds on record: they come from the graph, which a schedule does not hold."""
+    record = {
+        phase: [{"name": b.name, "seconds": b.seconds, "why": b.why} for b in found]
+        for phase, found in bounds.items()
+    }
+    return replace(schedule, provenance={**(schedule.provenance or {}), "bounds": record})
+
+
+def bounds_of(schedule: Schedule) -> dict[str, tuple[Bound, ...]]:
+    """The lower bounds on record. Raises ScheduleError where there are none."""
+    try:
+        record = schedule.provenance["bounds"]
+        return {phase: tuple(Bound(**b) for b in found) for phase, found in record.items()}
+    except (TypeError, KeyError) as error:
+        raise ScheduleError("the schedule holds no bounds; it was not made by mapper.compile") from error
+
+
+def result(backend: Retimes, schedule: Schedule, machine: Machine, checks: Mapping[str, bool]) -> Result:
+    """What there is to say of a schedule that holds its bounds."""
+    bounds = bounds_of(schedule)
+    phases: dict[str, Estimate] = {}
+    for phase, band in sorted(bands(backend, schedule, machine).items()):
+        program = schedule.programs[phase]
+        phases[phase] = Estimate(
+            time_s=band.time_s,
+            low_s=band.low_s,
+            high_s=band.high_s,
+            bound=tightest(bounds[phase]),
+            batch=schedule.request.batch,
+            tokens=program.sequence,
+            steps=step_count(program),
+            influences=band.influences,
+            loads=loads(schedule, program),
+        )
+    model = schedule.model
+    return Result(
+        target=schedule.target,
+        machine=schedule.machine,
+        chips=schedule.chips,
+        params=model.params,
+        layers=model.layers,
+        phases=phases,
+        checks=checks,
+        schedule_dir=None,
+    )

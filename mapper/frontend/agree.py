@@ -14,7 +14,7 @@ import numpy as np
 
 from mapper.errors import MapperError
 from mapper.frontend.emit import Emitter
-from mapper.frontend.net import Array, Node, Value
+from mapper.frontend.net import Array, Node, Value, numpy_of
 from mapper.frontend.rewrite import Match
 from mapper.ir.builder import GraphBuilder
 from mapper.ir.reference import evaluate
@@ -110,11 +110,9 @@ class Probe:
         for index, leaf in enumerate(self.leaves):
             shape = (shapes or {}).get(id(leaf)) or tuple(d.evaluate(env) for d in leaf.dims)
             array = arrays[id(leaf)] if id(leaf) in arrays else random_array(leaf, shape, rng)
+            array = array.astype(numpy_of(leaf.dtype))
             if leaf.weight is not None:
-                dtype = leaf.dtype if leaf.dtype not in ("f16", "bf16") else "f32"
-                stand_in[id(leaf)] = WeightSymbol.of(
-                    f"w{index}", np.ascontiguousarray(array.astype(_plain(dtype)))
-                )
+                stand_in[id(leaf)] = WeightSymbol.of(f"w{index}", np.ascontiguousarray(array))
             else:
                 name = f"x{index}"
                 emitter.leaf(leaf, builder.input(name, TensorType.of(array.shape, leaf.dtype)))
@@ -127,12 +125,6 @@ class Probe:
         return [made[f"y{i}"] for i in range(len(results))]
 
 
-def _plain(dtype: str) -> str:
-    return {"f32": "float32", "f64": "float64", "i64": "int64", "i32": "int32", "bool": "bool"}.get(
-        dtype, "float32"
-    )
-
-
 @dataclass(eq=False)
 class Checker:
     """Verifies matches, each distinct structure once."""
@@ -143,6 +135,8 @@ class Checker:
         self, match: Match, shapes: Shapes | None = None, arrays: Mapping[int, Array] | None = None
     ) -> bool:
         """Whether the match's primitives equal its op. `shapes` may shrink leaves."""
+        if match.op != "embed" and match.inputs[0].dtype != match.out.dtype:
+            return False
         stop = match.bounds or match.inputs
         probe = Probe.of([match.out, *match.inputs], stop)
         key = self.key(match, probe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from mapper.frontend.net import Net, Node, Value, users
@@ -67,22 +67,20 @@ class View:
         """The nodes that read the value, each once."""
         return list({id(n): n for n, _ in self.readers.get(id(value), [])}.values())
 
-    def source(
+    def sources(
         self, out: Value, allowed: Collection[str], limit: int = 40
-    ) -> tuple[Value, list[Value]] | None:
-        """(the single data value that `out` is computed from through `allowed` ops, other values it reads).
-
-        The nearest such value; None where there is none within `limit` nodes.
-        """
+    ) -> Iterator[tuple[Value, list[Value]]]:
+        """(a single data value that `out` is computed from through `allowed` ops, other values read on the
+        way), nearest first, within `limit` nodes."""
         frontier: dict[int, Value] = {id(out): out}
         free: dict[int, Value] = {}
         for step in range(limit):
             if step and len(frontier) == 1:
-                return next(iter(frontier.values())), list(free.values())
+                yield next(iter(frontier.values())), list(free.values())
             last = max(frontier.values(), key=lambda v: self.order.get(id(v), -1))
             node = last.node
             if node is None or node.op not in allowed or len(node.outputs) != 1:
-                return None
+                return
             del frontier[id(last)]
             for value in node.inputs:
                 if self.is_data(value):
@@ -90,8 +88,7 @@ class View:
                 elif value.const is None:
                     free[id(value)] = value
             if not frontier:
-                return None
-        return None
+                return
 
 
 def forward(view: View, start: Value, accept: Callable[[Node], bool], steps: int) -> list[Value]:

@@ -6,7 +6,7 @@ from mapper.frontend.agree import Checker
 from mapper.frontend.cut import ELEMENTWISE, View, forward
 from mapper.frontend.net import Node, Value
 from mapper.frontend.rewrite import Match
-from mapper.frontend.symbols import strip_views, token_inputs
+from mapper.frontend.symbols import lookups, strip_views, token_inputs
 
 _SMALL = (5, 7)  # stand-in sizes of a matrix product: no attribute holds them
 KINDS = {
@@ -109,7 +109,7 @@ def activations(view: View, checker: Checker) -> list[Match]:
         if node.op not in KINDS or not view.is_data(node.outputs[0]):
             continue
         for out in forward(view, node.outputs[0], lambda n: n.op in ELEMENTWISE, 4):
-            match = None if id(out) in covered else _activation(view, checker, out, KINDS[node.op])
+            match = None if id(out) in covered else _activation(view, checker, out, node)
             if match is not None:
                 found[id(out)] = match
                 covered.add(id(out))
@@ -117,16 +117,18 @@ def activations(view: View, checker: Checker) -> list[Match]:
     return list(found.values())
 
 
-def _activation(view: View, checker: Checker, out: Value, kinds: tuple[str, ...]) -> Match | None:
-    cut = view.source(out, ELEMENTWISE, 16)
-    if cut is None or cut[1] or cut[0].dims != out.dims:
-        return None
-    small = {id(cut[0]): (2, 3, 8)[-cut[0].rank :] if cut[0].rank < 4 else None}
-    shapes = {k: v for k, v in small.items() if v}
-    for kind in kinds:
-        match = Match(out, "activation", ("x",), (cut[0],), {"kind": kind})
-        if checker.holds(match, shapes):
-            return match
+def _activation(view: View, checker: Checker, out: Value, anchor: Node) -> Match | None:
+    before = view.order[id(anchor.outputs[0])]
+    for x, free in view.sources(out, ELEMENTWISE, 16):
+        if free:
+            return None
+        if view.order.get(id(x), -1) >= before or x.dims != out.dims:
+            continue
+        shapes = {id(x): (2, 3, 8)[-x.rank :]} if x.rank < 4 else None
+        for kind in KINDS[anchor.op]:
+            match = Match(out, "activation", ("x",), (x,), {"kind": kind})
+            if checker.holds(match, shapes):
+                return match
     return None
 
 
@@ -193,7 +195,8 @@ def _shrunk(match: Match) -> dict[int, tuple[int, ...]]:
 
 def heads(view: View, checker: Checker) -> list[Match]:
     """The linear layer that makes the logits."""
-    tables = {n.inputs[1].dims[0] for n in view.nodes if n.op == "embed"}
+    tokens = token_inputs(view.net, view.nodes)
+    tables = {table.dims[0] for table, ids in lookups(view.nodes) if strip_views(ids) in tokens}
     found = []
     for _, value in view.net.outputs:
         for _ in range(12):

@@ -83,7 +83,8 @@ def _growing(view: View, value: Value, x: Value, centred: Value, attrs: dict[str
         if offset:
             attrs = {**attrs, "weight_offset": offset}
         if multiplied:
-            out.append(Match(value, "norm", tuple(slots), tuple(slots.values()), attrs))
+            given = {**slots, "x": _of_type(x, value.dtype)}
+            out.append(Match(value, "norm", tuple(given), tuple(given.values()), attrs))
     return out
 
 
@@ -109,6 +110,11 @@ def _step(
     if node.op == "add" and multiplied and "bias" not in slots and not offset:
         return node.outputs[0], {**slots, "bias": vector}, 0.0
     return None
+
+
+def _of_type(x: Value, dtype: str) -> Value:
+    """`x`, or what it was widened from where the result is as narrow as that."""
+    return x.args[0] if x.op == "cast" and x.args[0].dtype == dtype != x.dtype else x
 
 
 def _uncast(value: Value) -> Value:

@@ -53,6 +53,8 @@ class Tables:
 
 def is_rotation(cos: Array, sin: Array) -> bool:
     """cos > 0 and sin = 0 at position 0, cos^2 + sin^2 the same everywhere."""
+    if not cos.size or cos.shape != sin.shape or cos.ndim < 2:
+        return False
     first_cos, first_sin = (
         cos.reshape(-1, cos.shape[-2], cos.shape[-1])[0, 0],
         sin.reshape(-1, *sin.shape[-2:])[0, 0],
@@ -77,10 +79,10 @@ def ropes(view: View, checker: Checker) -> list[Match]:
         out = node.outputs[0]
         if node.op not in _OUT or out.rank != 4 or id(out) in covered or not view.is_data(out):
             continue
-        cut = view.source(out, _INSIDE)
-        if cut is None or cut[0].dims != out.dims or not out.dims[3].is_const:
+        if not out.dims[3].is_const:
             continue
-        match = _rope(view, checker, tables, out, *cut)
+        cuts = [c for c in view.sources(out, _INSIDE) if c[0].dims == out.dims and len(c[1]) == 2]
+        match = _rope(view, checker, tables, out, *cuts[0]) if cuts else None
         if match is not None:
             found.append(match)
             covered |= {id(o) for n in Probe.of([out], match.inputs).nodes for o in n.outputs}

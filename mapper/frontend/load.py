@@ -33,9 +33,9 @@ def load(path: str | Path, recognise: bool = True) -> Graph:
         graph = emit(net, model.path, digest(model), find_roles(net))
     except RecursionError as error:
         raise ModelError(f"{path}: the graph is nested too deeply") from error
-    if not recognise:
-        return graph
-    return grouped(graph)
+    graph = grouped(graph) if recognise else graph
+    graph.verify()
+    return graph
 
 
 def canonical(model: GuardedModel) -> Net:

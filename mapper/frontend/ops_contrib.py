@@ -1,11 +1,33 @@
-"""Lowerings of onnxruntime's contrib operators, each expanded to canonical primitives."""
+"""Lowerings of onnxruntime's contrib operators, each expanded to canonical primitives.
+
+Semantics: the public contrib operator documentation of onnxruntime (com.microsoft, version 1).
+"""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
+from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend.lower import Call, lowers
-from mapper.frontend.net import Value
-from mapper.frontend.ops_nn import gelu_erf, gelu_tanh, layer_norm, rms, silu
+from mapper.frontend.net import Net, Value
+from mapper.frontend.ops_nn import (
+    additive,
+    attend,
+    causal,
+    gelu_erf,
+    gelu_tanh,
+    layer_norm,
+    merge_heads,
+    plus,
+    rms,
+    rotate,
+    silu,
+    split_heads,
+)
+from mapper.ir.dims import ONE, ZERO, Dim
 
 MS = "com.microsoft"
 
@@ -38,13 +60,19 @@ def _skip_norm(c: Call) -> list[Value]:
     at = 3 if simplified else 4  # operands: x, skip, gamma, [beta], bias
     total = b.binary(c.net, "add", c.x(0), c.x(1))
     total = b.binary(c.net, "add", total, c.x(at)) if c.has(at) else total
-    if any(c.node.outputs[1:3]):
-        raise c.refuse("the mean or the inverse deviation is used")
-    eps, axes = c.number("epsilon", 1e-12 if not simplified else 1e-6), [total.rank - 1]
-    out = rms(c.net, total, axes, eps) if simplified else layer_norm(c.net, total, axes, eps)
+    out = _normalised(c, total, simplified, c.number("epsilon", 1e-12))
+    mean = b.reduce(c.net, "mean", total, [total.rank - 1], True)
+    centred = total if simplified else b.binary(c.net, "sub", total, mean)
+    square = b.reduce(c.net, "mean", b.binary(c.net, "mul", centred, centred), [total.rank - 1], True)
+    inverse = c.net.make("rsqrt", [plus(c.net, square, c.number("epsilon", 1e-12))])
+    return [out, mean, inverse, total]
+
+
+def _normalised(c: Call, x: Value, simplified: bool, eps: float) -> Value:
+    axes, beta = [x.rank - 1], 3
+    out = rms(c.net, x, axes, eps) if simplified else layer_norm(c.net, x, axes, eps)
     out = b.binary(c.net, "mul", out, c.x(2))
-    out = b.binary(c.net, "add", out, c.x(3)) if not simplified and c.has(3) else out
-    return [out, out, out, total]
+    return b.binary(c.net, "add", out, c.x(beta)) if not simplified and c.has(beta) else out
 
 
 @lowers("SimplifiedLayerNormalization", "LayerNormalization", domain=MS)
@@ -54,3 +82,237 @@ def _norm(c: Call) -> list[Value]:
     out = rms(c.net, x, axes, eps) if simplified else layer_norm(c.net, x, axes, eps)
     out = b.binary(c.net, "mul", out, c.x(1))
     return [b.binary(c.net, "add", out, c.x(2)) if not simplified and c.has(2) else out]
+
+
+@lowers("EmbedLayerNormalization", domain=MS)
+def _embed_norm(c: Call) -> list[Value]:
+    """Operands: ids, segments, word, position and segment tables, gamma, beta, mask, positions."""
+    net, ids = c.net, c.x(0)
+    total = b.gather(net, c.x(2), ids, 0)
+    places = c.x(8) if c.has(8) else b.iota(net, ZERO, ids.dims[1], 1)
+    total = b.binary(net, "add", total, b.gather(net, c.x(3), places, 0))
+    if c.has(1) and c.has(4):
+        total = b.binary(net, "add", total, b.gather(net, c.x(4), c.x(1), 0))
+    out = b.binary(net, "mul", layer_norm(net, total, [2], c.number("epsilon", 1e-12)), c.x(5))
+    out = b.binary(net, "add", out, c.x(6))
+    if c.has(7):
+        lengths = b.reduce(net, "sum", b.cast(net, c.x(7), "i32"), [1], False)
+    else:
+        lengths = b.expand(net, net.constant(np.array(0), "i32"), [ids.dims[0]])
+    return [out, lengths, total]
+
+
+@lowers("RotaryEmbedding", domain=MS)
+def _rotary(c: Call) -> list[Value]:
+    """Operands: x [B, S, H*D] or [B, H, S, D], positions [B, S] or [1], tables [L, R/2]."""
+    net, x, positions = c.net, c.x(0), c.x(1)
+    flat, half = x.rank == 3, c.x(2).dims[1].value
+    width = c.integer("rotary_embedding_dim") or 2 * half
+    if flat:
+        heads = c.integer("num_heads") or x.dims[2].value // width
+        x = split_heads(net, x, heads)
+    if positions.rank == 1:
+        positions = b.binary(net, "add", b.iota(net, ZERO, x.dims[2], 1), positions)
+    tables = [_per_head(net, b.gather(net, c.x(i), positions, 0)) for i in (2, 3)]
+    out = rotate(net, x, tables[0], tables[1], width, bool(c.integer("interleaved")))
+    return [merge_heads(net, out) if flat else out]
+
+
+def _per_head(net: Net, table: Value) -> Value:
+    """[S, r] or [B, S, r] with an axis for the heads."""
+    batch = [ONE] if table.rank == 2 else [table.dims[0]]
+    return b.reshape(net, table, [*batch, ONE, *table.dims[-2:]])
+
+
+@lowers("GroupQueryAttention", domain=MS)
+def _grouped(c: Call) -> list[Value]:
+    """Caches are taken to be exactly as long as the past: buffers that grow, not a shared one."""
+    net, heads, kv_heads = c.net, c.integer("num_heads"), c.integer("kv_num_heads")
+    if heads < 1 or kv_heads < 1:
+        raise ModelError(f"{net.origin}: no head counts")
+    if c.has(11):
+        raise c.refuse("attention sinks are not supported")
+    if any(c.node.outputs[3:]):
+        raise c.refuse("the matrix of query-key products is an output")
+    q, k, v = _query_key_value(c, heads, kv_heads)
+    past = c.x(3).dims[2] if c.has(3) else ZERO
+    if c.integer("do_rotary"):
+        q, k = (_rotated(c, x, past) for x in (q, k))
+    if c.has(3):
+        k, v = b.concat(net, [_like(net, c.x(3), k), k], 2), b.concat(net, [_like(net, c.x(4), v), v], 2)
+    window = c.integer("local_window_size", -1)
+    mask = _grouped_mask(c, q, k, past, window)
+    scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
+    out = attend(net, q, k, v, mask, scale, max(c.number("softcap", 0.0), 0.0), None)
+    return [merge_heads(net, out), k, v]
+
+
+def _like(net: Net, cache: Value, new: Value) -> Value:
+    """The cache with its head width, which the file may leave symbolic, set to that of the new rows."""
+    net.same(cache.dims[3], new.dims[3])
+    return cache
+
+
+def _query_key_value(c: Call, heads: int, kv_heads: int) -> tuple[Value, Value, Value]:
+    net, q = c.net, c.x(0)
+    if c.has(1):
+        return (
+            split_heads(net, q, heads),
+            split_heads(net, c.x(1), kv_heads),
+            split_heads(net, c.x(2), kv_heads),
+        )
+    width = q.dims[2] // (heads + 2 * kv_heads)
+    at, parts = ZERO, []
+    for count in (heads, kv_heads, kv_heads):
+        part = b.slice_(net, q, [at], [at + width * count], [2], [1])
+        parts.append(split_heads(net, part, count))
+        at = at + width * count
+    return parts[0], parts[1], parts[2]
+
+
+def _rotated(c: Call, x: Value, past: Dim) -> Value:
+    net = c.net
+    places = c.x(9) if c.has(9) else b.iota(net, past, past + x.dims[2], 1)
+    tables = [_per_head(net, b.gather(net, c.x(i), places, 0)) for i in (7, 8)]
+    width = 2 * c.x(7).dims[1].value
+    return rotate(net, x, tables[0], tables[1], width, bool(c.integer("rotary_interleaved")))
+
+
+def _grouped_mask(c: Call, q: Value, k: Value, past: Dim, window: int) -> Value:
+    """Causal, within the window, and before the end of each sequence (operand 5: its last index)."""
+    net, queries, keys = c.net, q.dims[2], k.dims[2]
+    visible = causal(net, queries, keys, past)
+    if window > 0:
+        oldest = b.reshape(net, b.iota(net, past - window, past - window + queries, 1), [queries, ONE])
+        visible = b.binary(net, "and", visible, b.binary(net, "gt", b.iota(net, ZERO, keys, 1), oldest))
+    last = b.reshape(net, b.cast(net, c.x(5), "i64"), [q.dims[0], ONE, ONE, ONE])
+    ends = b.binary(net, "le", b.iota(net, ZERO, keys, 1), last)
+    mask = additive(net, b.binary(net, "and", visible, ends), q)
+    return b.binary(net, "add", mask, c.x(10)) if c.has(10) else mask
+
+
+@lowers("MultiHeadAttention", domain=MS)
+def _multi_head(c: Call) -> list[Value]:
+    """Operands: q, k, v, bias, key_padding_mask, attention_bias, past_key, past_value."""
+    net, heads = c.net, c.integer("num_heads")
+    if not c.has(1) or not c.has(2) or c.has(8) or c.has(9):
+        raise c.refuse("packed operands and shared buffers are not supported")
+    q, k, v = (_headed(c, i, heads) for i in range(3))
+    past = ZERO
+    if c.has(6):
+        past = c.x(6).dims[2]
+        k, v = b.concat(net, [c.x(6), k], 2), b.concat(net, [c.x(7), v], 2)
+    low = c.number("mask_filter_value", -10000.0)
+    mask = c.x(5) if c.has(5) else None
+    if c.has(4):
+        padding = padding_mask(c, c.x(4), k.dims[2], low)
+        mask = padding if mask is None else b.binary(net, "add", mask, padding)
+    scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
+    out = attend(net, q, k, v, mask, scale, 0.0, past if c.integer("unidirectional") else None)
+    return [merge_heads(net, out), k, v]
+
+
+def _headed(c: Call, index: int, heads: int) -> Value:
+    x = c.x(index)
+    if x.rank == 4:
+        return x
+    if c.has(3):
+        width = x.dims[2]
+        start = [ZERO, c.x(0).dims[-1], c.x(0).dims[-1] * 2][index]
+        x = b.binary(c.net, "add", x, b.slice_(c.net, c.x(3), [start], [start + width], [0], [1]))
+    return split_heads(c.net, x, heads)
+
+
+def padding_mask(c: Call, mask: Value, keys: Dim, low: float) -> Value:
+    """[B] lengths, [B, T] truths or [B, S, T] truths as something to add to scores."""
+    net = c.net
+    if mask.rank == 1:
+        lengths = b.reshape(net, b.cast(net, mask, "i64"), [mask.dims[0], ONE, ONE, ONE])
+        visible = b.binary(net, "lt", b.iota(net, ZERO, keys, 1), lengths)
+    elif mask.rank in (2, 3):
+        shape = [mask.dims[0], ONE, *([ONE] if mask.rank == 2 else []), *mask.dims[1:]]
+        visible = b.reshape(net, b.cast(net, mask, "bool"), shape)
+    else:
+        raise c.refuse(f"a mask of rank {mask.rank} is not supported")
+    zero, hidden = (net.constant(np.array(v, np.float32), "f32") for v in (0.0, low))
+    return b.select(net, visible, zero, hidden)
+
+
+@lowers("Attention", domain=MS)
+def _packed(c: Call) -> list[Value]:
+    """Operands: x [B, S, D], weights [D, 3 D], bias, mask, past [2, B, H, P, Dh], attention_bias."""
+    net, x, heads = c.net, c.x(0), c.integer("num_heads")
+    if c.integers("qkv_hidden_sizes") or c.integer("do_rotary") or heads < 1:
+        raise c.refuse("unequal widths and built-in rotary embeddings are not supported")
+    joint = b.matmul(net, x, c.x(1))
+    joint = b.binary(net, "add", joint, c.x(2)) if c.has(2) else joint
+    width = joint.dims[2] // 3
+    starts = [width * i for i in range(3)]
+    q, k, v = (split_heads(net, b.slice_(net, joint, [s], [s + width], [2], [1]), heads) for s in starts)
+    past = ZERO
+    if c.has(4):
+        past = c.x(4).dims[3]
+        old = [b.gather(net, c.x(4), net.ints([i], 0), 0) for i in (0, 1)]
+        k, v = b.concat(net, [old[0], k], 2), b.concat(net, [old[1], v], 2)
+    mask = padding_mask(c, c.x(3), k.dims[2], c.number("mask_filter_value", -10000.0)) if c.has(3) else None
+    if c.has(5):
+        mask = c.x(5) if mask is None else b.binary(net, "add", mask, c.x(5))
+    scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
+    out = attend(net, q, k, v, mask, scale, 0.0, past if c.integer("unidirectional") else None)
+    stacked = b.concat(net, [b.reshape(net, y, [ONE, *y.dims]) for y in (k, v)], 0)
+    return [merge_heads(net, out), stacked]
+
+
+@lowers("MatMulNBits", domain=MS)
+def _matmul_bits(c: Call) -> list[Value]:
+    """x times the transpose of a matrix of 4- or 8-bit blocks: B [N, blocks, bytes], scales [N, blocks]."""
+    net, x = c.net, c.x(0)
+    bits, block = c.integer("bits", 4), c.integer("block_size")
+    rows, columns = c.integer("N"), c.integer("K")
+    if bits not in (4, 8) or block < 1 or c.has(4):
+        raise c.refuse(
+            f"{bits}-bit blocks with a group index are not supported" if c.has(4) else f"{bits} bits"
+        )
+    blocks = -(-columns // block)
+    stored = _unpacked(net, b.reshape(net, c.x(1), [rows, blocks, block * bits // 8]), bits, blocks * block)
+    whole = b.reshape(net, stored, [rows, blocks, block])
+    zero: Value = net.constant(np.array(1 << (bits - 1), np.float32), "f32")
+    if c.has(3) and c.x(3).dtype == "u8":
+        per_row = blocks * bits // 8 if bits == 8 else (blocks + 1) // 2
+        points = _unpacked(net, b.reshape(net, c.x(3), [rows, 1, per_row]), bits, blocks)
+        zero = b.reshape(net, points, [rows, blocks, 1])
+    elif c.has(3):
+        zero = b.reshape(net, c.x(3), [rows, blocks, 1])
+    scales = b.reshape(net, c.x(2), [rows, blocks, 1])
+    matrix = b.binary(net, "mul", b.binary(net, "sub", whole, zero), b.cast(net, scales, "f32"))
+    matrix = b.reshape(net, matrix, [rows, blocks * block])
+    matrix = b.slice_(net, matrix, [ZERO], [Dim.of(columns)], [1], [1])
+    if c.integer("accuracy_level") == 4:
+        x = _rounded(net, x, columns, block)
+    out = b.matmul(net, x, b.transpose(net, matrix, (1, 0)))
+    return [b.binary(net, "add", out, c.x(5)) if c.has(5) else out]
+
+
+def _rounded(net: Net, x: Value, columns: int, block: int) -> Value:
+    """Activations as accuracy level 4 computes them: rounded to 8 bits, one scale per block."""
+    if columns % block:
+        return x
+    parts = b.reshape(net, x, [*x.dims[:-1], Dim.of(columns // block), Dim.of(block)])
+    largest = b.reduce(net, "max", b.unary(net, "abs", parts), [parts.rank - 1], True)
+    scale = b.binary(net, "mul", b.binary(net, "max", largest, net.scalar(1e-30, x)), net.scalar(1 / 127, x))
+    steps = b.unary(net, "round", b.binary(net, "div", parts, scale))
+    return b.reshape(net, b.binary(net, "mul", steps, scale), x.dims)
+
+
+def _unpacked(net: Net, packed: Value, bits: int, columns: int) -> Value:
+    """[N, a, bytes] of u8 as f32 [N, columns]; 4-bit formats hold two elements per byte, low one first."""
+    rows = packed.dims[0]
+    wide = b.cast(net, packed, "i32")
+    if bits == 4:
+        sixteen = net.constant(np.array(16, np.int32), "i32")
+        pair = [*wide.dims, ONE]
+        low = b.reshape(net, b.binary(net, "mod", wide, sixteen), pair)
+        high = b.reshape(net, b.binary(net, "div", wide, sixteen), pair)
+        wide = b.concat(net, [low, high], 3)
+    wide = b.cast(net, b.reshape(net, wide, [rows, Dim.of(-1)]), "f32")
+    return b.slice_(net, wide, [ZERO], [Dim.of(columns)], [1], [1])

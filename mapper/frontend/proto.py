@@ -14,6 +14,7 @@ from mapper.frontend.wire import FIXED32, SPAN, Source, fields, packed_varints, 
 
 MAX_DEPTH = 16  # of sub-graphs inside sub-graphs
 MAX_SHAPE_DIMS = 64
+MESSAGE_COST = 5  # a record costs about as much as this many fields
 
 Span = tuple[int, int]
 
@@ -146,6 +147,7 @@ def _graph(source: Source, start: int, end: int, depth: int) -> GraphRecord:
     for number, kind, a, b in fields(source, start, end):
         if kind != SPAN:
             continue
+        source.fields_left -= MESSAGE_COST
         if number == 1:
             graph.nodes.append(_node(source, a, b, depth))
         elif number == 2:

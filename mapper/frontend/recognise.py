@@ -16,12 +16,17 @@ from mapper.frontend.net import Net
 from mapper.frontend.rewrite import Match, rebuild
 
 Finder = Callable[[View, Checker], list[Match]]
-STAGES: tuple[Finder, ...] = (linears, norms, activations, ropes, attentions, appends, mlps, heads)
+STAGES: tuple[tuple[Finder, ...], ...] = (
+    (linears,),
+    (norms, activations, ropes, attentions, appends),
+    (mlps, heads),
+)
 
 
 def recognise(net: Net, folder: Path) -> Net:
     """The net with everything recognised that could be verified; what does not hold stays primitives."""
     checker = Checker()
     for stage in STAGES:
-        net = rebuild(net, stage(View.of(net), checker))
+        view = View.of(net)
+        net = rebuild(net, [match for find in stage for match in find(view, checker)])
     return classify(net, folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mapper.frontend.net import Net, Node, Value
 from mapper.frontend.rewrite import topological
-from mapper.frontend.symbols import strip_views, token_inputs
+from mapper.frontend.symbols import lookups, strip_views, token_inputs
 from mapper.ir.dims import Dim
 
 _FEW_ROWS = 16  # a table with fewer rows holds segments, not positions
@@ -35,15 +35,6 @@ def find_roles(net: Net) -> dict[str, Any]:
             outputs[name] = "logits" if value.dims[-1] in vocabulary else "hidden"
     roles: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
     return {**roles, "kv_layout": "BHLD"} if caches else roles
-
-
-def lookups(nodes: Sequence[Node]) -> Iterator[tuple[Value, Value]]:
-    """(stored table, indices) of every look-up of rows."""
-    for node in nodes:
-        if node.op == "embed":
-            yield node.inputs[1], node.inputs[0]
-        elif node.op == "gather" and node.inputs[0].weight is not None and node.attrs["axis"] == 0:
-            yield node.inputs[0], node.inputs[1]
 
 
 def _caches(net: Net, nodes: Sequence[Node]) -> list[tuple[Value, str, str]]:

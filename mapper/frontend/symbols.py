@@ -7,7 +7,7 @@ solved, so that a file which itself uses the name `past` for something else cann
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mapper.frontend.net import Net, Node, Value
 from mapper.ir.dims import Dim
@@ -45,7 +45,7 @@ def _eliminable(difference: Dim) -> tuple[str, Dim] | None:
         value = rest * -sign
         if symbol in rest.symbols or (symbol in KNOWN and not rest.is_const):
             continue
-        if value.is_const and value.value < 0:
+        if value.is_const and value.value < 1:
             continue
         return symbol, value
     return None
@@ -91,18 +91,27 @@ def cache_inputs(net: Net, live: Sequence[Node]) -> list[Value]:
 def token_inputs(net: Net, live: Sequence[Node]) -> list[Value]:
     """Integer inputs that choose rows of a stored table with a row per logit, else of any one table."""
     chosen: dict[int, tuple[Value, Dim]] = {}
-    for node in live:
-        if node.op == "embed" or (node.op == "gather" and node.inputs[0].weight and node.attrs["axis"] == 0):
-            table, ids = node.inputs if node.op == "gather" else node.inputs[::-1]
-            index = strip_views(ids)
-            if index.source and index.dtype in ("i64", "i32") and table.rank == 2:
-                chosen.setdefault(id(index), (index, table.dims[0]))
+    for table, ids in lookups(live):
+        index = strip_views(ids)
+        if index.source and index.dtype in ("i64", "i32") and table.rank == 2:
+            chosen.setdefault(id(index), (index, table.dims[0]))
     vocabulary = {v.dims[-1] for _, v in net.outputs if v.rank == 3}
     strong = [v for v, rows in chosen.values() if rows in vocabulary]
     if strong:
         return strong
     paths = [v for v, _ in chosen.values() if not _reaches(live, v, ("cos", "sin"))]
     return paths[:1]
+
+
+def lookups(nodes: Sequence[Node]) -> Iterator[tuple[Value, Value]]:
+    """(table, indices) of every look-up of rows of a stored table, or of a transposed one."""
+    for node in nodes:
+        if node.op == "embed":
+            yield node.inputs[1], node.inputs[0]
+        elif node.op == "gather" and node.attrs["axis"] == 0:
+            table = node.inputs[0]
+            if table.weight is not None or (table.op == "transpose" and table.args[0].weight is not None):
+                yield table, node.inputs[1]
 
 
 def strip_views(value: Value) -> Value:

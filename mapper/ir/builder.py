@@ -218,7 +218,7 @@ def _attributes(cls: type[DataflowOp], attrs: Mapping[str, Any]) -> tuple[dict[s
         value = attrs.get(name)
         if value is None and field.required:
             raise ModelError(f"{cls.name}: attribute {name} is missing")
-        if value is None or (not field.required and value == field.default):
+        if value is None or field.is_default(value):
             values[name] = field.default
             continue
         encoded[name] = field.kind.encode(value)

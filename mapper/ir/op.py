@@ -5,6 +5,7 @@ Text form of every op: `%y = dataflow.NAME %a, %b {attributes} : (operand types)
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,12 @@ class Field:
     required: bool
     default: Any
 
+    def is_default(self, value: Any) -> bool:
+        """Whether leaving the attribute out means `value` (0.0 and -0.0 are different values)."""
+        if self.required or value != self.default:
+            return False
+        return not isinstance(value, float) or math.copysign(1, value) == math.copysign(1, self.default)
+
 
 @cache
 def fields(cls: type[DataflowOp]) -> Mapping[str, Field]:
@@ -232,7 +239,7 @@ class DataflowOp(IRDLOperation):
         field = fields(type(self)).get(name)
         if field is None:
             raise ModelError(f"{self.name} has no attribute {name!r}")
-        if value is None or (not field.required and value == field.default):
+        if value is None or field.is_default(value):
             self.attributes.pop(name, None)
         else:
             self.attributes[name] = field.kind.encode(value)

@@ -3,8 +3,9 @@ values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from xdsl.ir import SSAValue
@@ -13,7 +14,7 @@ from mapper.errors import ModelError, WeightsMissingError
 from mapper.ir.builder import BlockBuilder
 from mapper.ir.dims import Dim
 from mapper.ir.graph import Graph
-from mapper.ir.op import DataflowOp, tensor_type
+from mapper.ir.op import DataflowOp, DimsKind, fields, tensor_type
 from mapper.ir.primitives_shape import ConstantOp
 from mapper.ir.reference import evaluate_op
 from mapper.ir.types import Array
@@ -47,9 +48,10 @@ class Fold:
 
 @dataclass
 class Folder:
-    """The visitor: remembers the arrays of the constants that it has seen."""
+    """The visitor: remembers the arrays of the constants that it has seen. `symbols` are replaced by numbers."""
 
     largest: int = 65536
+    symbols: Mapping[str, int] = field(default_factory=dict)
     arrays: dict[SSAValue, Array] = field(default_factory=dict)
 
     def visit(self, new: BlockBuilder, op: DataflowOp, values: Values) -> Sequence[SSAValue] | None:
@@ -62,8 +64,19 @@ class Folder:
         shaped = self.with_attributes(new, op, values)
         if shaped is not None:
             return shaped
-        made = new.copy(op, values)
+        made = new.copy(op, values, self.substituted(op))
         return _unless_view(new, made)
+
+    def substituted(self, op: DataflowOp) -> dict[str, Any]:
+        """The attributes of an op that name symbols, with those replaced."""
+        if not self.symbols:
+            return {}
+        found: dict[str, Any] = {}
+        for name, declared in fields(type(op)).items():
+            dims = op.attr(name) if isinstance(declared.kind, DimsKind) else None
+            if dims is not None and not all(d.is_const for d in dims):
+                found[name] = tuple(d.substitute(self.symbols) for d in dims)
+        return found
 
     def constant_results(
         self, new: BlockBuilder, op: DataflowOp, values: Values
@@ -73,7 +86,7 @@ class Folder:
         arrays = [a for a in operands if a is not None]
         if len(arrays) == len(operands) and op.operands and not op.weights():
             try:
-                results = evaluate_op(op, arrays, _no_weights, {})
+                results = evaluate_op(op, arrays, _no_weights, self.symbols)
             except ModelError:
                 return None  # a symbolic attribute: nothing to fold yet
             if all(r.nbytes <= self.largest for r in results):
@@ -83,7 +96,7 @@ class Folder:
             return None
         if not op.operands or len(op.results) != 1 or tensor_type(op.results[0]).dtype == "bool":
             return None
-        made = new.copy(op, values)
+        made = new.copy(op, values, self.substituted(op))
         found = new.scope.known.get(made.results[0])
         if found is not None and all(d.is_const for d in found.flatten()):
             array = np.array([d.value for d in found.flatten()]).astype(tensor_type(made.results[0]).numpy)
@@ -97,7 +110,11 @@ class Folder:
         dims = [_dims(new, values[v]) for v in given if v is not None]
         if not pairs or any(d is None for d in dims):
             return None
-        attrs = {**op.attrs(), **{a: d for (_, a), d in zip(pairs, dims, strict=True)}}
+        attrs = {
+            **op.attrs(),
+            **self.substituted(op),
+            **{a: d for (_, a), d in zip(pairs, dims, strict=True)},
+        }
         kept = [values[v] for v in op.operands if v not in given]
         if op.mnemonic == "reshape":
             attrs["allowzero"] = None
@@ -135,6 +152,9 @@ def _unless_view(new: BlockBuilder, made: DataflowOp) -> Sequence[SSAValue]:
     """The op's results, or its operand where it is a view that changes nothing (the op is then removed)."""
     if made.mnemonic not in _VIEWS or len(made.operands) != 1:
         return made.results
+    before = made.operands[0].owner
+    if made.mnemonic == "reshape" and isinstance(before, DataflowOp) and before.mnemonic == "reshape":
+        made.operands[0] = before.operands[0]  # the elements' order is the same through any chain of reshapes
     source, result = made.operands[0], made.results[0]
     perm = made.attr("perm") if made.mnemonic == "transpose" else ()
     steps = made.attr("steps") if made.mnemonic == "slice" else ()

@@ -125,12 +125,17 @@ def structure(segment: Segment, weights: Mapping[str, TensorType]) -> Shape:
         keys.append(tuple(r.type for r in op.results))
         for result in op.results:
             local[result] = len(local)
-            if any(isinstance(u.operation, OutputOp) for u in result.uses):
+            if result is not segment.exit and is_output(result):
                 shape.exported.append(result)
         shape.ops.append(op)
     exports = tuple(local[v] for v in shape.exported)
     shape.key = (tuple(keys), tuple(v.type for v in shape.outer), exports, local[segment.exit])
     return shape
+
+
+def is_output(value: SSAValue) -> bool:
+    """Whether the value is an output of the graph."""
+    return any(isinstance(u.operation, OutputOp) for u in value.uses)
 
 
 def _with_private(segment: Segment) -> list[DataflowOp]:

@@ -31,9 +31,10 @@ def registry() -> dict[str, type[Any]]:
     from mapper.passes.repeat import Repeat
     from mapper.passes.serve import Serve
     from mapper.passes.specialise import Specialise
+    from mapper.passes.unflatten import Unflatten
     from mapper.passes.unroll import Unroll
 
-    return {cls.name: cls for cls in (Cse, Dce, Fold, Repeat, Serve, Specialise, Unroll)}
+    return {cls.name: cls for cls in (Cse, Dce, Fold, Repeat, Serve, Specialise, Unflatten, Unroll)}
 
 
 def parse(text: str) -> list[Pass]:

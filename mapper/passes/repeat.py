@@ -10,7 +10,6 @@ from xdsl.ir import Block, SSAValue
 
 from mapper.ir.builder import BlockBuilder, GraphBuilder
 from mapper.ir.graph import Graph
-from mapper.ir.infer import Scope
 from mapper.passes.dce import Dce
 from mapper.passes.layers import (
     Run,
@@ -19,11 +18,12 @@ from mapper.passes.layers import (
     best_run,
     has_repeat,
     hidden_path,
+    is_output,
     segments,
     slot_name,
     structure,
 )
-from mapper.passes.rewrite import Values, add_repeat, builder_like
+from mapper.passes.rewrite import Values, add_repeat, body_scope, builder_like
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,18 @@ class _Grouping:
         shared = [c for c in columns if len(set(c)) == 1]
         iterated = [c for c in columns if len(set(c)) > 1]
         arguments = [bodies[0].entry, *(c[0] for c in shared), *(c[0] for c in iterated)]
-        block = Block(arg_types=[values.get(v, v).type for v in arguments])
+        block = Block(arg_types=[values[v].type for v in arguments])
+        sources = [[values[v] for v in column] for column in (*shared, *iterated)]
         local: Values = {}
         local.update(zip(arguments, block.args, strict=True))
-        table, yielded = self._body(BlockBuilder(block, Scope()), new.scope, bodies[0], shapes, local)
+        scope = body_scope(new.scope, dict(new.scope.weights), block.args[1:], sources)
+        builder = BlockBuilder(block, scope)
+        table, yielded = self._body(builder, bodies[0], shapes, local)
+        watched = any(is_output(body.exit) for body in bodies[:-1])
+        yielded += yielded[:1] if watched else []
         results = add_repeat(
             new,
-            BlockBuilder(block, Scope()),
+            builder,
             carried=[values[bodies[0].entry]],
             shared=[values[c[0]] for c in shared],
             iterated=[[values[v] for v in c] for c in iterated],
@@ -131,17 +136,17 @@ class _Grouping:
         )
         values[bodies[-1].exit] = results[0]
         exported = [v for column in zip(*(s.exported for s in shapes), strict=True) for v in column]
+        exported += [body.exit for body in bodies] if watched else []
         values.update(zip(exported, results[1:], strict=True))
 
     def _body(
-        self, body: BlockBuilder, scope: Scope, first: Segment, shapes: Sequence[Shape], local: Values
+        self, body: BlockBuilder, first: Segment, shapes: Sequence[Shape], local: Values
     ) -> tuple[dict[str, tuple[str, ...]], list[SSAValue]]:
         """Fills the body from the first iteration's ops; the slot table and the yielded values."""
         rows = list(zip(*(s.slots for s in shapes), strict=True))
         symbols = {row[0]: row for row in rows if len(set(row)) > 1}
         slots: dict[str, str] = {}
         table: dict[str, tuple[str, ...]] = {}
-        body.scope.weights.update(scope.weights)
         numbers: Counter[str] = Counter()
         for op in shapes[0].ops:
             renamed: dict[str, str] = {}
@@ -149,7 +154,7 @@ class _Grouping:
                 if symbol in symbols and symbol not in slots:
                     slot = slot_name(op, attribute, numbers[op.mnemonic], body.scope.weights)
                     slots[symbol], table[slot] = slot, symbols[symbol]
-                    body.scope.weights[slot] = scope.weights[symbol]
+                    body.scope.weights[slot] = body.scope.weights[symbol]
                 if symbol in slots:
                     renamed[attribute] = slots[symbol]
             numbers[op.mnemonic] += 1

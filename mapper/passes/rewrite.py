@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 from xdsl.ir import Block, Operation, Region, SSAValue
 
 from mapper.ir.builder import BlockBuilder, GraphBuilder
@@ -84,7 +85,11 @@ def rewrite_repeat(new: BlockBuilder, op: RepeatOp, values: Values, visit: Visit
     n = op.attr("carried") + op.attr("shared")
     inside = [*op.operands[:n], *(slot[0] for slot in op.iterated_operands())]
     block = Block(arg_types=[values[v].type for v in inside])
-    body = BlockBuilder(block, Scope(slot_types(op, new.scope)))
+    carried = op.attr("carried")
+    outer = [*((v,) for v in op.operands[carried:n]), *op.iterated_operands()]
+    sources = [[values[v] for v in slot] for slot in outer]
+    scope = body_scope(new.scope, slot_types(op, new.scope), block.args[carried:], sources)
+    body = BlockBuilder(block, scope)
     local: Values = {}
     local.update(zip(op.block.args, block.args, strict=True))
     for inner in op.ops():
@@ -94,13 +99,30 @@ def rewrite_repeat(new: BlockBuilder, op: RepeatOp, values: Values, visit: Visit
     return add_repeat(
         new,
         body,
-        carried=[values[v] for v in op.operands[: op.attr("carried")]],
-        shared=[values[v] for v in op.operands[op.attr("carried") : n]],
+        carried=[values[v] for v in op.operands[:carried]],
+        shared=[values[v] for v in op.operands[carried:n]],
         iterated=[[values[v] for v in slot] for slot in op.iterated_operands()],
         yielded=[local[v] for v in last.operands],
         count=op.attr("count"),
         table=op.attr("table"),
     )
+
+
+def body_scope(
+    outside: Scope,
+    weights: dict[str, TensorType],
+    arguments: Sequence[SSAValue],
+    sources: Sequence[Sequence[SSAValue]],
+) -> Scope:
+    """The scope of a repeat's body: weights and slots, and what is known of the shared and iterated
+    arguments in every iteration. `sources` are the outer values of each argument."""
+    scope = Scope(weights)
+    for argument, values in zip(arguments, sources, strict=True):
+        known = [outside.known.get(v) for v in values]
+        first = known[0]
+        if first is not None and all(k is not None and np.array_equal(first, k) for k in known):
+            scope.known[argument] = first
+    return scope
 
 
 def add_repeat(

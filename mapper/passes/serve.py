@@ -20,10 +20,12 @@ from mapper.ir.types import Array, TensorType
 from mapper.ir.weights import WeightSymbol
 from mapper.passes.cse import Cse
 from mapper.passes.dce import Dce
+from mapper.passes.layers import has_repeat
 from mapper.passes.probe import Probe, place, static_or_raise, step_shapes, table_of
 from mapper.passes.repeat import Repeat
 from mapper.passes.rewrite import Values, builder_like
 from mapper.passes.specialise import specialise_values
+from mapper.passes.unflatten import Unflatten
 from mapper.passes.unroll import Unroll
 
 _KEPT = {"rope": ("x",), "attention": ("q", "k", "v", "sinks"), "kv_append": ("new",)}
@@ -58,7 +60,7 @@ def serve(graph: Graph, phase: str = "decode", batch: int = 1, prompt: int = 16,
     tokens = prompt if phase == "prefill" else 1
     if min(batch, prompt, context) < 1 or tokens > context:
         raise UsageError(f"batch {batch}, prompt {prompt}, context {context}: each >= 1, prompt <= context")
-    flat = Cse().apply(Unroll().apply(graph))
+    flat = Unroll().apply(graph) if has_repeat(graph) else Cse().apply(graph)
     try:
         static, values = specialise_values(flat, step_shapes(flat, batch, tokens))
     except ModelError as error:
@@ -67,7 +69,7 @@ def serve(graph: Graph, phase: str = "decode", batch: int = 1, prompt: int = 16,
         ) from error
     made = Dce().apply(_Server(flat, static, values, batch, tokens, context).run())
     static_or_raise(made)
-    served = Repeat().apply(made)
+    served = Repeat().apply(Unflatten(batch, tokens).apply(made))
     served.verify()
     return served
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from mapper.errors import ModelError
 from mapper.ir.graph import Graph
-from mapper.ir.op import DimsKind, fields
 from mapper.ir.types import TensorType
 from mapper.passes.dce import Dce
 from mapper.passes.fold import Folder
@@ -41,10 +40,8 @@ def specialise_values(graph: Graph, bindings: Mapping[str, Binding]) -> tuple[Gr
     for name, shape in bindings.items():
         if not isinstance(shape, int):
             types[name] = TensorType.of(tuple(shape), types[name].dtype)
-    substituted, clones = _substituted(graph, symbols)
     values: Values = {}
-    made = rewrite(substituted, Folder().visit, types, values)
-    return made, {old: values[clone] for old, clone in clones.items() if clone in values}
+    return rewrite(graph, Folder(symbols=symbols).visit, types, values), values
 
 
 def _symbols(graph: Graph, bindings: Mapping[str, Binding]) -> dict[str, int]:
@@ -61,17 +58,3 @@ def _symbols(graph: Graph, bindings: Mapping[str, Binding]) -> dict[str, int]:
             if not dim.is_const and dim.symbols == {str(dim)} and symbols.setdefault(str(dim), size) != size:
                 raise ModelError(f"input {name!r}: {dim} is both {symbols[str(dim)]} and {size}")
     return symbols
-
-
-def _substituted(graph: Graph, symbols: Mapping[str, int]) -> tuple[Graph, Values]:
-    """A copy with the symbols replaced in all attributes, types still as they were; and its values."""
-    new = graph.clone()
-    for op in new.ops():
-        for name, field in fields(type(op)).items():
-            dims = op.attr(name) if isinstance(field.kind, DimsKind) else None
-            if dims is not None and any(not d.is_const for d in dims):
-                op.set_attr(name, tuple(d.substitute(symbols) for d in dims))
-    clones: Values = dict(zip(graph.block.args, new.block.args, strict=True))
-    for old, copied in zip(graph.top(), new.top(), strict=True):
-        clones.update(zip(old.results, copied.results, strict=True))
-    return new, clones

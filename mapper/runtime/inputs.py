@@ -122,6 +122,9 @@ class Decoder:
         Raises UsageError where the programs cannot take this many tokens, or the context is too short.
         """
         total = ids.shape[1]
+        vocabulary = next(p.shape[-1] for p in self.session.schedule.ports if p.name == "logits")
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocabulary:
+            raise UsageError(f"token ids must be 0 to {vocabulary - 1}")
         if past + total > self.context:
             raise UsageError(f"{past} + {total} tokens do not fit the schedule's context of {self.context}")
         pieces: list[Array] = []
@@ -149,61 +152,54 @@ class Decoder:
         return {e: self.session.state(state_name(e))[:, :, begin:end] for e in names}
 
     def fill(self, caches: Mapping[Entry, Array]) -> None:
-        """Set the first positions of every cache ([B, Hkv, P, D] each) and clear the others."""
-        for entry, shape in states(self.session.schedule).items():
-            port_dtype = next(p.dtype for p in self.session.schedule.ports if p.name == state_name(entry))
-            whole = np.zeros(shape, port_dtype)
+        """Set the first positions of every cache ([B, Hkv, P, D] each) and clear the others. UsageError where
+        a cache does not fit."""
+        for entry, (b, h, room, d) in states(self.session.schedule).items():
+            whole = np.zeros((b, h, room, d), np.float32)
             if entry in caches:
-                whole[:, :, : caches[entry].shape[2]] = caches[entry]
+                shape = caches[entry].shape
+                if (shape[0], shape[1], shape[3]) != (b, h, d) or shape[2] > room:
+                    name = f"the {entry[0]} cache of layer {entry[1]}"
+                    raise UsageError(f"{name} has shape {shape}; the schedule takes {(b, h, f'<={room}', d)}")
+                whole[:, :, : shape[2]] = caches[entry]
             self.session.set_state(state_name(entry), whole)
 
 
-def execute(session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run the model's own inputs, by their ONNX names, and return its outputs: logits [B, S, V] and caches
-    after the step. Raises UsageError where the inputs ask for what the schedule excludes (padding, gaps)."""
-    model = interface(session.schedule.roles)
-    shapes = states(session.schedule)
-    _named(model, shapes, inputs)
-    ids = np.asarray(inputs[model.token_ids])
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise UsageError(f"{model.token_ids} must be whole numbers of shape [batch, tokens]")
-    caches = {e: model.to_state(np.asarray(inputs[n])) for e, n in model.past.items() if n in inputs}
-    past = _past(caches, shapes, ids.shape[0])
-    _plain(model, inputs, ids.shape, past)
-    decoder = Decoder(session)
-    decoder.fill(caches)
-    logits = decoder.feed(ids, past)
-    out = {model.logits: logits}
-    present = decoder.entries(0, past + ids.shape[1])
-    return out | {name: model.from_state(present[e]) for e, name in model.present.items() if e in present}
-
-
-def _named(model: Interface, shapes: Mapping[Entry, Any], inputs: Mapping[str, Array]) -> None:
+def read_inputs(model: Interface, inputs: Mapping[str, Array]) -> tuple[Array, dict[Entry, Array]]:
+    """(token ids [B, S], caches [B, Hkv, P, D]) from the model's inputs by ONNX name; no caches where none
+    are given or they are empty. Raises UsageError for what a schedule assumes away (padding, gaps)."""
     known = {model.token_ids, model.attention_mask, *model.positions, *model.past.values()}
     unknown = sorted(set(inputs) - known)
     if unknown:
         raise UsageError(f"the model has no input {unknown[0]!r}")
     if model.token_ids not in inputs:
         raise UsageError(f"input {model.token_ids} is missing")
-    given = {e for e, n in model.past.items() if n in inputs}
-    if given and given != set(shapes):
-        missing = sorted(set(shapes) - given)
-        raise UsageError(
-            f"input {model.past[missing[0]]} is missing" if missing else "caches of other layers"
-        )
+    ids = np.asarray(inputs[model.token_ids])
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise UsageError(f"{model.token_ids} must be whole numbers of shape [batch, tokens]")
+    caches = {e: np.asarray(inputs[n]) for e, n in model.past.items() if n in inputs}
+    if any(c.ndim != 4 for c in caches.values()) or 0 < len(caches) < len(model.past):
+        raise UsageError("the caches must be given all, with four dimensions each, or none")
+    caches = {e: model.to_state(c) for e, c in caches.items()}
+    lengths = {c.shape[2] for c in caches.values()} or {0}
+    if len(lengths) > 1:
+        raise UsageError(f"the caches given differ in length: {sorted(lengths)}")
+    past = lengths.pop()
+    _plain(model, inputs, ids.shape, past)
+    return ids, caches if past else {}
 
 
-def _past(caches: Mapping[Entry, Array], shapes: Mapping[Entry, tuple[int, ...]], batch: int) -> int:
-    lengths = {c.shape[2] for c in caches.values() if c.ndim == 4}
-    if len(lengths) > 1 or any(c.ndim != 4 for c in caches.values()):
-        raise UsageError("the caches given differ in length")
-    for entry, cache in caches.items():
-        b, h, _, d = shapes[entry]
-        if (cache.shape[0], cache.shape[1], cache.shape[3]) != (b, h, d) or cache.shape[0] != batch:
-            raise UsageError(
-                f"cache {entry[0]} of layer {entry[1]} is {cache.shape}; the schedule has {(b, h, d)}"
-            )
-    return lengths.pop() if lengths else 0
+def execute(session: Session, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the model's own inputs, by their ONNX names, and return its outputs: logits [B, S, V] and caches
+    after the step. Raises UsageError where the inputs ask for what the schedule excludes (padding, gaps)."""
+    model = interface(session.schedule.roles)
+    ids, caches = read_inputs(model, inputs)
+    past = next((c.shape[2] for c in caches.values()), 0)
+    decoder = Decoder(session)
+    decoder.fill(caches)
+    out = {model.logits: decoder.feed(ids, past)}
+    present = decoder.entries(0, past + ids.shape[1])
+    return out | {name: model.from_state(present[e]) for e, name in model.present.items() if e in present}
 
 
 def _plain(model: Interface, inputs: Mapping[str, Array], shape: tuple[int, ...], past: int) -> None:

@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import MapperError
+from mapper.runtime.execute import Session
+from mapper.runtime.inputs import Decoder
+from mapper.runtime.interface import Semantics
 from mapper.schedule import equivalence, mutate
 from mapper.schedule.checks import Check, run_checks
 from mapper.schedule.dtypes import dtype
@@ -35,7 +38,7 @@ Verdict = Literal["check", "fault", "output", "equivalent", "survived"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutant. `why` names the check, the fault, the output, or the class of an equivalent."""
+    """What became of one mutant. `why` names the check, fault or output, or an equivalent's class."""
 
     kind: str
     description: str
@@ -187,6 +190,28 @@ class _FlipWeight:
 
     def apply(self, schedule: Schedule, rng: np.random.Generator) -> None:
         return None
+
+
+def decoder_case(semantics: Semantics, steps: int = 2) -> Execute:
+    """An Execute for decoder schedules: random tokens through prefill (where there is one) and `steps` decode
+    steps. Compares all logits and caches."""
+
+    def execute(schedule: Schedule, weights: Weights, number: int) -> Outputs:
+        session = Session(schedule, semantics, weights=weights.__getitem__)
+        decoder = Decoder(session)
+        vocabulary = next(p.shape[-1] for p in schedule.ports if p.name == "logits")
+        rng = np.random.default_rng([7, number])
+        batch, prompt = schedule.request.batch, decoder.prompt or 1
+        more = steps if "decode" in schedule.programs else 0
+        ids = rng.integers(0, vocabulary, (batch, prompt + more))
+        out: dict[str, Array] = {"prompt": decoder.feed(ids[:, :prompt], 0)}
+        for past in range(prompt, prompt + more):
+            out[f"step.{past}"] = decoder.feed(ids[:, past : past + 1], past)
+        return out | {
+            f"{kind}.{layer}": a for (kind, layer), a in decoder.entries(0, decoder.context).items()
+        }
+
+    return execute
 
 
 def random_weights(schedule: Schedule, rng: np.random.Generator) -> dict[str, Array]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mapper.errors import ModelError, WeightsMissingError
 from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.weights import file_sha256
 
 Array = npt.NDArray[Any]
 _TYPES = {
@@ -22,11 +23,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Oracle:
-    """onnxruntime on one model. `caches` are the shapes [B, Hkv, *, D] of its caches (length ignored)."""
+    """onnxruntime on one model. `caches` are the shapes [B, Hkv, *, D] of its caches (length ignored);
+    `sha256` is the digest of the model file."""
 
     session: Any
     model: Interface
     caches: Mapping[Entry, tuple[int, ...]]
+    sha256: str = ""
 
     @property
     def name(self) -> str:
@@ -84,4 +87,4 @@ def oracle(path: str | Path, model: Interface, caches: Mapping[Entry, tuple[int,
         if "external data" in text.lower() or "cannot open" in text.lower() or "No such file" in text:
             raise WeightsMissingError(f"onnxruntime cannot read the weights of {path}: {text}") from error
         raise ModelError(f"onnxruntime cannot load {path}: {text}") from error
-    return Oracle(session, model, caches)
+    return Oracle(session, model, caches, file_sha256(Path(path)))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mapper.errors import UsageError
+from mapper.errors import ModelError, UsageError
 from mapper.runtime.compare import Difference, compare, compare_tokens
 from mapper.runtime.execute import Session
 from mapper.runtime.inputs import Decoder, Entry
@@ -69,9 +69,10 @@ def _largest(array: Array) -> float:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome. Errors are those of the logits against the oracle; relative ones over its largest magnitude.
+    """The outcome. Errors are the logits' against the oracle; relative ones over its largest magnitude.
 
-    `tokens` counts the greedy tokens compared, `tokens_differing` those that differ (`tokens_excused` of them
+    `tokens` counts the tokens of the greedy steps (the one that the prompt gives is compared too, but
+    not counted where steps follow), `tokens_differing` those that differ (`tokens_excused` of them
     by the rule for near ties), `steps_executed` steps of the schedule's tables.
     """
 
@@ -133,30 +134,46 @@ def seeded_prompt(schedule: Schedule) -> Array:
 
 
 def verify(
-    session: Session, oracle: Oracle, judge: Judge, tokens: int, prompt: Array | None = None
+    session: Session,
+    oracle: Oracle,
+    judge: Judge,
+    tokens: int,
+    prompt: Array | None = None,
+    start: Mapping[Entry, Array] | None = None,
 ) -> Verification:
-    """Feed `prompt` (or the seeded one) to an empty cache, then `tokens` greedy steps; compare each step.
+    """Feed `prompt` (or the seeded one) to the caches `start` (or empty ones), then `tokens` greedy steps;
+    compare each step.
 
-    A schedule without decode program is compared on the prompt alone. Raises UsageError if prompt and tokens do not
-    fit the context, ExecutionFault where a step cannot be run.
+    A schedule without decode program is compared on the prompt alone. Raises UsageError if prompt and tokens do
+    not fit the context, ModelError if the oracle runs another model, ExecutionFault if a step cannot run.
     """
     schedule = session.schedule
+    if schedule.model.sha256 and oracle.sha256 and schedule.model.sha256 != oracle.sha256:
+        raise ModelError(f"{schedule.model.path}: not the model that the schedule was made from")
     ids = seeded_prompt(schedule) if prompt is None else prompt
     decoder = Decoder(session)
     steps = tokens if "decode" in schedule.programs else 0
-    if ids.shape[1] + steps > decoder.context:
-        raise UsageError(
-            f"a prompt of {ids.shape[1]} and {steps} tokens do not fit the context of {decoder.context}"
-        )
-    session.reset()
+    caches: Mapping[Entry, Array] = start or {}
+    past = next((c.shape[2] for c in caches.values()), 0)
+    decoder.fill(caches)
+    total = past + ids.shape[1] + steps
+    if total > decoder.context:
+        raise UsageError(f"prompt and tokens take {total} positions; the context is {decoder.context}")
     tally = _Tally()
-    past = 0
-    caches: dict[Entry, Array] = {}
-    for _ in range(steps + 1):
+    for number in range(steps + 1):
         logits, caches = oracle.step(ids, past, caches)
         new = {e: a[:, :, past:] for e, a in caches.items()}
         got = decoder.feed(ids, past)
-        tally.add(ids, past, got, decoder.entries(past, past + ids.shape[1]), logits, new, judge)
+        tally.add(
+            ids,
+            past,
+            got,
+            decoder.entries(past, past + ids.shape[1]),
+            logits,
+            new,
+            judge,
+            number > 0 or not steps,
+        )
         past += ids.shape[1]
         ids = logits[:, -1].argmax(-1)[:, None]
     return tally.outcome(oracle.name, judge.rule, session)
@@ -176,9 +193,9 @@ class _Tally:
 
     def add(
         self, ids: Array, past: int, got: Array, entries: Mapping[Entry, Array],
-        logits: Array, new: Mapping[Entry, Array], judge: Judge,
+        logits: Array, new: Mapping[Entry, Array], judge: Judge, counts: bool,
     ) -> None:  # fmt: skip
-        """Compare one step: `got` and `entries` against what the judge wants; errors against the oracle too."""
+        """Compare one step: `got` and `entries` with what the judge wants, errors with the oracle too."""
         wanted = judge.judge(ids, past, logits, new)
         place = (
             f"position {past}: " if ids.shape[1] == 1 else f"positions {past}..{past + ids.shape[1] - 1}: "
@@ -191,7 +208,7 @@ class _Tally:
         for entry, array in new.items():
             self.cache = max(self.cache, compare("cache", entries[entry], array, np.inf).max_abs)
         count = compare_tokens(got[:, -1], logits[:, -1], wanted.logits_error)
-        self.tokens += count.equal + count.excused + count.wrong
+        self.tokens += (count.equal + count.excused + count.wrong) * counts
         self.differing += count.excused + count.wrong
         self.excused += count.excused
         if count.wrong:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mapper import machine as machines
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.timeline import Timeline, timeline
 from mapper.schedule.violation import Violation, first, label
+
+Float = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class UnitExclusive:
 class BandwidthHolds:
     """At no time do the running steps move more bytes per cycle than a memory's declared bandwidth.
 
-    A step moves its slices' bytes evenly over its duration (at least one cycle). A memory called `sram.3` is
-    limited by the machine constant `memory.sram.3.bandwidth` or else `memory.sram.bandwidth` [B/s]; without
+    A step moves its slices' bytes evenly over its duration (at least one cycle); an opcode that the plan
+    lists in `gather` reads only part of its slices, chosen by data, and moves the step's `bytes`. A memory
+    `sram.3` is limited by the machine constant `memory.sram.3.bandwidth` or else `memory.sram.bandwidth` [B/s]; without
     one it is not limited here.
     """
 
@@ -62,13 +66,13 @@ class BandwidthHolds:
             return []
         return first(v for phase in schedule.programs for v in self._program(schedule, phase, limits))
 
-    def _program(
-        self, schedule: Schedule, phase: str, limits: np.typing.NDArray[np.float64]
-    ) -> Iterator[Violation]:
+    def _program(self, schedule: Schedule, phase: str, limits: Float) -> Iterator[Violation]:
         times = timeline(schedule, phase)
         memory_of = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
         step = np.concatenate([times.reads.step, times.writes.step])
-        size = np.concatenate([a.high - a.low for a in (times.reads, times.writes)])
+        size = _moved(
+            schedule, times, step, np.concatenate([a.high - a.low for a in (times.reads, times.writes)])
+        )
         memory = memory_of[np.concatenate([times.reads.buffer, times.writes.buffer])]
         for number in np.flatnonzero(np.isfinite(limits)):
             here = memory == number
@@ -84,7 +88,16 @@ class BandwidthHolds:
                 yield Violation(message, tuple(steps[:16]), name, cycle, float(limits[number]))
 
 
-def _limits(schedule: Schedule) -> np.typing.NDArray[np.float64]:
+def _moved(schedule: Schedule, times: Timeline, step: Int, size: Int) -> Float:
+    """Bytes of each access; those of a gathering step are its share of what the step says it moves."""
+    plan = schedule.plan if isinstance(schedule.plan, dict) else {}
+    gather = [i for i, name in enumerate(schedule.opcodes) if name in plan.get("gather", ())]
+    part = np.isin(times.opcode[step], gather)
+    total = np.bincount(step, size, minlength=len(times))[step]
+    return np.where(part, np.minimum(size, size * (times.bytes[step] / np.maximum(total, 1))), size)
+
+
+def _limits(schedule: Schedule) -> Float:
     """Bytes per cycle of each memory; infinite where the machine does not say."""
     constants = machines.parse(schedule.machine_toml, schedule.machine).constants
     limits = np.full(len(schedule.memories), np.inf)
@@ -96,7 +109,7 @@ def _limits(schedule: Schedule) -> np.typing.NDArray[np.float64]:
     return limits
 
 
-def _peak(times: Timeline, step: Int, size: Int, limit: float) -> tuple[int, float, list[int]] | None:
+def _peak(times: Timeline, step: Int, size: Float, limit: float) -> tuple[int, float, list[int]] | None:
     """(cycle, bytes per cycle, running steps) of the highest rate where it exceeds `limit`."""
     if not len(step):
         return None

@@ -2,8 +2,8 @@
 
 Each written slice gets a number made of the opcode, the immediates, and the numbers of all bytes that the
 step reads. Two schedules whose output and state ports end with the same numbers give the same results for all
-weights and inputs. Sound for targets whose steps pass values through the memories that `reads` and `writes` name
-alone; plans with `exact_time` (values on streams) are never called equal here.
+weights and inputs. Sound for targets whose steps pass values through the memories that `reads` and
+`writes` name alone; plans with `exact_time` (values on streams) are never called equal here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Class = Literal["slack", "dead value", "equal operand"]
 def classify(original: Schedule, mutant: Schedule, kind: str) -> Class | None:
     """Why `mutant` is equivalent to `original`, or None where that is not shown.
 
-    "slack": the same steps at other times or places; "equal operand": another order of operands that are equal
-    or commute; "dead value": what was changed reaches no output.
+    "slack": the same steps at other times or places; "equal operand": another order of operands that are
+    equal or commute; "dead value": what was changed reaches no output.
     """
     if isinstance(original.plan, dict) and original.plan.get("exact_time"):
         return None

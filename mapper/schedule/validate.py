@@ -187,12 +187,13 @@ def _bindings(block: Block, sizes: Int, what: str) -> None:
 
 
 def _ports(schedule: Schedule) -> None:
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for port in schedule.ports:
         what = f"port {port.name}"
-        if port.name in seen:
+        names = {(port.name, program) for program in port.programs or tuple(schedule.programs)}
+        if names & seen:
             raise ScheduleError(f"{what} is listed twice")
-        seen.add(port.name)
+        seen |= names
         _range(array_bytes(port.shape, port.dtype), 0, MAX_CYCLE, f"{what}: bytes")
         _column(np.array(port.buffers, np.int64), 0, schedule.buffers.num_rows, f"{what}: buffers")
         if set(port.programs) - set(schedule.programs):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from mapper_kernels import attention, elementwise, gemm, index, norm, product, reduce, rope
 from mapper_kernels.jit import entry, jit
-from mapper_kernels.memory import atomic_add, atomic_load, f32, f32_2d, f32_3d, f32_4d, i64, u8, u16, u32, u64
-from mapper_kernels.split import share
+from mapper_kernels.memory import atomic_add, atomic_load, atomic_max, f32, f32_2d, f32_3d, f32_4d, i64, u8, u16, u32, u64
+from mapper_kernels.split import SPINS, give_way, share
 
 from mapper_host.opcodes import (
     ACTIVATION,
@@ -276,39 +276,17 @@ def _alone(op: int, r: Any, a: Any, f: Any) -> int:
 
 
 @jit
-def _step(op: int, r: Any, a: Any, f: Any, part: int, parts: int) -> int:
-    """Do share `part` of one step: its operand addresses r, arguments a (and the same as float64 in f)."""
-    if op == LINEAR_NK or op == LINEAR_KN:
-        _linear(op, r, a, part, parts)
-    elif op == NORM:
-        _norm(r, a, f, part, parts)
-    elif op == ROPE_AT:
-        return _rope_at(r, a, part, parts)
-    elif op == ROPE:
-        _rope(r, a, part, parts)
-    elif op == CACHE_APPEND:
-        return _cache_append(r, a, part, parts)
-    elif op == CACHED_ATTENTION:
-        return _cached_attention(r, a, f, part, parts)
-    elif op == ATTENTION:
-        _attention(r, a, f, part, parts)
-    elif op == GATE:
-        product.gate(a[1], f32(r[0], a[0]), f32(r[1], a[0]), f32(r[2], a[0]), part, parts)
-    elif op == ACTIVATION:
-        product.activation(a[1], f32(r[0], a[0]), f32(r[1], a[0]), part, parts)
-    elif op == ELEMENTWISE:
-        _elementwise(r, a, part, parts)
-    elif op == COPY:
-        _copy(r, a, part, parts)
-    elif op == MATMUL:
-        _matmul(r, a, part, parts)
-    elif op == CONV:
-        _conv(r, a, part, parts)
-    elif op == MOE:
-        _moe(r, a, f, part, parts)
-    elif part == 0:
-        return _alone(op, r, a, f)
-    return 0
+def _meet(barrier: Any, arrivals: int, fault: int) -> int:
+    """Wait until `arrivals` threads have come; the first fault that any of them brought."""
+    if fault != 0:
+        atomic_max(barrier, 1, fault)
+    atomic_add(barrier, 0, 1)
+    spins = 0
+    while atomic_load(barrier, 0) < arrivals:
+        spins += 1
+        if spins > SPINS:
+            give_way()
+    return atomic_load(barrier, 1)
 
 
 @entry(Path(__file__).parent)
@@ -323,16 +301,43 @@ def interpret(
     arrivals = 0
     for i in range(begin, end):
         first = rows[i, 1]
-        fault = _step(rows[i, 0], rows[i, 2:], args[first:], floats[first:], part, parts)
+        op, r, a, f = rows[i, 0], rows[i, 2:], args[first:], floats[first:]
+        fault = 0
+        if op == LINEAR_NK or op == LINEAR_KN:
+            _linear(op, r, a, part, parts)
+        elif op == NORM:
+            _norm(r, a, f, part, parts)
+        elif op == ROPE_AT:
+            fault = _rope_at(r, a, part, parts)
+        elif op == ROPE:
+            _rope(r, a, part, parts)
+        elif op == CACHE_APPEND:
+            fault = _cache_append(r, a, part, parts)
+        elif op == CACHED_ATTENTION:
+            fault = _cached_attention(r, a, f, part, parts)
+        elif op == ATTENTION:
+            _attention(r, a, f, part, parts)
+        elif op == GATE:
+            product.gate(a[1], f32(r[0], a[0]), f32(r[1], a[0]), f32(r[2], a[0]), part, parts)
+        elif op == ACTIVATION:
+            product.activation(a[1], f32(r[0], a[0]), f32(r[1], a[0]), part, parts)
+        elif op == ELEMENTWISE:
+            _elementwise(r, a, part, parts)
+        elif op == COPY:
+            _copy(r, a, part, parts)
+        elif op == MATMUL:
+            _matmul(r, a, part, parts)
+        elif op == CONV:
+            _conv(r, a, part, parts)
+        elif op == MOE:
+            _moe(r, a, f, part, parts)
+        elif part == 0:
+            fault = _alone(op, r, a, f)
         if parts > 1:
-            if fault != 0:
-                atomic_add(barrier, 1, 8 * i + fault + 1)
             arrivals += parts
-            atomic_add(barrier, 0, 1)
-            while atomic_load(barrier, 0) < arrivals:
-                pass
-            if atomic_load(barrier, 1) != 0:
-                return atomic_load(barrier, 1)
+            failed = _meet(barrier, arrivals, 0 if fault == 0 else 8 * i + fault + 1)
+            if failed != 0:
+                return failed
         elif fault != 0:
             return 8 * i + fault + 1
     return 0

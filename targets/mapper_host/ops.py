@@ -9,6 +9,8 @@ from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from xdsl.ir import SSAValue
 
+from mapper_host.work import flops_of, weight_bytes_of
+
 if TYPE_CHECKING:
     from mapper_host.context import Context
 
@@ -42,8 +44,8 @@ class OpList:
                 "repeat": repeat,
                 "operands": [self.makers.get(v, -1) for v in op.operands],
                 "shape": list(kind.ints) if kind.is_static else [],
-                "flops": 0,
-                "weight_bytes": 0,
+                "flops": flops_of(self.graph, op),
+                "weight_bytes": weight_bytes_of(self.graph, op),
             }
         )
         self.makers.update(dict.fromkeys(op.results, number))

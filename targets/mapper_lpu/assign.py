@@ -10,10 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from mapper_lpu.isa import ALUS, EAST, LARGE_ALUS, SMALL_OPS, WEST
 
-_BUDGET = 20_000
+_BUDGET = 300
+_ATTEMPTS = 60
 GROUPS = 8
 
 
@@ -41,10 +43,12 @@ class Assignment:
     outer: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
+_WINDOWS = tuple(tuple((2 * (alu // 4) + i) % GROUPS for i in range(4)) for alu in range(ALUS))
+
+
 def window(alu: int) -> tuple[int, ...]:
-    """Stream groups that an ALU can read."""
-    row = alu // 4
-    return tuple((2 * row + i) % GROUPS for i in range(4))
+    """Stream groups that an ALU can read: 2 r .. 2 r + 3 (mod 8) in row r."""
+    return _WINDOWS[alu]
 
 
 class _Search:
@@ -174,13 +178,15 @@ class _Search:
         return rank < 3 if direction == EAST else rank > 0
 
 
-def assign(nodes: Sequence[Node], entry: int, latency: int, seed: int) -> Assignment | None:
+@cache
+def assign(nodes: tuple[Node, ...], entry: int, latency: int, seed: int) -> Assignment | None:
     """An assignment that meets the wiring rule, or None where the search finds none within its budget.
 
-    `entry` and `latency` are the machine's vxm.entry and vxm.alu in cycles.
+    Many short searches from different orders find one sooner than a long one. `entry` and `latency` are the machine's
+    vxm.entry and vxm.alu in cycles.
     """
-    for attempt in range(6):
-        found = _Search(nodes, entry, latency, seed * 16 + attempt).run()
+    for attempt in range(_ATTEMPTS):
+        found = _Search(nodes, entry, latency, seed * _ATTEMPTS + attempt).run()
         if found is not None:
             return found
     return None

@@ -57,20 +57,28 @@ class Timing:
     def of(schedule: Schedule) -> Timing:
         """From the machine file inside the schedule."""
         machine = machines.parse(schedule.machine_toml, schedule.machine)
-        keys = ("mem.read", "mem.gather", "vxm.entry", "vxm.alu", "mxm.latency", "mxm.install")
-        values = [machine.whole(k) for k in (*keys, "sxm.permute", "chip.tiles")]
-        return Timing(*values, mxm=isa.mxm_position(machine))
+        return Timing(
+            read=machine.whole("mem.read"),
+            gather=machine.whole("mem.gather"),
+            entry=machine.whole("vxm.entry"),
+            alu=machine.whole("vxm.alu"),
+            latency=machine.whole("mxm.latency"),
+            install=machine.whole("mxm.install"),
+            permute=machine.whole("sxm.permute"),
+            tiles=machine.whole("chip.tiles"),
+            mxm=isa.mxm_position(machine),
+        )
 
 
 @dataclass(frozen=True)
 class Columns:
     """One program. `rows` of the step tables of all blocks are stacked; a step is one execution of a row.
 
-    Columns of rows: `code` (of isa.OPCODES, -1 unknown), `unit` (of isa.UNITS, -1 unknown), `args` [rows, ARGS]
-    padded with 0, `fault` (index into `faults`, 0 = legal), `x` (position), `block`, `index` (row in its block).
-    Columns of steps (rows of the Timeline): `row`, `legal`, `step_code`, `step_unit`, and the MEM operand:
-    `buffer` (-1 none), `line` (first 320-byte row within the buffer), `address` (the same within the memory),
-    `lines` (number of rows), `reads` and `writes` (number of slices).
+    Columns of rows: `code` (of isa.OPCODES, -1 unknown), `unit` (of isa.UNITS, -1 unknown), `args` [rows,
+    ARGS] padded with 0, `fault` (index into `faults`, 0 = legal), `x` (position), `block`, `index` (row in
+    its block). Columns of steps (rows of the Timeline): `row`, `legal`, `step_code`, `step_unit`, and the MEM
+    operand: `buffer` (-1 none), `line` (first 320-byte row within the buffer), `address` (the same within the
+    memory), `lines` (number of rows), `reads` and `writes` (number of slices).
     """
 
     phase: str
@@ -160,7 +168,8 @@ def _columns(schedule: Schedule, phase: str) -> Columns:
 
 
 def _operands(times: Timeline) -> tuple[Int, Int, Int, Int, Int]:
-    """(buffer, low, high, number of reads, number of writes) of each step; buffer -1 without memory operand."""
+    """(buffer, low, high, number of reads, number of writes) of each step; buffer -1 without memory
+    operand."""
     n = len(times)
     buffer, low, high = np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
     for accesses in (times.writes, times.reads):
@@ -208,8 +217,8 @@ def _map_count(schedule: Schedule) -> int:
 
 
 _COUNT = {
-    **dict.fromkeys(MEM[:2], 2), **dict.fromkeys(MEM[2:], 4), **dict.fromkeys(VXM, 5), **dict.fromkeys(BINARY, 8),
-    CAST: 7, LOAD: 2, INSTALL: 0, ACTIVATE: 2, EMIT: 1, PERMUTE: 6,
+    **dict.fromkeys(MEM[:2], 2), **dict.fromkeys(MEM[2:], 4), **dict.fromkeys(VXM, 5),
+    **dict.fromkeys(BINARY, 8), CAST: 7, LOAD: 2, INSTALL: 0, ACTIVATE: 2, EMIT: 1, PERMUTE: 6,
 }  # fmt: skip
 
 
@@ -235,13 +244,19 @@ def _faults(
     yield (code >= 0) & ~_UNIT_OK[unit, code], "is not an instruction of its unit"
     wanted = np.array([_COUNT[c] for c in range(len(isa.OPCODES))] + [-1])[code]
     yield count != wanted, "has the wrong number of arguments"
-    yield duration != np.where(code == INSTALL, timing.install, 1), "does not take its queue for the right time"
+    yield (
+        duration != np.where(code == INSTALL, timing.install, 1),
+        "does not take its queue for the right time",
+    )
     a = args.T
     mem, indexed = np.isin(code, MEM), np.isin(code, MEM[2:])
     yield mem & _no_stream(a[0], a[1]), "names no stream"
     yield indexed & (_no_stream(a[2], a[3]) | (a[3] % 2 != 0)), "takes its index from no pair of streams"
     yield from _vxm_faults(code, args)
-    yield (code == LOAD) & ((a[0] < 0) | (a[0] >= 20) | ((a[1] != 0) & (a[1] != 16))), "has no such load group or base"
+    yield (
+        (code == LOAD) & ((a[0] < 0) | (a[0] >= 20) | ((a[1] != 0) & (a[1] != 16))),
+        "has no such load group or base",
+    )
     wide = np.where(a[0] == isa.F16, 2, 1)
     bad = ((a[0] != isa.I8) & (a[0] != isa.F16)) | _no_stream(0 * a[1], a[1]) | (a[1] % wide != 0)
     yield (code == ACTIVATE) & bad, "has no such type or stream"
@@ -267,7 +282,10 @@ def _vxm_faults(code: Int, args: Int) -> Iterator[tuple[Bool, str]]:
         flows = present & ((kind == isa.OUTER) | (kind == isa.INNER))
         bad = (d < 0) | (d > 1) | (s < 0) | (s >= isa.STREAMS) | (s % WIDTH[source] != 0)
         yield flows & bad, "takes an operand from no aligned group of streams"
-        yield present & (kind == isa.IMMEDIATE) & ((d < -(1 << 31)) | (d >= 1 << 32)), "has no 32-bit immediate"
+        yield (
+            present & (kind == isa.IMMEDIATE) & ((d < -(1 << 31)) | (d >= 1 << 32)),
+            "has no 32-bit immediate",
+        )
     d, s = result_args(code, args)
     bad = (d < -1) | (d > 1) | ((d >= 0) & ((s < 0) | (s >= isa.STREAMS) | (s % WIDTH[result] != 0)))
     yield vxm & bad, "gives its result to no aligned group of streams"

@@ -1,8 +1,8 @@
 """Who produces the vector that an instruction consumes: the def-use table of the streams of one program.
 
-A vector on (direction, stream) moves one position per cycle, so it stays on one diagonal of space and time. A key
-packs (direction, stream, diagonal, place along the flow); a consumer's vector comes from the producer with the
-largest key that is not beyond its own on the same diagonal.
+A vector on (direction, stream) moves one position per cycle, so it stays on one diagonal of space and time. A
+key packs (direction, stream, diagonal, place along the flow); a consumer's vector comes from the producer
+with the largest key that is not beyond its own on the same diagonal.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Uses:
 
 @dataclass(frozen=True)
 class Flow:
-    """`source[i]`: row of `made` that consumer row i of `used` sees, -1 for nothing. `made` is sorted by key."""
+    """`source[i]`: row of `made` that consumer row i of `used` sees, -1 for nothing. `made` is sorted by
+    key."""
 
     made: Uses
     used: Uses

@@ -20,7 +20,8 @@ from mapper_lpu.listing_parse import Instructions, parse
 
 @dataclass(frozen=True)
 class InstructionMemory:
-    """The listing of each queue has at most `icu.instructions` lines, where the machine file limits them (> 0)."""
+    """The listing of each queue has at most `icu.instructions` lines, where the machine file limits them (>
+    0)."""
 
     name: str = "InstructionMemory"
 
@@ -69,9 +70,14 @@ class ListingMatches:
 def differences(schedule: Schedule, table: Columns, found: Instructions) -> Iterator[Violation]:
     """Where a listing that was read back is not the program."""
     if found.cycles != schedule.programs[table.phase].cycles:
-        yield Violation(f"{table.phase}: the listing has {found.cycles} cycles", limit=schedule.programs[table.phase].cycles)
+        yield Violation(
+            f"{table.phase}: the listing has {found.cycles} cycles",
+            limit=schedule.programs[table.phase].cycles,
+        )
     if len(found.unit) != len(table.times):
-        message = f"{table.phase}: the listing has {len(found.unit)} instructions, the tables {len(table.times)}"
+        message = (
+            f"{table.phase}: the listing has {len(found.unit)} instructions, the tables {len(table.times)}"
+        )
         yield Violation(message, limit=len(table.times))
         return
     order = np.lexsort((table.times.start, table.step_unit))
@@ -89,5 +95,7 @@ def differences(schedule: Schedule, table: Columns, found: Instructions) -> Iter
         wrong |= a != b
     for at in np.flatnonzero(wrong):
         step = int(order[at])
-        message = f"{label(schedule, table.phase, table.times, step)} is not what the listing says at its place"
+        message = (
+            f"{label(schedule, table.phase, table.times, step)} is not what the listing says at its place"
+        )
         yield Violation(message, (step,), unit(schedule, table, step), int(table.times.start[step]))

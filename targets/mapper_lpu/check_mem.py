@@ -1,4 +1,5 @@
-"""MEM: one aligned access per slice and cycle, and every read finds the version of the row that it is meant to."""
+"""MEM: one aligned access per slice and cycle, and every read finds the version of the row that it is meant
+to."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from mapper_lpu.check_streams import unit
 
 @dataclass(frozen=True)
 class MemPorts:
-    """A MEM instruction accesses whole 320-byte rows of its own slice: one row (read, write) or one table of rows
-    (gather, scatter), inside the slice and the buffer; at most one instruction per slice and cycle."""
+    """A MEM instruction accesses whole 320-byte rows of its own slice: one row (read, write) or one table of
+    rows (gather, scatter), inside the slice and the buffer; at most one instruction per slice and cycle."""
 
     name: str = "MemPorts"
 
@@ -36,7 +37,9 @@ class MemPorts:
         order = steps[np.lexsort((table.times.start[steps], table.step_unit[steps]))]
         start, slices = table.times.start[order], table.step_unit[order]
         for row in np.flatnonzero((start[1:] == start[:-1]) & (slices[1:] == slices[:-1])):
-            yield _violation(schedule, table, "shares its slice and cycle", int(order[row]), int(order[row + 1]))
+            yield _violation(
+                schedule, table, "shares its slice and cycle", int(order[row]), int(order[row + 1])
+            )
 
 
 def _violation(schedule: Schedule, table: Columns, why: str, step: int, other: int = -1) -> Violation:
@@ -84,10 +87,11 @@ def _memory_map(schedule: Schedule) -> Int:
 class MemHazards:
     """Every read finds the version of its row that it is meant to see.
 
-    - The row was written in this run at an earlier cycle, or its buffer holds data from the start (input, weight,
-      constant, state).
+    - The row was written in this run at an earlier cycle, or its buffer holds data from the start (input,
+      weight, constant, state).
     - The last write went through the same value, at the same row of it: nothing else has overwritten the row.
-    - The writer's op is the reader's, or one that it depends on; and no later repetition has written it already.
+    - The writer's op is the reader's, or one that it depends on; and no later repetition has written it
+      already.
     - A gather may read each row of its table; a scatter counts as writing each row of its table.
     - A row that is written is read before it is written again, unless it is left in an output or a state.
     """
@@ -138,14 +142,18 @@ def _versions(schedule: Schedule, table: Columns, read: Int, line: Int, write: I
     for bad, why in (
         (~same, "reads a row that was last written as another value"),
         (later, "reads a row that a later repetition has already overwritten"),
-        (~related(schedule, table, write, read), "reads a row that was last written by an op without an edge to its own"),
+        (
+            ~related(schedule, table, write, read),
+            "reads a row that was last written by an op without an edge to its own",
+        ),
     ):
         for i in np.flatnonzero(bad):
             yield _violation(schedule, table, why, int(read[i]), int(write[i]))
 
 
 def _lines(table: Columns, usable: Bool, single: int, many: int) -> tuple[Int, Int]:
-    """(step, row of all MEM: slice * ROWS + row) of every row that the steps access; tables are spread out."""
+    """(step, row of all MEM: slice * ROWS + row) of every row that the steps access; tables are spread
+    out."""
     mem = table.legal & usable & (table.step_unit < 2 * isa.SLICES)
     steps = np.flatnonzero(mem & np.isin(table.step_code, (single, many)))
     owner, row = expand(table.address[steps], table.address[steps] + table.lines[steps])
@@ -182,4 +190,3 @@ def _initial(schedule: Schedule, phase: str) -> tuple[Bool, Bool]:
                 for row, flag in zip(out, flags, strict=True):
                     row[part] |= flag
     return out[0], out[1]
-

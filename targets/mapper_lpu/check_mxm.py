@@ -1,4 +1,5 @@
-"""The MXM: weights are complete when installed and belong to the activations that meet them; results leave in time."""
+"""The MXM: weights are complete when installed and belong to the activations that meet them; results leave in
+time."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class MxmWeights:
     - An install finds all 20 load groups loaded, and no load is issued while it lasts.
     - Every load is installed, and every install meets an activation.
     - An activation meets weights that were installed in this run, for its own op.
-    - f16: both planes of a hemisphere are activated at once with the same streams; plane 0 holds the low bytes and
-      plane 1 the high bytes of the same rows; int8: the plane holds one-byte weights.
+    - f16: both planes of a hemisphere are activated at once with the same streams; plane 0 holds the low
+      bytes and plane 1 the high bytes of the same rows; int8: the plane holds one-byte weights.
     - Every activation's result is emitted `mxm.latency` later, and nothing else is.
     - The two results of an f16 activation meet in a `vxm.add`.
     """
@@ -58,9 +59,9 @@ def _violation(schedule: Schedule, table: Columns, step: int, why: str) -> Viola
 
 @dataclass(frozen=True)
 class _Plane:
-    """The steps of one plane in time order. `held[i, g]`: the load step of group g that install i copies (-1: none);
-    `met[a]`: the install that activation a meets (-1: none); `weights`, of each step of the program: what a load
-    carries (a number for value, ways, rows), its byte plane, and the planes of its value."""
+    """The steps of one plane in time order. `held[i, g]`: the load step of group g that install i copies (-1:
+    none); `met[a]`: the install that activation a meets (-1: none); `weights`, of each step of the program:
+    what a load carries (a number for value, ways, rows), its byte plane, and the planes of its value."""
 
     plane: int
     loads: Int
@@ -102,7 +103,10 @@ class _Plane:
         """(step, what is wrong) within the plane."""
         start = table.times.start
         for i in np.flatnonzero((self.held < 0).any(axis=1)):
-            yield self.installs[i], f"installs weights of which group {np.argmax(self.held[i] < 0)} was never loaded"
+            yield (
+                self.installs[i],
+                f"installs weights of which group {np.argmax(self.held[i] < 0)} was never loaded",
+            )
         at = np.searchsorted(start[self.installs], start[self.loads], side="right") - 1
         if len(self.installs):
             during = (at >= 0) & (start[self.loads] < start[self.installs[at]] + table.timing.install)
@@ -142,7 +146,8 @@ class _Plane:
 
 
 def _contents(schedule: Schedule, table: Columns, loads: Int) -> tuple[Int, Int, Int]:
-    """(what rows it carries, byte plane, planes of the value) of each step that is a load in `loads`, else -1."""
+    """(what rows it carries, byte plane, planes of the value) of each step that is a load in `loads`, else
+    -1."""
     edges, known = flow(schedule, table.phase), names(schedule)
     out = np.full((3, len(table.times) + 1), -1, np.int64)
     if not len(loads):
@@ -193,7 +198,9 @@ def _joined(schedule: Schedule, table: Columns, low: _Plane, high: _Plane) -> It
     """The two results of each f16 activation are operands of one add."""
     edges, start = flow(schedule, table.phase), table.times.start
     made, used = edges.made, edges.used
-    rows = np.flatnonzero((edges.source >= 0) & (used.plane == 0) & (table.step_code[used.step] == CODE["vxm.add"]))
+    rows = np.flatnonzero(
+        (edges.source >= 0) & (used.plane == 0) & (table.step_code[used.step] == CODE["vxm.add"])
+    )
     consumer, producer = used.step[rows], made.step[edges.source[rows]]
     queues = [table.step_unit[plane.emits[:1]] for plane in (low, high)]
     if not (len(queues[0]) and len(queues[1])):

@@ -16,8 +16,8 @@ _NAME = re.compile(r"(?P<base>.*?)(?:\.(?P<way>\d+))?(?:#(?P<plane>\d))?")
 
 @dataclass(frozen=True)
 class Names:
-    """Per buffer: `value` (number of the name before '#'), `plane` (-1 where the name has none), `planes` (how many
-    the value has), `base` (number of the name without way and plane), `way` (-1 without).
+    """Per buffer: `value` (number of the name before '#'), `plane` (-1 where the name has none), `planes`
+    (how many the value has), `base` (number of the name without way and plane), `way` (-1 without).
     The last row stands for no buffer."""
 
     value: Int
@@ -36,7 +36,7 @@ def names(schedule: Schedule) -> Names:
 
 
 def _names(schedule: Schedule, _: str) -> Names:
-    texts = schedule.buffers.column("value").to_pylist()
+    texts = [str(text) for text in schedule.buffers.column("value").to_pylist()]
     programs = schedule.buffers.column("program").to_pylist()
     base, way, plane = [], [], []
     for text, program in zip(texts, programs, strict=True):
@@ -56,8 +56,9 @@ def _names(schedule: Schedule, _: str) -> Names:
 
 
 def _reach(schedule: Schedule, _: str) -> Bool:
-    """[producer, consumer] of ops: whether the consumer is the producer or depends on it; work that one op does
-    for others counts as all of theirs. The last row and column stand for no op, which is related to all."""
+    """[producer, consumer] of ops: whether the consumer is the producer or depends on it; work that one op
+    does for others counts as all of theirs. The last row and column stand for no op, which is related to
+    all."""
     count = schedule.ops.num_rows
     doer = np.arange(count)
     plan: Any = schedule.plan
@@ -83,8 +84,8 @@ def _reach(schedule: Schedule, _: str) -> Bool:
 
 
 def related(schedule: Schedule, table: Columns, producer: Int, consumer: Int) -> Bool:
-    """Whether each consumer step may use what the producer step made: by the graph's edges, or from one run of a
-    repeated body to a later one."""
+    """Whether each consumer step may use what the producer step made: by the graph's edges, or from one run
+    of a repeated body to a later one."""
     reach = _RELATED.get(schedule, "", _reach)
     op, times = table.times.op, table.times
     repeat = np.append(schedule.ops.column("repeat").to_numpy().astype(np.int64), 1)

@@ -1,4 +1,5 @@
-"""Queues and the program as a whole: legal instructions, one per queue and cycle, an end that is late enough."""
+"""Queues and the program as a whole: legal instructions, one per queue and cycle, an end that is late
+enough."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ class QueueOrder:
         for pair in np.flatnonzero(same & (times.start[order[1:]] < free)):
             a, b = int(order[pair]), int(order[pair + 1])
             message = (
-                f"{label(schedule, phase, times, b)} is issued while {label(schedule, phase, times, a)} takes the "
-                f"queue until cycle {free[pair]}"
+                f"{label(schedule, phase, times, b)} is issued while "
+                f"{label(schedule, phase, times, a)} takes the queue until cycle {free[pair]}"
             )
             yield Violation(message, (a, b), unit(schedule, table, b), int(times.start[b]), int(free[pair]))
 
@@ -69,14 +70,15 @@ class ProgramEnds:
             last = int(np.argmax(effect))
             limit, cycles = int(effect[last]) + table.timing.tiles, schedule.programs[table.phase].cycles
             if cycles < limit:
-                message = f"the program ends at cycle {cycles}, {label(schedule, table.phase, times, last)} only at {limit}"
+                who = label(schedule, table.phase, times, last)
+                message = f"the program ends at cycle {cycles}, {who} only at {limit}"
                 yield Violation(message, (last,), unit(schedule, table, last), int(effect[last]), limit)
 
 
 @dataclass(frozen=True)
 class TimingDataIndependent:
-    """No instruction's time depends on data: only opcodes and units of the machine, each opcode of fixed duration
-    and latency, no step without a queue, and no address from data outside of gather and scatter."""
+    """No instruction's time depends on data: only opcodes and units of the machine, each opcode of fixed
+    duration and latency, no step without a queue, and no address from data outside of gather and scatter."""
 
     name: str = "TimingDataIndependent"
 
@@ -85,7 +87,10 @@ class TimingDataIndependent:
         return first(self._all(schedule))
 
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
-        for what, have, known in (("opcode", schedule.opcodes, isa.OPCODES), ("unit", schedule.units, isa.UNITS)):
+        for what, have, known in (
+            ("opcode", schedule.opcodes, isa.OPCODES),
+            ("unit", schedule.units, isa.UNITS),
+        ):
             for name in have:
                 if name not in known:
                     yield Violation(f"{what} {name!r} is not in the machine model: its timing is unknown")
@@ -95,7 +100,8 @@ class TimingDataIndependent:
             moves = (table.reads + table.writes) != np.isin(table.step_code, MEM)
             wrong = (table.step_code >= 0) & ((times.end - times.start != fixed) | moves)
             for step in np.flatnonzero(wrong):
-                message = f"{label(schedule, table.phase, times, step)} has another duration or other memory operands"
-                message += f" than its opcode ({table.reads[step]} reads, {table.writes[step]} writes)"
+                message = f"{label(schedule, table.phase, times, step)} has another duration or other memory"
+                message += (
+                    f" operands than its opcode ({table.reads[step]} reads, {table.writes[step]} writes)"
+                )
                 yield Violation(message, (int(step),), unit(schedule, table, step), int(times.start[step]))
-

@@ -1,4 +1,5 @@
-"""Streams: one producer per stream register and cycle, and each consumer finds the vector it is meant to see."""
+"""Streams: one producer per stream register and cycle, and each consumer finds the vector it is meant to
+see."""
 
 from __future__ import annotations
 
@@ -41,9 +42,10 @@ class StreamArrival:
     """Each consumer sees exactly the vectors that belong together and come along the graph's edges.
 
     - Every consumed stream carries a vector.
-    - The byte streams of one operand come, in order, from one instruction of the same width, or from MEM rows of
-      one value: buffers `<value>#0`, `#1`, ... at the same row, and as many as the value has.
-    - The 16 streams of a weight load come from MEM rows of one byte plane of one value, in the order of its ways.
+    - The byte streams of one operand come, in order, from one instruction of the same width, or from MEM rows
+      of one value: buffers `<value>#0`, `#1`, ... at the same row, and as many as the value has.
+    - The 16 streams of a weight load come from MEM rows of one byte plane of one value, in the order of its
+      ways.
     - The producer's op is the consumer's, or one that it depends on.
     """
 
@@ -70,7 +72,8 @@ def place(uses: Uses, row: int) -> str:
 
 def unit(schedule: Schedule, table: Columns, step: int | np.integer[Any]) -> str:
     """The name of a step's unit."""
-    return schedule.units[table.times.unit[step]]
+    name: str = schedule.units[int(table.times.unit[step])]
+    return name
 
 
 def _violation(schedule: Schedule, table: Columns, edges: Flow, row: int, why: str) -> Violation:
@@ -93,7 +96,9 @@ def _mismatches(schedule: Schedule, table: Columns, edges: Flow) -> Iterator[tup
     memory = np.isin(code, (READ, GATHER))
     load, index = used.width == 16, used.operand == INDEX
     # what takes a whole element; writes and one-byte permutes handle bytes
-    typed = index | np.isin(consumer, VXM) | (consumer == ACTIVATE) | ((consumer == PERMUTE) & (used.width > 1))
+    typed = (
+        index | np.isin(consumer, VXM) | (consumer == ACTIVATE) | ((consumer == PERMUTE) & (used.width > 1))
+    )
     exact = typed & ~index & (consumer != PERMUTE)
     start = edges.first()
     head = producer[start]
@@ -107,13 +112,16 @@ def _mismatches(schedule: Schedule, table: Columns, edges: Flow) -> Iterator[tup
     same &= (code == code[start]) & (known.plane[buffer] == used.plane)
     yield typed & memory & ~same, "its bytes are not the planes of one row of one value"
     yield exact & memory & (known.planes[buffer] != used.width), "the value has elements of another width"
-    yield typed & (code == GATHER) & (_index(table, edges)[producer] != _index(table, edges)[head]), (
-        "its bytes are gathered by different indices"
+    yield (
+        typed & (code == GATHER) & (_index(table, edges)[producer] != _index(table, edges)[head]),
+        ("its bytes are gathered by different indices"),
     )
     yield load & ~memory, "weights come from MEM"
-    same = (known.base[buffer] == known.base[first_buffer]) & (known.plane[buffer] == known.plane[first_buffer])
+    same = (known.base[buffer] == known.base[first_buffer]) & (
+        known.plane[buffer] == known.plane[first_buffer]
+    )
     same &= (known.way[buffer] == known.way[first_buffer] + used.plane) | (known.way[buffer] < 0)
-    same &= code == code[start]
+    same &= (code == code[start]) & (table.line[producer] == table.line[head])
     yield load & memory & ~same, "its weights are not one byte plane of consecutive rows of one value"
     yield ~related(schedule, table, producer, used.step), "the graph has no such edge"
 
@@ -128,4 +136,3 @@ def _index(table: Columns, edges: Flow) -> Int:
     out = np.full(len(table.times), -1, np.int64)
     out[used.step[rows]] = np.where(memory, place, -2 - producer)
     return out
-

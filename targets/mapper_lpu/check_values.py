@@ -58,10 +58,13 @@ class ValueNames:
         for row in np.flatnonzero(told & (known.plane[buffer] != plane)):
             message = (
                 f"{label(schedule, phase, table.times, step[row])} stores byte {plane[row]} of "
-                f"{label(schedule, phase, table.times, producer[row])} in {buffer_label(schedule, buffer[row])}"
+                f"{label(schedule, phase, table.times, producer[row])} in "
+                f"{buffer_label(schedule, buffer[row])}"
             )
             steps = (int(step[row]), int(producer[row]))
-            yield Violation(message, steps, unit(schedule, table, step[row]), int(table.times.start[step[row]]))
+            yield Violation(
+                message, steps, unit(schedule, table, step[row]), int(table.times.start[step[row]])
+            )
         whole = np.isin(table.step_code[producer], (*VXM, EMIT)) & (table.step_code[step] == WRITE)
         yield from self._planes(schedule, table, step[whole], producer[whole], made.width[source[whole]])
 
@@ -80,8 +83,9 @@ class ValueNames:
         full &= known.planes[buffer[index]] == width[index]
         for at in index[~full]:
             message = (
-                f"{label(schedule, table.phase, table.times, producer[at])} has a result of {width[at]} bytes, but "
-                f"not each of them is stored once in the planes of {buffer_label(schedule, buffer[at])}"
+                f"{label(schedule, table.phase, table.times, producer[at])} has a result of {width[at]} "
+                f"bytes, but not each of them is stored once in the planes of "
+                f"{buffer_label(schedule, buffer[at])}"
             )
             steps = (int(producer[at]), int(step[at]))
             yield Violation(message, steps, unit(schedule, table, step[at]), int(table.times.start[step[at]]))
@@ -89,8 +93,8 @@ class ValueNames:
 
 @dataclass(frozen=True)
 class NothingIdle:
-    """Of every vector that an instruction produces at least one byte stream is consumed; a result that only stays
-    in its ALU is used there. (Weights and rows that nobody uses: see MxmWeights and MemHazards.)"""
+    """Of every vector that an instruction produces at least one byte stream is consumed; a result that only
+    stays in its ALU is used there. (Weights and rows that nobody uses: see MxmWeights and MemHazards.)"""
 
     name: str = "NothingIdle"
 
@@ -118,7 +122,8 @@ def _produces(table: Columns, edges: Flow) -> Bool:
 
 
 def accumulators(table: Columns) -> tuple[Int, Int, Int]:
-    """(step, first argument of the operand, step whose result it finds in the ALU's output register or -1)."""
+    """(step, first argument of the operand, step whose result it finds in the ALU's output register or
+    -1)."""
     alu = table.steps(*VXM)
     args = table.args[table.row[alu]]
     is_acc = [args[:, 0] == isa.ACC, (args[:, 3] == isa.ACC) & np.isin(table.step_code[alu], BINARY)]

@@ -27,7 +27,8 @@ class VxmWiring:
 
     - max, min, relu, exp2, rsqrt, tanh and cast need a large ALU.
     - Operands of row r are on SG4 2r..2r+3 (mod 8); one ALU does not take an SG4 index from both directions.
-    - An inner operand was produced at x = 0 in that very cycle by an ALU: of lower rank on E, of higher rank on W.
+    - An inner operand was produced at x = 0 in that very cycle by an ALU: of lower rank on E, of higher rank
+      on W.
     - An accumulator operand follows an instruction that the same ALU has completed, of the operand's width.
     """
 
@@ -68,7 +69,10 @@ def _static(table: Columns) -> Iterator[tuple[Bool, str]]:
     flows = [(a[0] == isa.OUTER) | (a[0] == isa.INNER), binary & ((a[3] == isa.OUTER) | (a[3] == isa.INNER))]
     group = [a[2] // 4, a[5] // 4]
     for here, g in zip(flows, group, strict=True):
-        yield here & ((g - 2 * (alu // 4)) % 8 > 3), "takes an operand from a stream group not wired to its row"
+        yield (
+            here & ((g - 2 * (alu // 4)) % 8 > 3),
+            "takes an operand from a stream group not wired to its row",
+        )
     both = flows[0] & flows[1] & (group[0] == group[1]) & (a[1] != a[4])
     yield both, "takes one stream group index from both directions"
 

@@ -1,4 +1,5 @@
-"""The checks of the lpu target, written from ISA.md; they know the tables and the machine, never the scheduler."""
+"""The checks of the lpu target, written from ISA.md; they know the tables and the machine, never the
+scheduler."""
 
 from __future__ import annotations
 

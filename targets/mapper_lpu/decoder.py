@@ -13,9 +13,10 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from mapper_lpu.chain import Chain, Gather, Hold, Imm, Mem, Mxm, Operand, Res, Scatter, Self, Tile
-from mapper_lpu.isa import EAST, F16, F32, I32, LANES, NO_INDEX, WEST
+from mapper_lpu.isa import EAST, F16, F32, I16, LANES, NO_INDEX, WEST
 from mapper_lpu.spec import Decoder, Matrix, Norm
 from mapper_lpu.storage import Storage, Stored, mem
 from mapper_lpu.weights import LOAD_GROUPS, HeadLayout, Weights, rotated, tile, tiles_of, weight_units
@@ -203,20 +204,22 @@ class Builder:
         values = self.project("v", a.v, EAST, self.heads.columns(share), norm)
         chain = self.chain("attention/value", rows, a.v.op)
         made = chain.add("vxm.mul", self.projected(chain, values, x, self.all_rows), Mem(inverse[WEST], self.all_rows))
-        self.append(chain, made, F32, self.cache.values, index)
+        self.append(chain, made, F32, self.cache.values, index, a.v_append_op)
         self.keys(x, cosines, inverse, index, position)
         return self.attend(queries, inverse)
 
-    def rope(self, chain: Chain, x: list[Residual], key: str, matrix: Matrix, columns: list[int], rows: tuple[int, ...], tables: tuple[Stored, Stored] | None, at: tuple[int, ...]) -> Res:
+    def rope(self, chain: Chain, x: list[Residual], key: str, matrix: Matrix, columns: list[int], rows: tuple[int, ...], tables: tuple[Stored, Stored] | None, at: tuple[int, ...], rope_op: int) -> Res:
         """A projection with its rotary embedding: x W cos + x W' sin, W' the weights of the rotated partners."""
         a, norm = self.d.attention, self.d.attention_norm
         plain = self.projected(chain, self.project(key, matrix, EAST, columns, norm), x, rows)
         if a.rope is None or tables is None:
             return plain
         partner, signs = rotated(columns, a.rope, self.heads)
-        turned = self.project(f"{key}.rotated", matrix, WEST, partner, norm, signs)
+        turned_weights = self.project(f"{key}.rotated", matrix, WEST, partner, norm, signs)
+        turned = self.projected(chain, turned_weights, x, rows)
+        chain.ir = rope_op
         left = chain.add("vxm.mul", plain, Mem(tables[0], at))
-        right = chain.add("vxm.mul", self.projected(chain, turned, x, rows), Mem(tables[1], at))
+        right = chain.add("vxm.mul", turned, Mem(tables[1], at))
         return chain.add("vxm.add", left, right)
 
     def queries(self, x: list[Residual], cosines: dict[str, Stored], position: list[int]) -> dict[int, list[Stored]]:
@@ -227,7 +230,8 @@ class Builder:
         chain = self.chain("attention/query", count, a.q.op)
         tables = (cosines["q.cos"], cosines["q.sin"]) if a.rope else None
         at = tuple(position[r] for r in rows)
-        turned = self.rope(chain, x, "q", a.q, self.heads.columns(1), rows, tables, at)
+        turned = self.rope(chain, x, "q", a.q, self.heads.columns(1), rows, tables, at, a.rope.op if a.rope else a.q.op)
+        chain.ir = a.op
         masks = np.zeros((heads, LANES), np.float32)
         for h in range(heads):
             masks[h, h * self.heads.stride : h * self.heads.stride + self.heads.dim] = (
@@ -252,13 +256,12 @@ class Builder:
         columns = self.heads.columns(a.heads // a.kv_heads)
         chain = self.chain("attention/key", self.rows, a.k.op)
         tables = (cosines["k.cos"], cosines["k.sin"]) if a.rope else None
-        turned = self.rope(chain, x, "k", a.k, columns, self.all_rows, tables, tuple(position))
+        turned = self.rope(chain, x, "k", a.k, columns, self.all_rows, tables, tuple(position), a.k_rope_op)
         made = chain.add("vxm.mul", turned, Mem(inverse[WEST], self.all_rows))
-        self.append(chain, made, F16, self.cache.keys, index)
+        self.append(chain, made, F16, self.cache.keys, index, a.k_append_op)
 
-    def append(self, chain: Chain, value: Res, type: int, cache: dict[int, Stored], index: dict[int, Stored]) -> None:
+    def append(self, chain: Chain, value: Res, type: int, cache: dict[int, Stored], index: dict[int, Stored], op: int) -> None:
         """Write new rows to the cache: at data-dependent rows in decode, at known ones in prefill."""
-        op = self.d.attention.append_op
         for side in SIDES:
             chain.ir = op
             made = chain.cast(value, F16) if type == F16 else chain.add("vxm.copy", value)
@@ -384,23 +387,24 @@ class Builder:
         for name, table in self.rotary_tables().items():
             side = table.hemisphere
             made = self.temp(name, F32, 1, group(side, {"q": 1, "k": 0}[name[0]]))
-            chain = self.chain(f"position/{name}", 1, a.append_op)
+            rope_op = a.rope.op if a.rope is not None and name[0] == "q" else a.k_rope_op
+            chain = self.chain(f"position/{name}", 1, rope_op)
             chain.write(chain.add("vxm.copy", Gather(table, position[side], (0,))), made, (0,))
             rows[name] = made
         index: dict[int, Stored] = {}
         for side in SIDES:
-            index[side] = self.temp("cache_index", I32, d.batch, group(side, 1))
+            index[side] = self.temp("cache_index", I16, d.batch, mem(side, 4, 2))
             for b in range(d.batch):
-                table = self.weights.array(f"cache_index.{b}", side, 28, self.index_rows(b, side), integers=True)
-                chain = self.chain(f"position/index.{b}", 1, a.append_op)
-                target = [b]
-                chain.write(chain.add("vxm.copy", Gather(table, position[side], (0,))), index[side], target)
+                table = self.weights.array(f"cache_index.{b}", side, 28, self.index_rows(b, side), I16)
+                chain = self.chain(f"position/index.{b}", 1, -1)  # for keys and values alike
+                number = chain.cast(Gather(table, position[side], (0,)), F32, I16)
+                chain.write(chain.cast(number, I16, F32), index[side], [b])
         return rows, index
 
-    def index_rows(self, sequence: int, side: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-        """Per position the cache row of this side, or 65535 where the position belongs to the other side."""
+    def index_rows(self, sequence: int, side: int) -> npt.NDArray[np.int16]:
+        """Per position the cache row of this side, or 65535 (-1) where the position belongs to the other side."""
         rows = sequence * self.d.context + np.arange(self.d.context)
-        index = np.where(rows % 2 == side, rows // 2, NO_INDEX).astype(np.int32)
+        index = np.where(rows % 2 == side, rows // 2, NO_INDEX).astype(np.uint16).view(np.int16)
         return np.repeat(index[:, None], LANES, axis=1)
 
     def rotary_tables(self) -> dict[str, Stored]:

@@ -223,7 +223,9 @@ class _Layer:
             v=v,
             o=o,
             op=self.number(attend),
-            append_op=self.number(k_append),
+            k_rope_op=k_rope.op if k_rope is not None else k.op,
+            k_append_op=self.number(k_append),
+            v_append_op=self.number(v_append),
             residual_op=self.number(residual),
         )
 

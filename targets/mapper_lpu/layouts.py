@@ -146,7 +146,7 @@ def fetch(schedule: Schedule, port: Port, memories: Memories) -> Array:
         planes[way :: part.ways, :, plane] = data[:, lanes]
     matrix = planes.view(part.type)[:, :, 0].astype(port.dtype)
     turned = matrix.reshape([port.shape[a] for a in part.axes])
-    return np.ascontiguousarray(np.transpose(turned, np.argsort(part.axes)))
+    return np.transpose(turned, np.argsort(part.axes)).reshape(port.shape)
 
 
 def _lanes(part: _Rows) -> Take:

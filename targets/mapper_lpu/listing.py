@@ -31,14 +31,26 @@ from mapper.errors import ScheduleError
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import label
 from mapper_lpu import isa
-from mapper_lpu.check_columns import BINARY, CAST, INSTALL, LOAD, MEM, VXM, Cache, Columns, columns, result_args
+from mapper_lpu.check_columns import (
+    BINARY,
+    CAST,
+    INSTALL,
+    LOAD,
+    MEM,
+    VXM,
+    Cache,
+    Columns,
+    columns,
+    result_args,
+)
 
 TYPES = ("i8", "i16", "i32", "f16", "f32")
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A program's instructions queue by queue, in time order. `order`: steps; `address`: MEM row or load group.
+    """A program's instructions queue by queue, in time order. `order`: steps; `address`: MEM row or load
+    group.
 
     `head[i]` is the place in `order` of listed instruction i, followed by `times[i]` repetitions every
     `distance[i]` cycles with the address moved by `stride[i]`. `gap[i]`: idle cycles before it.
@@ -80,7 +92,9 @@ def _compress(schedule: Schedule, phase: str) -> Compressed:
     opens = np.append(True, unit[1:] != unit[:-1])[: len(order)]
     gap = start - np.where(opens, 0, np.append(0, end[:-1])[: len(order)])
     if (gap < 0).any():
-        raise ScheduleError(f"{label(schedule, phase, times, order[np.argmax(gap < 0)])} meets another in its queue")
+        raise ScheduleError(
+            f"{label(schedule, phase, times, order[np.argmax(gap < 0)])} meets another in its queue"
+        )
     group = np.where(code == LOAD, table.args[row, 0], 0)
     address = np.where(np.isin(code, MEM), table.address[order], group)
     kind = _signatures(table)[row]
@@ -93,14 +107,16 @@ def _compress(schedule: Schedule, phase: str) -> Compressed:
 
 
 def _signatures(table: Columns) -> Int:
-    """A number per step-table row, equal for rows with the same opcode and arguments but for the load group."""
+    """A number per step-table row, equal for rows with the same opcode and arguments but for the load
+    group."""
     keys = np.column_stack([table.code, table.args])
     keys[table.code == LOAD, 1] = 0
     return np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _fold(link: np.typing.NDArray[np.bool_], dt: Int, da: Int) -> tuple[Int, Int]:
-    """(first instruction, repetitions) of runs with one distance and one stride; a run repeats at least twice."""
+    """(first instruction, repetitions) of runs with one distance and one stride; a run repeats at least
+    twice."""
     n = len(link) + 1
     if not len(link):
         return np.arange(min(n, 1)), np.zeros(min(n, 1), np.int64)

@@ -1,4 +1,5 @@
-"""Reads an assembly listing back. Written from the format's description alone; shares no code with `listing.py`."""
+"""Reads an assembly listing back. Written from the format's description alone; shares no code with
+`listing.py`."""
 
 from __future__ import annotations
 
@@ -146,11 +147,10 @@ def _expand(lines: list[_Line], cycles: int) -> Instructions:
     count = column["times"] + 1
     owner = np.repeat(np.arange(len(lines)), count)
     turn = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
-    cycle = column["cycle"][owner] + turn * column["distance"][owner]
-    row = column["row"][owner] + turn * column["stride"][owner]
+    cycle: Int = column["cycle"][owner] + turn * column["distance"][owner]
+    row: Int = column["row"][owner] + turn * column["stride"][owner]
     opcode, args = column["opcode"][owner], args[owner]
     load = opcode == _OPCODE["load"]
     args[load, 0] = row[load]
-    return Instructions(
-        cycles, column["unit"][owner], cycle, opcode, args, np.where(load, 0, row), column["rows"][owner]
-    )
+    row[load] = 0
+    return Instructions(cycles, column["unit"][owner], cycle, opcode, args, row, column["rows"][owner])

@@ -1,4 +1,5 @@
-"""Emission: where each tensor lies in MEM (`memory_map.csv`), and how full each slice is (`memory_map.txt`)."""
+"""Emission: where each tensor lies in MEM (`memory_map.csv`), and how full each slice is
+(`memory_map.txt`)."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ def _ports(schedule: Schedule) -> dict[int, tuple[str, str]]:
 
 
 def summary(schedule: Schedule) -> str:
-    """Rows taken in each slice, by kind of value, and the totals. A row that several buffers share counts once,
-    for the first of weight, constant, state, input, output, temporary that it belongs to."""
+    """Rows taken in each slice, by kind of value, and the totals. A row that several buffers share counts
+    once, for the first of weight, constant, state, input, output, temporary that it belongs to."""
     kinds = ("weight", "constant", "state", "input", "output", "temporary")
     ports = _ports(schedule)
     owner = np.full((len(schedule.memories), isa.ROWS), len(kinds), np.int64)
@@ -60,7 +61,10 @@ def summary(schedule: Schedule) -> str:
         part = owner[buffer["memory"], low:high]
         np.minimum(part, kind, out=part)
     count = np.stack([(owner == k).sum(axis=1) for k in range(len(kinds))], axis=1)
-    lines = ["rows of 320 bytes per slice", "slice      " + "".join(f"{k:>11}" for k in kinds) + "       free"]
+    lines = [
+        "rows of 320 bytes per slice",
+        "slice      " + "".join(f"{k:>11}" for k in kinds) + "       free",
+    ]
     for (name, _), row in zip(schedule.memories, count.tolist(), strict=True):
         lines.append(f"{name:11}" + "".join(f"{n:>11}" for n in row) + f"{isa.ROWS - sum(row):>11}")
     total = count.sum(axis=0).tolist()

@@ -5,8 +5,8 @@ A placer works in one frame: a whole program (absolute calendar), or one iterati
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from mapper.errors import LoweringError
 from mapper_lpu import calendar
@@ -17,6 +17,9 @@ from mapper_lpu.template import Instruction, Latencies, Template, build, distanc
 
 ALTERNATIVES = 3
 _LONG_AGO = -(1 << 40)
+
+
+LoadPiece = tuple[list[calendar.Use], list[Instruction]]
 
 
 @dataclass
@@ -32,11 +35,13 @@ class Placed:
 
 @dataclass
 class TemplateCache:
-    """Templates by chain structure are not shared: rows differ. Kept per chain object for the attempts at a period."""
+    """Templates of chains and loads of tiles by object, kept for the attempts at other periods."""
 
     latencies: Latencies
     built: dict[tuple[int, int], Template | None] = field(default_factory=dict)
     keep: list[Chain] = field(default_factory=list)
+    loads: dict[tuple[int, int], LoadPiece] = field(default_factory=dict)
+    tiles: list[Tile] = field(default_factory=list)
 
     def get(self, chain: Chain, seed: int) -> Template | None:
         """The template of `chain` for `seed`, or None."""
@@ -57,13 +62,18 @@ class Placer:
     def __init__(self, grid: Calendar, cache: TemplateCache, floor: int | None = None) -> None:
         self.calendar, self.cache, self.floor = grid, cache, floor
         self.lat = cache.latencies
-        self.instructions: list[Instruction] = []
+        self.pieces: list[tuple[Sequence[Instruction], int]] = []
         self.placed: list[Placed] = []
         self.current: dict[int, Tile | None] = {0: None, 1: None}
         self.first_tile: dict[int, Tile] = {}
         self.taken: list[tuple[list[calendar.Use], int]] = []
         self.templates: list[tuple[Template, int]] = []
         self.maker: dict[tuple[int, int], str] = {}
+
+    @property
+    def instructions(self) -> list[Instruction]:
+        """All instructions at the cycles of the frame."""
+        return [replace(i, cycle=i.cycle + cycle) for made, cycle in self.pieces for i in made]
 
     def take(self, uses: list[calendar.Use], cycle: int) -> None:
         """Reserve the uses at `cycle`."""
@@ -123,9 +133,8 @@ class Placer:
             if tile.installed is not None and tile.installed + self.lat.install - relative == low:
                 waits = f"install of {tile.name}"
         for instruction in template.instructions:
-            at = instruction.cycle + cycle
-            end = max(end, at)
-            self.instructions.append(_moved(instruction, cycle))
+            end = max(end, instruction.cycle + cycle)
+        self.pieces.append((template.instructions, cycle))
         self.placed.append(Placed(template.chain.name, cycle, end, low, waits))
 
     def load(self, tile: Tile) -> None:
@@ -138,11 +147,11 @@ class Placer:
         cycles = []
         at = low
         for group in range(len(tile.loads)):
-            uses = self._load_uses(tile, group)
-            found = self.calendar.earliest(uses, max(low, self._rows_ready(tile, group)))
+            piece = self._load_piece(tile, group)
+            found = self.calendar.earliest(piece[0], max(low, self._rows_ready(tile, group)))
             if found is None:
                 raise PeriodTooShort(tile.name)
-            self._load_group(tile, group, uses, found)
+            self._load_group(tile, group, piece, found)
             cycles.append(found)
             at = max(at, found + 1)
         high = max(at, before.last_activation - self.lat.install + 1)
@@ -158,11 +167,11 @@ class Placer:
         first = at
         high = at - 1
         for group in range(len(tile.loads)):
-            load = self._load_uses(tile, group)
-            found = self.calendar.latest(load, high)
+            piece = self._load_piece(tile, group)
+            found = self.calendar.latest(piece[0], high)
             if found is None:
                 raise PeriodTooShort(tile.name)
-            self._load_group(tile, group, load, found)
+            self._load_group(tile, group, piece, found)
             first = min(first, found)
         self._install(tile, first, at)
 
@@ -179,32 +188,41 @@ class Placer:
         for index, (stored, row, byte) in enumerate(tile.loads[group]):
             yield 16 * tile.planes[index // 16] + index % 16, stored, row, byte
 
-    def _load_uses(self, tile: Tile, group: int) -> list[calendar.Use]:
-        """Uses of one load cycle, relative to the cycle of the load at the MXM."""
+    def _load_piece(self, tile: Tile, group: int) -> LoadPiece:
+        """Uses and instructions of one load cycle, relative to the cycle of the load at the MXM; kept per tile."""
+        key = (id(tile), group)
+        if key not in self.cache.loads:
+            self.cache.loads[key] = self._make_load(tile, group)
+            self.cache.tiles.append(tile)
+        return self.cache.loads[key]
+
+    def _make_load(self, tile: Tile, group: int) -> LoadPiece:
         side = tile.hemisphere
-        raw = [(calendar.queue(unit(f"mxm.{'ew'[side]}.{plane}.load")), 0) for plane in tile.planes]
+        raw: list[tuple[int, int]] = []
+        made: list[Instruction] = []
+        for plane in tile.planes:
+            name = unit(f"mxm.{'ew'[side]}.{plane}.load")
+            raw.append((calendar.queue(name), 0))
+            made.append(Instruction(0, name, "mxm.load", (group, 16 * plane), tile.op))
         for stream, stored, row, byte in self._streams(tile, group):
-            number, _, _ = stored.place(row, byte)
-            raw.append((calendar.queue(number), distance(number) - self.lat.edge - self.lat.read))
+            number, buffer, inside = stored.place(row, byte)
+            at = distance(number) - self.lat.edge - self.lat.read
+            raw.append((calendar.queue(number), at))
             keys = calendar.span(side, side, stream, distance(number), self.lat.edge)
             raw += [(key, -self.lat.edge) for key in keys]
+            made.append(Instruction(at, number, "mem.read", (side, stream), tile.op, 1, buffer, inside))
         uses = calendar.merge(raw)
         if uses is None:
             raise LoweringError(f"{tile.name}: two weight streams read one slice")
-        return uses
+        return uses, made
 
-    def _load_group(self, tile: Tile, group: int, uses: list[calendar.Use], cycle: int) -> None:
+    def _load_group(self, tile: Tile, group: int, piece: LoadPiece, cycle: int) -> None:
+        uses, made = piece
         self.take(uses, cycle)
-        side = tile.hemisphere
-        for plane in tile.planes:
-            name = unit(f"mxm.{'ew'[side]}.{plane}.load")
-            self.instructions.append(Instruction(cycle, name, "mxm.load", (group, 16 * plane), tile.op))
-        for stream, stored, row, byte in self._streams(tile, group):
-            number, buffer, inside = stored.place(row, byte)
+        self.pieces.append((made, cycle))
+        for _, stored, row, byte in self._streams(tile, group):
+            number, _, _ = stored.place(row, byte)
             at = cycle + distance(number) - self.lat.edge - self.lat.read
-            self.instructions.append(
-                Instruction(at, number, "mem.read", (side, stream), tile.op, 1, buffer, inside)
-            )
             stored.last[row] = max(stored.last.get(row, _LONG_AGO), at)
 
     def _install_raw(self, tile: Tile) -> list[tuple[int, int]]:
@@ -227,30 +245,11 @@ class Placer:
         uses = calendar.merge(self._install_raw(tile))
         assert uses is not None
         self.take(uses, at)
-        for plane in tile.planes:
-            name = unit(f"mxm.{'ew'[tile.hemisphere]}.{plane}.load")
-            self.instructions.append(
-                Instruction(at, name, "mxm.install", (), tile.op, duration=self.lat.install)
-            )
+        names = [unit(f"mxm.{'ew'[tile.hemisphere]}.{plane}.load") for plane in tile.planes]
+        made = [Instruction(0, n, "mxm.install", (), tile.op, duration=self.lat.install) for n in names]
+        self.pieces.append((made, at))
         tile.installed = at
         tile.first_load = first
         self.current[tile.hemisphere] = tile
         self.first_tile.setdefault(tile.hemisphere, tile)
         self.placed.append(Placed(f"load {tile.name}", first, at, first, ""))
-
-
-def _moved(instruction: Instruction, cycles: int) -> Instruction:
-    return Instruction(
-        instruction.cycle + cycles,
-        instruction.unit,
-        instruction.opcode,
-        instruction.args,
-        instruction.ir,
-        instruction.mode,
-        instruction.buffer,
-        instruction.row,
-        instruction.rows,
-        instruction.duration,
-        instruction.flops,
-    )
-

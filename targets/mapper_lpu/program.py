@@ -107,13 +107,12 @@ def _carried_zero(program: Program, ready: dict[int, dict[int, int]] | None) -> 
 def _schedule_body(program: Program, cache: TemplateCache) -> tuple[Placer, int, dict[int, dict[int, int]]]:
     carried = _carried_zero(program, None)
     period = 0
-    for _ in range(2):  # the second time with the skew between the copies of x known
-        placer = _body(program, cache, None, carried)
-        period = _recurrence(program, placer, carried)
-        carried = _carried_zero(program, {id(s): dict(s.ready) for s in program.carried})
-    best: tuple[int, int] | None = None
+    _body(program, cache, None, carried)
+    # now the skew between the copies of x is known
+    carried = _carried_zero(program, {id(s): dict(s.ready) for s in program.carried})
     placer = _body(program, cache, None, carried)
     period = _recurrence(program, placer, carried)
+    best: tuple[int, int] | None = None
     for _ in range(_TRIES):
         try:
             placer = _body(program, cache, period, carried)

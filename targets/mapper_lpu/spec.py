@@ -60,7 +60,9 @@ class Attention:
     v: Matrix
     o: Matrix
     op: int
-    append_op: int
+    k_rope_op: int  # that of the keys' rotary embedding; `rope.op` is the queries'
+    k_append_op: int
+    v_append_op: int
     residual_op: int
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from xdsl.ir import SSAValue
 
+from mapper.ir.cost import costs as costs_of
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp
+from mapper.ir.types import BITS
 from mapper.machine import Machine
 from mapper.schedule.tables import (
     BINDING_SCHEMA,
@@ -33,6 +36,7 @@ from mapper_lpu.template import Instruction
 
 _OPCODE = {name: number for number, name in enumerate(OPCODES)}
 _MEM_UNITS = 88
+MATRICES = ("linear", "lm_head", "gated_mlp")
 
 
 def _steps(instructions: Sequence[Instruction]) -> StepTable:
@@ -141,12 +145,44 @@ def number_ops(graphs: Mapping[str, Graph]) -> tuple[dict[str, dict[DataflowOp, 
     return ids, rows
 
 
+def _through(graph: Graph) -> dict[SSAValue, SSAValue]:
+    """Where values at the border of a repeat come from: inside from the first iteration's, outside from the last's."""
+    found: dict[SSAValue, SSAValue] = {}
+    for section in graph.sections():
+        for carried in section.carried:
+            found[carried.argument], found[carried.result] = carried.initial, carried.yielded
+        for shared in section.shared:
+            found[shared.argument] = shared.value
+        for slot in section.outputs:
+            found |= dict.fromkeys(slot.results, slot.yielded)
+    return found
+
+
+def _makers(op: DataflowOp, through: Mapping[SSAValue, SSAValue]) -> list[DataflowOp]:
+    owners = []
+    for value in op.operands:
+        while value in through:
+            value = through[value]
+        owners.append(value.owner)
+    return [o for o in owners if isinstance(o, DataflowOp)]
+
+
+def _weight_bytes(op: DataflowOp, stored: int, graph: Graph) -> int:
+    """Weight bytes of one run in this target's formats: matrices in fp16, tables as they are stored."""
+    if op.mnemonic not in MATRICES:
+        return stored
+    symbols = graph.weights
+    wide = [symbols[name] for name in sorted(op.weights().values()) if name in symbols]
+    bits = BITS[wide[0].dtype] if wide else 32
+    return stored * 16 // bits
+
+
 def ops(
     rows: Sequence[tuple[str, DataflowOp, int]], ids: Mapping[str, Mapping[DataflowOp, int]], graphs: Mapping[str, Graph]
 ) -> pa.Table:
     """The ops table."""
-    from mapper.ir.cost import flops, weight_bytes
-
+    costs = {op: cost for graph in graphs.values() for op, _, cost in costs_of(graph)}
+    through = {phase: _through(graph) for phase, graph in graphs.items()}
     table: dict[str, list[Any]] = {name: [] for name in OP_SCHEMA.names}
     for number, (phase, op, repeat) in enumerate(rows):
         values = {
@@ -156,10 +192,10 @@ def ops(
             "name": op.node or op.mnemonic,
             "repetition": 0,
             "repeat": repeat,
-            "operands": [ids[phase].get(p, -1) if p is not None else -1 for p in op.producers()],
+            "operands": [ids[phase].get(p, -1) for p in _makers(op, through[phase])],
             "shape": list(op.result_shape()),
-            "flops": flops(op).value,
-            "weight_bytes": weight_bytes(op, graphs[phase], "f16").value,
+            "flops": costs[op].flops.value,
+            "weight_bytes": _weight_bytes(op, costs[op].weights.value, graphs[phase]),
         }
         for name, value in values.items():
             table[name].append(value)

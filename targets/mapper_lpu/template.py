@@ -22,6 +22,7 @@ from mapper_lpu.isa import (
     INNER,
     LANES,
     OUTER,
+    SLICES,
     TYPE_BYTES,
     UNITS,
     mxm_position,
@@ -97,9 +98,12 @@ def unit(name: str) -> int:
     return _UNIT[name]
 
 
-def distance(number: int, crossing: int = 0) -> int:
-    """|x| of a MEM unit (crossing matters only beyond the SXM)."""
-    return abs(position(number, crossing))
+_DISTANCE = tuple(abs(position(number, 0)) for number in range(2 * SLICES))
+
+
+def distance(number: int) -> int:
+    """|x| of a MEM unit."""
+    return _DISTANCE[number]
 
 
 def immediate(value: float) -> int:
@@ -192,12 +196,17 @@ def _nodes(chain: Chain, ops: list[Op], offsets: list[int], order: list[int], la
     return nodes
 
 
+def _rounded(nodes: list[Node]) -> tuple[Node, ...]:
+    """The same problem, or a stricter one, with vector counts rounded up, so that chains of many lengths share it."""
+    return tuple(replace(n, count=1 << (n.count - 1).bit_length(), result_from=0) for n in nodes)
+
+
 def build(chain: Chain, lat: Latencies, seed: int) -> Template | None:
     """The instructions of a chain with one VXM assignment per seed. None where this seed gives none."""
     ops, offsets = levelled(chain, lat.alu)
     order = sorted(range(len(ops)), key=lambda i: (offsets[i], i))
     nodes = _nodes(chain, ops, offsets, order, lat.alu)
-    found = assign(nodes, lat.entry, lat.alu, seed)
+    found = assign(_rounded(nodes), lat.entry, lat.alu, seed) or assign(tuple(nodes), lat.entry, lat.alu, seed)
     if found is None:
         return None
     builder = _Builder(chain, lat, found, nodes, {op: n for n, op in enumerate(order)})

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mapper.ir.weights import WeightSymbol
 from mapper.schedule.tables import PortKind
 from mapper_lpu.chain import Tile
-from mapper_lpu.isa import EAST, F16, F32, LANES, SLICES, SUPERLANE, WEST
+from mapper_lpu.isa import EAST, F16, F32, I16, LANES, SLICES, SUPERLANE, TYPE_BYTES, WEST
 from mapper_lpu.spec import Decoder, Matrix, Norm, Rope
 from mapper_lpu.storage import Storage, Stored, mem
 
@@ -147,13 +147,13 @@ class Weights:
             self.stored[name] = [stored]
         return self.stored[name][0]
 
-    def array(self, key: str, hemisphere: int, first: int, array: npt.NDArray[Any], *, integers: bool = False) -> Stored:
-        """A table from an array [rows, lanes] kept in the schedule: f32, or i32 with `integers`."""
+    def array(self, key: str, hemisphere: int, first: int, array: npt.NDArray[Any], type: int = F32) -> Stored:
+        """A table from an array [rows, lanes] kept in the schedule: f32 or i16, as `type` says."""
         name = (key, hemisphere, first)
         if name not in self.stored:
-            stored = self.storage.store(key, F32, array.shape[0], mem(hemisphere, first, 4))
-            width, dtype = ("i32", "int32") if integers else ("f32", "float32")
-            layout = {"kind": "rows", "dtype": width, "ways": 1, "axes": None, "row_axes": 1, "take": None}
+            stored = self.storage.store(key, type, array.shape[0], mem(hemisphere, first, TYPE_BYTES[type]))
+            kind, dtype = ("i16", "int16") if type == I16 else ("f32", "float32")
+            layout = {"kind": "rows", "dtype": kind, "ways": 1, "axes": None, "row_axes": 1, "take": None}
             source = ["const", self.constant(f"{key}@{'ew'[hemisphere]}", array)]
             self.storage.port(
                 f"{key}@{'ew'[hemisphere]}{first}", "constant", dtype, array.shape, stored, layout, source

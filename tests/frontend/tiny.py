@@ -41,7 +41,6 @@ class Options:
     softmax_axis: int = -1
     norm_reduce: str = "ReduceMean"
     norm_axis: int = -1
-    cache_axis: int = 2
     act_factor: float = 1.0
     uneven_scale: bool = False
 
@@ -82,7 +81,10 @@ def norm(b: Builder, o: Options, x: str) -> str:
     if o.norm == "layer":
         x = b.op("Sub", x, b.op("ReduceMean", x, axes=[-1]))
     square = b.op("Mul", x, x) if o.norm_form == "mul" else b.op("Pow", x, b.const(2.0))
-    mean = b.op(o.norm_reduce, square, axes=[o.norm_axis])
+    if o.norm_reduce == "ReduceSum":
+        mean = b.op("ReduceSum", square, b.ints(o.norm_axis))
+    else:
+        mean = b.op(o.norm_reduce, square, axes=[o.norm_axis])
     root = b.op("Sqrt", b.op("Add", mean, b.const(1e-5)))
     y = b.op("Div", x, root) if o.norm_form == "div" else b.op("Mul", x, b.op("Reciprocal", root))
     w = b.weight(WIDTH)
@@ -102,12 +104,13 @@ def rope(b: Builder, o: Options, x: str, cos: str, sin: str) -> str:
         second = b.op("Slice", x, b.ints(half), b.ints(width), axes, step)
         turned = b.op("Concat", b.op("Neg", second) if o.negate else second, first, axis=-1)
     else:
-        shape = b.op("Concat", b.op("Shape", x), b.ints(1), axis=0)
         even = b.op("Slice", x, b.ints(0), b.ints(width), axes, b.ints(2))
         odd = b.op("Slice", x, b.ints(1), b.ints(width), axes, b.ints(2))
         last = b.ints(-1)
-        parts = [b.op("Unsqueeze", b.op("Neg", odd) if o.negate else odd, last), b.op("Unsqueeze", even, last)]
-        del shape
+        parts = [
+            b.op("Unsqueeze", b.op("Neg", odd) if o.negate else odd, last),
+            b.op("Unsqueeze", even, last),
+        ]
         turned = b.op("Reshape", b.op("Concat", *parts, axis=-1), b.op("Shape", x))
     if o.swapped:
         cos, sin = sin, cos
@@ -122,7 +125,9 @@ def angles(b: Builder, o: Options, positions: str) -> tuple[str, str]:
     """Cosines and sines [B, 1, S, rotary width]."""
     width = HEAD // 2 if o.partial else HEAD
     frequency = b.const(10000.0 ** (-np.arange(0, width, 2) / width))
-    angle = b.op("Mul", b.op("Unsqueeze", b.op("Cast", positions, to=TensorProto.FLOAT), b.ints(-1)), frequency)
+    angle = b.op(
+        "Mul", b.op("Unsqueeze", b.op("Cast", positions, to=TensorProto.FLOAT), b.ints(-1)), frequency
+    )
     if o.rope == "half":
         angle = b.op("Concat", angle, angle, axis=-1)
     else:
@@ -152,7 +157,7 @@ def attention(b: Builder, o: Options, x: str, i: int, cos: str, sin: str, hidden
     q, k = rope(b, o, q, cos, sin), rope(b, o, k, cos, sin)
     joined = []
     for name, value in (("k", k), ("v", v)):
-        b.nodes.append(helper.make_node("Concat", [f"past_{name}{i}", value], [f"new_{name}{i}"], axis=o.cache_axis))
+        b.nodes.append(helper.make_node("Concat", [f"past_{name}{i}", value], [f"new_{name}{i}"], axis=2))
         joined.append(repeat(b, f"new_{name}{i}"))
     factor = HEAD**-0.5
     if o.scale in ("query", "both"):
@@ -206,7 +211,9 @@ def decoder(options: Options | None = None, seed: int = 0) -> onnx.ModelProto:
     total, new = b.op("Shape", "mask", start=1, end=2), b.op("Shape", "ids", start=1, end=2)
     zero, one = b.const(0, np.int64), b.const(1, np.int64)
     keys = b.op("Range", zero, b.op("Squeeze", total, b.ints(0)), one)
-    queries = b.op("Range", b.op("Squeeze", b.op("Sub", total, new), b.ints(0)), b.op("Squeeze", total, b.ints(0)), one)
+    queries = b.op(
+        "Range", b.op("Squeeze", b.op("Sub", total, new), b.ints(0)), b.op("Squeeze", total, b.ints(0)), one
+    )
     future = b.op("Greater", keys, b.op("Unsqueeze", queries, b.ints(1)))
     padding = b.op("Not", b.op("Cast", b.op("Unsqueeze", "mask", b.ints(1, 2)), to=TensorProto.BOOL))
     hidden = b.op("Or", future, padding)
@@ -223,8 +230,12 @@ def assemble(b: Builder, o: Options) -> onnx.ModelProto:
     """The ModelProto around the nodes."""
     floats, ints = TensorProto.FLOAT, TensorProto.INT64
     value = helper.make_tensor_value_info
-    past = ["B", KV, "P", HEAD]
-    inputs = [value("ids", ints, ["B", "S"]), value("mask", ints, ["M", "T"]), value("positions", ints, ["B", "S"])]
+    past: list[str | int | None] = ["B", KV, "P", HEAD]
+    inputs = [
+        value("ids", ints, ["B", "S"]),
+        value("mask", ints, ["M", "T"]),
+        value("positions", ints, ["B", "S"]),
+    ]
     outputs = [value("logits", floats, None)]
     for i in range(o.layers):
         inputs += [value(f"past_{n}{i}", floats, past) for n in "kv"]

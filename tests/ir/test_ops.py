@@ -51,8 +51,8 @@ def ints(*shape: int, low: int = 0, high: int = 3) -> Array:
 
 W = {"w": f(6, 5), "t": f(5, 6), "v5": f(5), "v6": f(6), "table": f(7, 6), "rope": f(2, 9, 3),
      "router": f(6, 3), "e": f(3, 6, 4), "d": f(3, 4, 6)}  # fmt: skip
-UNARY = ["neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan", "tanh", "erf",
-         "sigmoid", "softplus", "relu", "floor", "ceil", "round", "sign", "isnan", "isinf"]  # fmt: skip
+UNARY = ["neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan"]
+UNARY += ["tanh", "erf", "sigmoid", "softplus", "relu", "floor", "ceil", "round", "sign", "isnan", "isinf"]
 BINARY = ["add", "sub", "mul", "div", "pow", "min", "max", "eq", "ne", "lt", "le", "gt", "ge", "mod"]
 
 Case = tuple[str, list[Array | None], dict[str, Any]]
@@ -122,7 +122,7 @@ CASES: list[Case] = [
     ("rope_at", [f(2, 4, 3, 8), np.array(5)], {"table": "rope", "rotary_dim": 6}),
     ("embed_at", [np.array(2)], {"table": "table", "batch": 2, "seq": 3, "offset": 1}),
     ("cache_append", [f(2, 2, 9, 8), f(2, 2, 3, 8), np.array(5)], {}),
-    ("cached_attention", [f(2, 4, 3, 8), f(2, 2, 9, 8), f(2, 2, 9, 6), np.array(5)], {"scale": 0.3, "window": 4}),
+    ("cached_attention", [f(2, 4, 3, 8), f(2, 2, 9, 8), f(2, 2, 9, 6), np.array(5)], {"scale": 0.3}),
 ]  # fmt: skip
 DATA_DEPENDENT = {"nonzero", "range"}
 

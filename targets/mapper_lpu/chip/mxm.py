@@ -23,7 +23,7 @@ from mapper_lpu.chip.codes import (
     X,
 )
 from mapper_lpu.chip.numerics import dot_rows, signed_bytes, split_halves, widen
-from mapper_lpu.chip.state import Chip, Row, look
+from mapper_lpu.chip.state import Chip, Row, copy, look
 from mapper_lpu.chip.vxm import split
 
 GROUP = 16
@@ -34,7 +34,8 @@ def _settle(chip: Chip, plane: int, t: int) -> None:
     """Carry out an install whose time has come. Done late, when it first matters: nothing is loaded in between."""
     if chip.pending[plane] < 0 or t < chip.pending[plane]:
         return
-    chip.array[plane] = chip.buffer[plane]
+    for n in range(LANES):
+        copy(chip.buffer[plane, n], chip.array[plane, n])
     chip.pending[plane] = -1
     chip.ready[plane] = True
     chip.decoded[plane] = -1
@@ -46,11 +47,11 @@ def _settle(chip: Chip, plane: int, t: int) -> None:
 def _load(chip: Chip, row: Row, t: int, outward: int) -> int:
     plane = row[LOCAL]
     for i in range(GROUP):
-        source = look(chip, outward, row[ARGS + 1] + i, row[X], t)
+        source = look(chip.registers, outward, row[ARGS + 1] + i, row[X], t)
         if source < 0:
             return NO_VECTOR
         n = GROUP * row[ARGS] + i
-        chip.buffer[plane, n] = chip.pool[source]
+        copy(chip.pool[source], chip.buffer[plane, n])
         chip.loaded[plane, n] = True
     return OK
 
@@ -76,8 +77,8 @@ def _activate(chip: Chip, row: Row, t: int, outward: int) -> int:
     _settle(chip, plane ^ 1, t)
     if not chip.ready[plane] or (kind == F16 and not chip.ready[plane ^ 1]):
         return NO_WEIGHTS
-    low = look(chip, outward, stream, row[X], t)
-    high = look(chip, outward, stream + 1, row[X], t) if kind == F16 else low
+    low = look(chip.registers, outward, stream, row[X], t)
+    high = look(chip.registers, outward, stream + 1, row[X], t) if kind == F16 else low
     if low < 0 or high < 0:
         return NO_VECTOR
     vector, sums = chip.vector[0], chip.vector[1]
@@ -134,5 +135,5 @@ def emit(chip: Chip, row: Row, t: int) -> int:
     slot = accepted % chip.results.shape[1]
     if accepted < 0 or chip.results_at[plane, slot] != accepted:
         return NO_ACTIVATION
-    split(chip, row, chip.results[plane, slot])
+    split(chip.pool, row, chip.results[plane, slot])
     return OK

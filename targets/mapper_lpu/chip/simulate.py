@@ -62,12 +62,12 @@ def _produce(chip: Chip, row: Row, t: int) -> int:
 
 
 @jit
-def _remember(chip: Chip, t: int) -> None:
+def _remember(past: Array, registers: Array, t: int) -> None:
     """Keep what is at x = 0 in this cycle for the VXM, which takes its outer operands `entry` cycles later."""
-    slot = t % chip.past.shape[0]
+    slot = t % past.shape[0]
     for direction in range(2):
         for stream in range(STREAMS):
-            chip.past[slot, direction, stream] = look(chip, direction, stream, 0, t)
+            past[slot, direction, stream] = look(registers, direction, stream, 0, t)
 
 
 @jit
@@ -100,7 +100,7 @@ def simulate(chip: Chip, program: Array, order: Array, first: int, last: int) ->
             if fault != OK:
                 return fault, order[produced]
             produced += 1
-        _remember(chip, t)
+        _remember(chip.past, chip.registers, t)
         end = begin
         while end < len(program) and program[end, CYCLE] == t:
             fault = _consume(chip, program[end], t)

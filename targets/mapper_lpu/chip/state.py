@@ -13,16 +13,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mapper_lpu.chip.codes import (
-    ADDRESS,
     ALUS,
     LANES,
-    MEMORY,
-    OK,
-    OUTSIDE,
     PLANES,
-    ROWS,
     STREAMS,
-    UNWRITTEN,
 )
 from mapper_lpu.chip.numerics import PARTIALS
 
@@ -132,45 +126,17 @@ def diagonal(direction: int, x: int, t: int) -> int:
 
 
 @jit
-def look(chip: Chip, direction: int, stream: int, x: int, t: int) -> Any:
+def look(registers: Any, direction: int, stream: int, x: int, t: int) -> Any:
     """Pool row of the vector on a stream register in cycle t; -1 where there is none."""
     path = diagonal(direction, x, t)
-    register = chip.registers[direction, stream, path % chip.registers.shape[2]]
-    return register[POOL] if register[DIAGONAL] == path else -1
+    slot = path % registers.shape[2]
+    if registers[direction, stream, slot, DIAGONAL] != path:
+        return -1
+    return registers[direction, stream, slot, POOL]
 
 
 @jit
-def inside(chip: Chip, row: Row) -> bool:
-    """Whether the memory operand lies in the memory."""
-    return row[ADDRESS] + row[ROWS] * LANES <= chip.size[row[MEMORY]]
-
-
-@jit
-def read_row(chip: Chip, row: Row, target: Any) -> int:
-    """Copy 320 bytes of memory. Faults: outside, unwritten."""
-    if not inside(chip, row):
-        return OUTSIDE
-    memory = row[MEMORY]
-    start = row[ADDRESS]
-    source = view(chip.data[memory] + start, LANES)
-    flags = view(chip.written[memory] + start, LANES)
-    known = np.uint8(1)
+def copy(source: Any, target: Any) -> None:
+    """Copy one row of lanes, element by element."""
     for i in range(LANES):
         target[i] = source[i]
-        known &= flags[i]
-    return OK if known else UNWRITTEN
-
-
-@jit
-def write_row(chip: Chip, row: Row, source: Any) -> int:
-    """Write 320 bytes of memory. Fault: outside."""
-    if not inside(chip, row):
-        return OUTSIDE
-    memory = row[MEMORY]
-    start = row[ADDRESS]
-    target = view(chip.data[memory] + start, LANES)
-    flags = view(chip.written[memory] + start, LANES)
-    for i in range(LANES):
-        target[i] = source[i]
-        flags[i] = 1
-    return OK

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from mapper_kernels.jit import jit
 
@@ -23,80 +25,79 @@ from mapper_lpu.chip.codes import (
     WRITE,
     X,
 )
-from mapper_lpu.chip.state import Chip, Row, inside, look, read_row, view, write_row
+from mapper_lpu.chip.state import Chip, Row, look, view
 
 SUPERLANE = 16
-SUPERLANES = LANES // SUPERLANE
 SKIPPED = 65535
 
 
 @jit
 def memory(chip: Chip, row: Row, t: int) -> int:
     """mem.read, mem.write, mem.gather, mem.scatter."""
-    operation = row[OPERATION]
+    operation, number, size = row[OPERATION], row[MEMORY], row[ROWS] * LANES
+    if row[ADDRESS] + size > chip.size[number]:
+        return OUTSIDE
+    data = view(chip.data[number] + row[ADDRESS], size)
+    flags = view(chip.written[number] + row[ADDRESS], size)
     if operation == READ:
-        return read_row(chip, row, chip.pool[row[OUT_ROW]])
-    if operation == GATHER:
-        return _gather(chip, row, t)
-    source = look(chip, row[ARGS], row[ARGS + 1], row[X], t)
+        return _read(data, flags, chip.pool[row[OUT_ROW]])
+    registers, args, x = chip.registers, row[ARGS : ARGS + 4], row[X]
+    source = 0 if operation == GATHER else look(registers, args[0], args[1], x, t)
     if source < 0:
         return NO_VECTOR
     if operation == WRITE:
-        return write_row(chip, row, chip.pool[source])
-    return _scatter(chip, row, t, chip.pool[source])
-
-
-@jit
-def _index(low: np.ndarray, high: np.ndarray, superlane: int) -> int:
-    lane = superlane * SUPERLANE
-    return int(low[lane]) | int(high[lane]) << 8
-
-
-@jit
-def _gather(chip: Chip, row: Row, t: int) -> int:
-    low = look(chip, row[ARGS + 2], row[ARGS + 3], row[X], t)
-    high = look(chip, row[ARGS + 2], row[ARGS + 3] + 1, row[X], t)
+        _write(data, flags, chip.pool[source])
+        return OK
+    low = look(registers, args[2], args[3], x, t)
+    high = look(registers, args[2], args[3] + 1, x, t)
     if low < 0 or high < 0:
         return NO_VECTOR
-    if not inside(chip, row):
-        return OUTSIDE
-    size = row[ROWS] * LANES
-    data = view(chip.data[row[MEMORY]] + row[ADDRESS], size)
-    flags = view(chip.written[row[MEMORY]] + row[ADDRESS], size)
-    target = chip.pool[row[OUT_ROW]]
-    for superlane in range(SUPERLANES):
-        index = _index(chip.pool[low], chip.pool[high], superlane)
-        if index >= row[ROWS]:
+    if operation == GATHER:
+        return _gather(data, flags, chip.pool[low], chip.pool[high], chip.pool[row[OUT_ROW]])
+    return _scatter(data, flags, chip.pool[low], chip.pool[high], chip.pool[source])
+
+
+@jit
+def _read(data: Any, flags: Any, target: Any) -> int:
+    known = np.uint8(1)
+    for i in range(LANES):
+        target[i] = data[i]
+        known &= flags[i]
+    return OK if known else UNWRITTEN
+
+
+@jit
+def _write(data: Any, flags: Any, source: Any) -> None:
+    for i in range(LANES):
+        data[i] = source[i]
+        flags[i] = 1
+
+
+@jit
+def _gather(data: Any, flags: Any, low: Any, high: Any, target: Any) -> int:
+    for first in range(0, LANES, SUPERLANE):
+        start = (int(low[first]) | int(high[first]) << 8) * LANES
+        if start >= len(data):
             return BAD_INDEX
-        first = superlane * SUPERLANE
         for i in range(first, first + SUPERLANE):
-            if not flags[index * LANES + i]:
+            if not flags[start + i]:
                 return UNWRITTEN
-            target[i] = data[index * LANES + i]
+            target[i] = data[start + i]
     return OK
 
 
 @jit
-def _scatter(chip: Chip, row: Row, t: int, source: np.ndarray) -> int:
-    low = look(chip, row[ARGS + 2], row[ARGS + 3], row[X], t)
-    high = look(chip, row[ARGS + 2], row[ARGS + 3] + 1, row[X], t)
-    if low < 0 or high < 0:
-        return NO_VECTOR
-    if not inside(chip, row):
-        return OUTSIDE
-    size = row[ROWS] * LANES
-    data = view(chip.data[row[MEMORY]] + row[ADDRESS], size)
-    flags = view(chip.written[row[MEMORY]] + row[ADDRESS], size)
-    for superlane in range(SUPERLANES):
-        index = _index(chip.pool[low], chip.pool[high], superlane)
+def _scatter(data: Any, flags: Any, low: Any, high: Any, source: Any) -> int:
+    for first in range(0, LANES, SUPERLANE):
+        index = int(low[first]) | int(high[first]) << 8
         if index == SKIPPED:
             continue
-        if index >= row[ROWS]:
+        start = index * LANES
+        if start >= len(data):
             return BAD_INDEX
-        first = superlane * SUPERLANE
         for i in range(first, first + SUPERLANE):
-            data[index * LANES + i] = source[i]
-            flags[index * LANES + i] = 1
+            data[start + i] = source[i]
+            flags[start + i] = 1
     return OK
 
 
@@ -105,11 +106,14 @@ def permute(chip: Chip, row: Row, t: int) -> int:
     """sxm.permute: `width` streams, each lane by lane through one map; -1 gives zero."""
     lanes = chip.permutes[row[ARGS + 5]]
     for k in range(row[ARGS + 4]):
-        source = look(chip, row[ARGS], row[ARGS + 1] + k, row[X], t)
+        source = look(chip.registers, row[ARGS], row[ARGS + 1] + k, row[X], t)
         if source < 0:
             return NO_VECTOR
-        bytes_in = chip.pool[source]
-        bytes_out = chip.pool[(row[OUT_ROW] + k) % chip.pool.shape[0]]
-        for i in range(LANES):
-            bytes_out[i] = bytes_in[lanes[i]] if lanes[i] >= 0 else 0
+        _permute(lanes, chip.pool[source], chip.pool[(row[OUT_ROW] + k) % chip.pool.shape[0]])
     return OK
+
+
+@jit
+def _permute(lanes: Any, source: Any, target: Any) -> None:
+    for i in range(LANES):
+        target[i] = source[lanes[i]] if lanes[i] >= 0 else 0

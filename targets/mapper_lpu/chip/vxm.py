@@ -31,7 +31,7 @@ from mapper_lpu.chip.codes import (
     UNIT,
 )
 from mapper_lpu.chip.numerics import binary_lanes, cast_lanes, unary_lanes
-from mapper_lpu.chip.state import MAKER, WHEN, Chip, Row, diagonal, look
+from mapper_lpu.chip.state import DIAGONAL, MAKER, WHEN, Chip, Row, copy, diagonal, look
 
 RANKS = 4
 
@@ -51,17 +51,18 @@ def _acc(chip: Chip, alu: int, size: int, t: int, target: Any) -> int:
         if chip.kept_at[alu, slot] <= t - chip.timing.alu:
             if chip.kept_bytes[alu, slot] != size:
                 return OTHER_WIDTH
-            target[:] = chip.kept[alu, slot]
+            copy(chip.kept[alu, slot], target)
             return OK
     return NO_RESULT
 
 
 @jit
-def _inner(chip: Chip, row: Row, direction: int, stream: int, t: int) -> int:
+def _inner(registers: Any, row: Row, direction: int, stream: int, t: int) -> int:
     """Fault number of an inner operand's byte stream."""
-    if look(chip, direction, stream, 0, t) < 0:
+    path = diagonal(direction, 0, t)
+    register = registers[direction, stream, path % registers.shape[2]]
+    if register[DIAGONAL] != path:
         return NO_VECTOR
-    register = chip.registers[direction, stream, diagonal(direction, 0, t) % chip.registers.shape[2]]
     if register[WHEN] != t:
         return NOT_INNER
     maker = (register[MAKER] - row[UNIT] + row[LOCAL]) % RANKS
@@ -76,7 +77,8 @@ def _operand(chip: Chip, row: Row, which: int, size: int, t: int) -> int:
     target = chip.operands[which]
     kind, direction, stream = row[ARGS + 3 * which], row[ARGS + 3 * which + 1], row[ARGS + 3 * which + 2]
     if kind == IMMEDIATE:
-        target[:] = np.uint32(direction)
+        for i in range(LANES):
+            target[i] = np.uint32(direction)
         return OK
     if kind == ACC:
         return _acc(chip, row[LOCAL], size, t, target)
@@ -85,10 +87,10 @@ def _operand(chip: Chip, row: Row, which: int, size: int, t: int) -> int:
             entered = t - chip.timing.entry
             source = chip.past[entered % chip.past.shape[0], direction, stream + k] if entered >= 0 else -1
         else:
-            fault = _inner(chip, row, direction, stream + k, t)
+            fault = _inner(chip.registers, row, direction, stream + k, t)
             if fault != OK:
                 return fault
-            source = look(chip, direction, stream + k, 0, t)
+            source = look(chip.registers, direction, stream + k, 0, t)
         if source < 0:
             return NO_VECTOR
         _gather_byte(chip.pool[source], target, np.uint32(8 * k), k == 0)
@@ -125,20 +127,18 @@ def execute(chip: Chip, row: Row, t: int) -> int:
     alu = row[LOCAL]
     slot = chip.issued[alu] % chip.kept.shape[1]
     chip.issued[alu] += 1
-    chip.kept[alu, slot] = result
+    copy(result, chip.kept[alu, slot])
     chip.kept_at[alu, slot] = t
     chip.kept_bytes[alu, slot] = width(to)
-    split(chip, row, result)
+    split(chip.pool, row, result)
     return OK
 
 
 @jit
-def split(chip: Chip, row: Row, lanes: Any) -> None:
+def split(pool: Any, row: Row, lanes: Any) -> None:
     """Spread the bytes of a result over its vectors of the pool, low byte first."""
     for k in range(row[OUT_WIDTH]):
-        target = chip.pool[(row[OUT_ROW] + k) % chip.pool.shape[0]]
+        target = pool[(row[OUT_ROW] + k) % pool.shape[0]]
         shift = np.uint32(8 * k)
         for i in range(LANES):
             target[i] = np.uint8(lanes[i] >> shift)
-
-

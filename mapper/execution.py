@@ -1,0 +1,94 @@
+"""Loading what is executed: sessions of saved schedules and of graphs, and what judges their results."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from mapper import backend as targets
+from mapper.backend import Array
+from mapper.catalog import machine_for
+from mapper.errors import UsageError
+from mapper.runtime.execute import Session
+from mapper.runtime.inputs import Interface
+from mapper.runtime.verify import Judge, OracleJudge
+from mapper.schedule.tables import Request, Schedule
+
+if TYPE_CHECKING:
+    from mapper.ir.graph import Graph
+
+HOST = "host"
+
+
+def session(schedule: Schedule, model: str | Path | None = None) -> Session:
+    """A schedule loaded and ready to run: weights come from the folder of `model` (default: as compiled)."""
+    return Session(schedule, targets.load(schedule.target).semantics(), model_file(schedule, model).parent)
+
+
+def model_file(schedule: Schedule, model: str | Path | None) -> Path:
+    """The model's file: `model`, or where it was when the schedule was made. Raises UsageError."""
+    path = Path(model if model is not None else schedule.model.path)
+    if not path.is_file():
+        hint = "" if model is not None else "; say where it is now with --model"
+        raise UsageError(f"the model file {path} is not there{hint}")
+    return path
+
+
+def prompt_in(path: Path, token_ids: str) -> Array:
+    """The token ids in an .npz file. Raises UsageError for a file that holds a past too."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = dict(found)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is not an .npz file of inputs: {error}") from error
+    if token_ids not in arrays:
+        raise UsageError(f"{path} holds no {token_ids!r}; it holds {', '.join(sorted(arrays)) or 'nothing'}")
+    ids: Array = arrays[token_ids]
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise UsageError(f"{token_ids!r} in {path} must be whole numbers of shape [batch, tokens]")
+    if any(a.ndim == 4 and a.size for a in arrays.values()):
+        raise UsageError(f"{path} holds a cache; verification starts from an empty one")
+    return ids
+
+
+def judge_for(schedule: Schedule, model: Path, names: Interface) -> Judge:
+    """onnxruntime itself for targets that compute in float32; else float64 within their formats' error."""
+    arithmetic = dict((schedule.plan or {}).get("arithmetic") or {"matmul": "float32"})
+    if arithmetic["matmul"] == "float32":
+        return OracleJudge()
+    from mapper.frontend.load import load
+    from mapper.judge import FormatJudge, Formats
+
+    return FormatJudge(load(model), names, Formats(**arithmetic))
+
+
+_sessions: WeakKeyDictionary[Graph, dict[tuple[Any, ...], Session]] = WeakKeyDictionary()
+
+
+def loaded(graph: Graph, inputs: Mapping[str, Array]) -> Session:
+    """The graph, specialised to the inputs' shapes and lowered for the host; kept for the next call."""
+    wanted = [name for name, _ in graph.inputs]
+    if set(wanted) != set(inputs):
+        odd = sorted(set(wanted) ^ set(inputs))[0]
+        raise UsageError(f"input {odd!r} is {'missing' if odd in wanted else 'none of the graph'}")
+    shapes = {name: np.shape(inputs[name]) for name in wanted}
+    kept = _sessions.setdefault(graph, {})
+    key = tuple(shapes.items())
+    if key not in kept:
+        kept[key] = _specialised(graph, shapes)
+    return kept[key]
+
+
+def _specialised(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> Session:
+    from mapper.passes.specialise import specialise
+    from mapper.passes.unroll import Unroll
+
+    static = specialise(Unroll().apply(graph), shapes)
+    backend = targets.load(HOST)
+    schedule = backend.lower(static, machine_for(backend), Request(phases=("prefill",)))
+    return Session(schedule, backend.semantics(), weights=lambda name: static.weights[name].load())

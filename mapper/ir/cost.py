@@ -1,0 +1,223 @@
+"""Work per op, symbolic in the graph's dimensions: FLOPs, activation bytes, weight bytes.
+
+A multiply-add is 2 FLOPs, any other scalar function 1. Bytes are what the op must touch once, each operand
+and result in its stored format: no caches, no re-reads; so sums over fused ops are upper figures, those of a
+single op lower ones. Views move nothing; table look-ups read the rows they use; a cache append writes the new
+rows only; attention over a cache reads the rows that its window lets through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mapper.ir.dims import ONE, ZERO, Dim
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp, tensor_type
+from mapper.ir.structure import RepeatOp
+from mapper.ir.types import BITS, TensorType
+
+Lookup = Callable[[str], TensorType]
+
+_VIEWS = ("reshape", "squeeze", "unsqueeze", "shape_of", "constant", "load", "repeat")
+_COPIES = ("transpose", "expand", "concat", "split", "slice", "gather", "gather_elements", "gather_nd", "pad",
+           "tile", "fill", "cast", "trilu", "one_hot", "kv_append", "cache_append", "embed", "embed_at",
+           "scatter_nd", "scatter_elements", "range", "nonzero")  # fmt: skip
+_ACTIVATION = {"relu": 1, "identity": 0, "sigmoid": 4, "tanh": 1, "relu_squared": 2}
+_PER_ELEMENT = {"softmax": 5, "topk": 1, "argmax": 1, "sample": 1, "cumsum": 1, "reduce": 1, "rsqrt": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One execution of one op: `flops`; activation bytes `read` and `written`; `weights` bytes read."""
+
+    flops: Dim = ZERO
+    read: Dim = ZERO
+    written: Dim = ZERO
+    weights: Dim = ZERO
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.read + other.read,
+            self.written + other.written,
+            self.weights + other.weights,
+        )
+
+    def __mul__(self, count: int) -> Cost:
+        return Cost(self.flops * count, self.read * count, self.written * count, self.weights * count)
+
+    @property
+    def bytes(self) -> Dim:
+        """All bytes touched."""
+        return self.read + self.written + self.weights
+
+    def evaluate(self, symbols: Mapping[str, int]) -> tuple[int, int]:
+        """(flops, bytes) as numbers."""
+        return self.flops.evaluate(symbols), self.bytes.evaluate(symbols)
+
+
+def costs(graph: Graph) -> list[tuple[DataflowOp, int, Cost]]:
+    """(op, how often it runs, cost of one run) of every op, those inside repeats included."""
+    types = {n: w.type for n, w in graph.weights.items()}
+    found: list[tuple[DataflowOp, int, Cost]] = []
+    for section in graph.sections():
+        slots = {slot: types[symbols[0]] for slot, symbols in section.table.items()}
+        lookup = {**types, **slots}.__getitem__
+        found += [(op, section.count, cost(op, lookup)) for op in section.ops]
+    return found
+
+
+def total(graph: Graph) -> Cost:
+    """The cost of one run of the whole graph."""
+    result = Cost()
+    for _, count, one in costs(graph):
+        result = result + one * count
+    return result
+
+
+def cost(op: DataflowOp, weights: Lookup) -> Cost:
+    """The cost of one op; `weights` gives the type of a weight symbol or slot."""
+    if isinstance(op, RepeatOp) or op.mnemonic in _VIEWS:
+        return Cost()
+    read = sum((tensor_type(v).bytes for v in op.operands), start=ZERO)
+    written = sum((tensor_type(v).bytes for v in op.results), start=ZERO)
+    stored = sum((weights(s).bytes for s in op.weights().values()), start=ZERO)
+    special = _SPECIAL.get(op.mnemonic)
+    if special is not None:
+        return special(op, weights, Cost(ZERO, read, written, stored))
+    if op.mnemonic in _COPIES:
+        return _copy(op, Cost(ZERO, read, written, stored))
+    return Cost(_elements(op) * _PER_ELEMENT.get(op.mnemonic, 1), read, written, stored)
+
+
+def _elements(op: DataflowOp) -> Dim:
+    """Elements that an elementwise op or reduction works through."""
+    first = tensor_type(op.operands[0]).elements if op.operands else ZERO
+    made = tensor_type(op.results[0]).elements
+    return first if op.mnemonic in ("reduce", "argmax", "sample", "topk") else made
+
+
+def _copy(op: DataflowOp, base: Cost) -> Cost:
+    if op.mnemonic in ("embed", "embed_at"):
+        return Cost(ZERO, base.read, base.written, base.written)
+    if op.mnemonic in ("gather", "gather_elements", "gather_nd"):
+        return Cost(ZERO, base.written + tensor_type(op.operands[1]).bytes, base.written, ZERO)
+    if op.mnemonic == "cache_append":
+        new = tensor_type(op.operands[1]).bytes
+        return Cost(ZERO, new, new, ZERO)
+    if op.mnemonic == "slice":
+        return Cost(ZERO, base.written, base.written, ZERO)
+    return base
+
+
+def _matrix(op: DataflowOp, weights: Lookup, name: str) -> Dim:
+    """FLOPs per row of x through a matrix, with one addition per output where it has a bias."""
+    symbol, bias = op.attr(name), op.attr("bias" if name == "weight" else f"{name}_bias")
+    return weights(symbol).elements * 2 + (weights(bias).elements if bias is not None else ZERO)
+
+
+def _rows(op: DataflowOp) -> Dim:
+    rows = ONE
+    for dim in tensor_type(op.operands[0]).shape[:-1]:
+        rows = rows * dim
+    return rows
+
+
+def _linear(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    return Cost(_rows(op) * _matrix(op, weights, "weight"), base.read, base.written, base.weights)
+
+
+def _mlp(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    names = ("gate", "up", "down") if op.mnemonic == "gated_mlp" else ("up", "down")
+    width = weights(op.attr("up")).elements // tensor_type(op.operands[0]).shape[-1]
+    gates = _ACTIVATION.get(op.attr("act"), 5) + (op.mnemonic == "gated_mlp")
+    per_row = sum((_matrix(op, weights, n) for n in names), start=width * gates)
+    return Cost(_rows(op) * per_row, base.read, base.written, base.weights)
+
+
+def _moe(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    rows, chosen = _rows(op), op.attr("top_k")
+    experts = weights(op.attr("gate")).shape[0]
+    inner = weights(op.attr("gate")).shape[2]
+    kinds = [weights(op.attr(n)) for n in ("gate", "up", "down")]
+    one = sum((k.elements // experts * 2 for k in kinds), start=inner * 6)
+    used = Dim.min(experts, rows * chosen)
+    read = sum((k.bytes // experts for k in kinds), start=ZERO) * used
+    router = weights(op.attr("router"))
+    flops = rows * (router.elements * 2 + one * chosen)
+    return Cost(flops, base.read, base.written, read + router.bytes)
+
+
+def _matmul(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    inner = tensor_type(op.operands[0]).shape[-1]
+    return Cost(tensor_type(op.results[0]).elements * inner * 2, base.read, base.written)
+
+
+def _conv(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    kernel = tensor_type(op.operands[1])
+    reach = kernel.elements // kernel.shape[0]
+    return Cost(tensor_type(op.results[0]).elements * reach * 2, base.read, base.written)
+
+
+def _norm(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    per_element = (3 if op.attr("kind") == "rms" else 5) + len(op.weights())
+    return Cost(tensor_type(op.results[0]).elements * per_element, base.read, base.written, base.weights)
+
+
+def _activation(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    per_element = _ACTIVATION.get(op.attr("kind"), 5)
+    return Cost(tensor_type(op.results[0]).elements * per_element, base.read, base.written)
+
+
+def _rope(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    x = tensor_type(op.operands[0])
+    turned = x.elements // x.shape[-1] * op.attr("rotary_dim")
+    rows = x.shape[2] * op.attr("rotary_dim") * (BITS["f32"] // 8)
+    return Cost(turned * 3, base.read, base.written, rows if op.mnemonic == "rope_at" else ZERO)
+
+
+def attended_pairs(op: DataflowOp) -> Dim:
+    """(query, key) pairs per head and batch element that the mask lets through, at a full cache.
+
+    Exact for static shapes; for symbolic ones a window counts as min(window, all tokens) per query."""
+    q, k = tensor_type(op.operands[0]), tensor_type(op.operands[1])
+    tokens, keys, window = q.shape[2], k.shape[2], op.attr("window")
+    causal = op.mnemonic == "cached_attention" or op.attr("causal")
+    if not causal:
+        return tokens * keys
+    if tokens.is_const and keys.is_const:
+        s, t = tokens.value, keys.value
+        return Dim.of(sum(min(t - s + i + 1, window or t) for i in range(s)))
+    if window:
+        return tokens * Dim.min(keys, window)
+    return tokens * (keys - tokens) + tokens * (tokens + 1) // 2
+
+
+def _attention(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    q, v = tensor_type(op.operands[0]), tensor_type(op.operands[2])
+    per_pair = (q.shape[3] + v.shape[3]) * 2 + 5 + (2 if op.attr("softcap") else 0)
+    flops = q.shape[0] * q.shape[1] * attended_pairs(op) * per_pair
+    keys, window = tensor_type(op.operands[1]), op.attr("window")
+    rows = Dim.min(keys.shape[2], q.shape[2] + window - 1) if window else keys.shape[2]
+    unread = (keys.shape[2] - rows) * (
+        keys.bytes // keys.shape[2] + tensor_type(op.operands[2]).bytes // v.shape[2]
+    )
+    return Cost(flops, base.read - unread, base.written)
+
+
+_SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
+    "linear": _linear,
+    "lm_head": _linear,
+    "mlp": _mlp,
+    "gated_mlp": _mlp,
+    "moe": _moe,
+    "matmul": _matmul,
+    "conv": _conv,
+    "norm": _norm,
+    "activation": _activation,
+    "rope": _rope,
+    "rope_at": _rope,
+    "attention": _attention,
+    "cached_attention": _attention,
+}
