@@ -67,6 +67,13 @@ class Decoding:
     prefill_s: float = 0.0
     steps_s: list[float] = field(default_factory=list)
 
+    def warm_up(self) -> None:
+        """Run each program once, so that compiled kernels are in place, and clear the cache again."""
+        for _ in zip(range(2), self, strict=False):
+            pass
+        self.session.reset()
+        self.steps_s.clear()
+
     def __iter__(self) -> Iterator[int]:
         import numpy as np
 
@@ -117,4 +124,6 @@ def stream(model: Path, ids: Sequence[int], tokens: int) -> Decoding:
         raise UsageError(f"token ids must be 0 to {vocabulary - 1}")
     phases = done.result.phases
     session = execution.session(done.schedule, model)
-    return Decoding(session, done.schedule, phases["prefill"], phases["decode"], tuple(ids), tokens)
+    decoding = Decoding(session, done.schedule, phases["prefill"], phases["decode"], tuple(ids), tokens)
+    decoding.warm_up()
+    return decoding

@@ -209,27 +209,27 @@ def verify(
 ) -> Verification:
     """Execute a schedule from disk beside onnxruntime: a prompt, then `tokens` greedy steps, all compared.
 
-    The prompt is the token ids in the .npz file `inputs`, or a fixed seeded one. Targets that compute in
+    The prompt is in the .npz file `inputs` (the model's own inputs), or a fixed seeded one. Targets that compute in
     float32 are compared with onnxruntime; others as `mapper.judge` says. `tokens` beyond the context are cut.
     """
     from mapper import execution
     from mapper.runtime import verify as runtime
-    from mapper.runtime.inputs import interface, states
+    from mapper.runtime.inputs import Entry, interface, read_inputs, states
     from mapper.runtime.oracle import oracle
 
     if tokens < 0:
         raise UsageError(f"tokens must not be negative, and is {tokens}")
     schedule = _open(schedule_dir)
     path, names = execution.model_file(schedule, model), interface(schedule.roles)
-    prompt = (
-        runtime.seeded_prompt(schedule)
-        if inputs is None
-        else execution.prompt_in(Path(inputs), names.token_ids)
-    )
+    ids = runtime.seeded_prompt(schedule)
+    start: Mapping[Entry, Array] = {}
+    if inputs is not None:
+        ids, start = read_inputs(names, execution.arrays_in(Path(inputs)))
+    past = next((cache.shape[2] for cache in start.values()), 0)
+    steps = min(tokens, max(schedule.request.context - past - ids.shape[1], 0))
     beside = oracle(path, names, states(schedule))
-    judge = execution.judge_for(schedule, path, names)
-    steps = min(tokens, max(schedule.request.context - prompt.shape[1], 0))
-    return runtime.verify(execution.session(schedule, model), beside, judge, steps, prompt)
+    judge = execution.judge_for(schedule, path, names, start)
+    return runtime.verify(execution.session(schedule, model), beside, judge, steps, ids, start)
 
 
 def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from mapper.backend import Array
 from mapper.catalog import machine_for
 from mapper.errors import UsageError
 from mapper.runtime.execute import Session
-from mapper.runtime.inputs import Interface
+from mapper.runtime.inputs import Entry, Interface
 from mapper.runtime.verify import Judge, OracleJudge
 from mapper.schedule.tables import Request, Schedule
 
@@ -39,24 +39,16 @@ def model_file(schedule: Schedule, model: str | Path | None) -> Path:
     return path
 
 
-def prompt_in(path: Path, token_ids: str) -> Array:
-    """The token ids in an .npz file. Raises UsageError for a file that holds a past too."""
+def arrays_in(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file. Raises UsageError where it is none."""
     try:
         with np.load(path, allow_pickle=False) as found:
-            arrays = dict(found)
+            return dict(found)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is not an .npz file of inputs: {error}") from error
-    if token_ids not in arrays:
-        raise UsageError(f"{path} holds no {token_ids!r}; it holds {', '.join(sorted(arrays)) or 'nothing'}")
-    ids: Array = arrays[token_ids]
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-        raise UsageError(f"{token_ids!r} in {path} must be whole numbers of shape [batch, tokens]")
-    if any(a.ndim == 4 and a.size for a in arrays.values()):
-        raise UsageError(f"{path} holds a cache; verification starts from an empty one")
-    return ids
 
 
-def judge_for(schedule: Schedule, model: Path, names: Interface) -> Judge:
+def judge_for(schedule: Schedule, model: Path, names: Interface, start: Mapping[Entry, Array]) -> Judge:
     """onnxruntime itself for targets that compute in float32; else float64 within their formats' error."""
     arithmetic = dict((schedule.plan or {}).get("arithmetic") or {"matmul": "float32"})
     if arithmetic["matmul"] == "float32":
@@ -64,7 +56,7 @@ def judge_for(schedule: Schedule, model: Path, names: Interface) -> Judge:
     from mapper.frontend.load import load
     from mapper.judge import FormatJudge, Formats
 
-    return FormatJudge(load(model), names, Formats(**arithmetic))
+    return FormatJudge(load(model), names, Formats(**arithmetic), start)
 
 
 _sessions: WeakKeyDictionary[Graph, dict[tuple[Any, ...], Session]] = WeakKeyDictionary()

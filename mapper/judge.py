@@ -58,15 +58,18 @@ class Formats:
 class FormatJudge:
     """See mapper.runtime.verify.Judge. Keeps caches of its own, in float64 and in the target's formats.
 
-    `interface` names the model's inputs and outputs; `graph` is the recognised graph.
+    `graph` is the recognised graph, `interface` names its inputs and outputs, `start` are its first caches.
     """
 
     graph: Graph
     interface: Interface
     formats: Formats
+    start: Mapping[Entry, Array]
     slack: float = SLACK
-    _exact: dict[Entry, Array] = field(default_factory=dict)
-    _stored: dict[Entry, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._exact = dict(self.start)
+        self._stored = {e: self._cached(e, a) for e, a in self.start.items()}
 
     @property
     def rule(self) -> str:

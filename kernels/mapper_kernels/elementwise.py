@@ -20,6 +20,8 @@ from mapper_kernels.split import share
     SOFTPLUS, RELU, FLOOR, CEIL, ROUND, SIGN, NOT, ISNAN, ISINF, ADD, SUB, MUL, DIV, POW,
     MIN, MAX, AND, OR, XOR, EQ, NE, LT, LE, GT, GE, MOD, FMOD, CAST, SELECT,
 ) = range(43)  # fmt: skip
+# typed numbers: a literal argument would compile the callee once more for that literal
+_NONE, _ONE = np.int64(0), np.int64(1)
 
 
 @jit
@@ -196,37 +198,46 @@ def _compare_i(op: int, a: int, b: int) -> bool:
 
 
 @fast
-def _vectors(op: int, a: Any, b: Any, y: Any) -> None:
-    n = y.shape[0]
-    if op == ADD:
-        for i in range(n):
+def _vectors(op: int, a: Any, b: Any, y: Any, low: int, high: int) -> None:
+    if op == 0:
+        for i in range(low, high):
             y[i] = a[i] + b[i]
-    elif op == SUB:
-        for i in range(n):
+    elif op == 1:
+        for i in range(low, high):
             y[i] = a[i] - b[i]
-    elif op == MUL:
-        for i in range(n):
+    elif op == 2:
+        for i in range(low, high):
             y[i] = a[i] * b[i]
     else:
-        for i in range(n):
+        for i in range(low, high):
             y[i] = a[i] / b[i]
 
 
 @fast
-def _vector_scalar(op: int, a: Any, b: Any, y: Any) -> None:
-    n = y.shape[0]
-    if op == ADD:
-        for i in range(n):
+def _vector_scalar(op: int, a: Any, b: Any, y: Any, low: int, high: int) -> None:
+    if op == 0:
+        for i in range(low, high):
             y[i] = a[i] + b
-    elif op == SUB:
-        for i in range(n):
+    elif op == 1:
+        for i in range(low, high):
             y[i] = a[i] - b
-    elif op == MUL:
-        for i in range(n):
+    elif op == 2:
+        for i in range(low, high):
             y[i] = a[i] * b
     else:
-        for i in range(n):
+        for i in range(low, high):
             y[i] = a[i] / b
+
+
+@jit
+def vector(op: int, a: int, b: int, y: int, n: int, scalar: bool, part: int, parts: int) -> None:
+    """y = a op b on n float32 at addresses a, b, y (b one number where `scalar`): 0 add, 1 subtract, 2 multiply,
+    3 divide; y may be a or b. Shares elements."""
+    low, high = share(n, 64, part, parts)
+    if scalar:
+        _vector_scalar(op, f32(a, n), f32(b, 1)[0], f32(y, n), low, high)
+    else:
+        _vectors(op, f32(a, n), f32(b, n), f32(y, n), low, high)
 
 
 @jit
@@ -292,11 +303,7 @@ def _row(
     if inputs == 2 and ADD <= op <= DIV and codes[0] == F32 and codes[1] == F32:
         sa, sb = strides[0, last], strides[1, last]
         if sa == 1 and sb <= 1:
-            y, a = f32(out + 4 * to, n), f32(at[0] + 4 * index[0], n)
-            if sb == 1:
-                _vectors(op, a, f32(at[1] + 4 * index[1], n), y)
-            else:
-                _vector_scalar(op, a, f32(at[1] + 4 * index[1], 1)[0], y)
+            vector(op - ADD, at[0] + 4 * index[0], at[1] + 4 * index[1], out + 4 * to, n, sb == 0, _NONE, _ONE)
             return
     for i in range(n):
         _element(op, inputs, codes, at, index, out, codes[3], to + i)

@@ -14,6 +14,8 @@ from mapper_kernels.memory import FLOATS, load_f, load_i, store_f, store_i, u8, 
 from mapper_kernels.split import share
 
 ADD, MUL, MAX, MIN = 1, 2, 3, 4
+# typed numbers: a literal argument would compile the callee once more for that literal
+_ONE = np.int64(1)
 
 
 @jit
@@ -117,7 +119,7 @@ def gather(
         if at < 0 or at >= n:
             return i + 1
         for o in range(outer):
-            move(x + (o * n + at) * inner * size, y + (o * count + i) * inner * size, size, inner, 1, 1)
+            move(x + (o * n + at) * inner * size, y + (o * count + i) * inner * size, size, inner, _ONE, _ONE)
     return 0
 
 
@@ -133,7 +135,7 @@ def gather_elements(
         at = _replaced(i, shape, x_shape, axis, load_i(indices, index_code, i))
         if at < 0:
             return i + 1
-        move(x + at * size, y + i * size, size, 1, 1, 1)
+        move(x + at * size, y + i * size, size, _ONE, _ONE, _ONE)
     return 0
 
 
@@ -177,7 +179,7 @@ def gather_nd(
         at = _vector(indices, index_code, i * dims.shape[0], dims)
         if at < 0:
             return i + 1
-        move(x + (i // count * span + at) * inner * size, y + i * inner * size, size, inner, 1, 1)
+        move(x + (i // count * span + at) * inner * size, y + i * inner * size, size, inner, _ONE, _ONE)
     return 0
 
 

@@ -13,6 +13,9 @@ from mapper_kernels.reduce import offset_of
 from mapper_kernels.scalar import activate, exp32
 from mapper_kernels.split import share
 
+# typed numbers: a literal argument would compile the callee once more for that literal
+_NONE, _ONE = np.int64(0), np.int64(1)
+
 
 @jit
 def matmul(
@@ -31,7 +34,7 @@ def matmul(
     for i in range(low, high):
         pa, pb = offset_of(i, batch, a_strides), offset_of(i, batch, b_strides)
         if code == F32:
-            one, all_parts = (part, parts) if count == 1 else (0, 1)
+            one, all_parts = (part, parts) if count == 1 else (_NONE, _ONE)
             x, w = f32_2d(a + 4 * pa, m, k), f32_2d(b + 4 * pb, k, n)
             gemm_kn(x, w, f32_2d(y + 4 * i * m * n, m, n), one, all_parts)
         elif count > 1 or part == 0:
@@ -155,10 +158,10 @@ def experts(
         y[0, d] = np.float32(0)
     for i in range(chosen.shape[0]):
         e = chosen[i]
-        gemm_kn(x, gates[e], g, 0, 1)
-        gemm_kn(x, ups[e], u, 0, 1)
-        gate(act, g[0], u[0], g[0], 0, 1)
-        gemm_kn(g, downs[e], z, 0, 1)
+        gemm_kn(x, gates[e], g, _NONE, _ONE)
+        gemm_kn(x, ups[e], u, _NONE, _ONE)
+        gate(act, g[0], u[0], g[0], _NONE, _ONE)
+        gemm_kn(g, downs[e], z, _NONE, _ONE)
         for d in range(y.shape[1]):
             y[0, d] += weight[i] * z[0, d]
 

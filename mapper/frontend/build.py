@@ -333,6 +333,11 @@ def gather(net: Net, x: Value, index: Value, axis: int) -> Value:
         and x.const.size <= MAX_FOLDED
     ):
         return net.constant(np.take(x.const, index.const, axis), x.dtype)
+    if index.const is not None and index.rank == 0 and x.weight is None:
+        at = int(index.const)
+        end = at + 1 if at != -1 else _HUGE
+        row = slice_(net, x, [Dim.of(at)], [Dim.of(end)], [axis], [1])
+        return reshape(net, row, [d for i, d in enumerate(x.dims) if i != axis])
     return net.make("gather", [x, index], {"axis": axis})
 
 

@@ -208,7 +208,7 @@ _SPECIAL = {"iota": Emitter._range, "dims": Emitter._shape, "pad": Emitter._pad}
 
 
 def emit(net: Net, path: Path, sha256: str, roles: Mapping[str, Any]) -> Graph:
-    """The whole graph with its roles, unverified. Raises UnsupportedModelError where no input tells a size."""
+    """The graph with its roles, unverified. Raises UnsupportedModelError where no input tells a size."""
     builder = GraphBuilder(path.stem, path, path.parent, sha256)
     emitter = Emitter(builder)
     live = net.live(v for _, v in net.outputs)

@@ -19,9 +19,8 @@ class Scores:
 
     scale: float = 1.0
     softcap: float = 0.0
-    mask: Value | None = None
+    masks: list[Value] = field(default_factory=list)
     product: Node | None = None
-    extra: list[Value] = field(default_factory=list)
 
 
 def attentions(view: View, checker: Checker) -> list[Match]:
@@ -39,33 +38,52 @@ def _attention(view: View, softmax: Node) -> Match | None:
     axis, rank = softmax.attrs["axis"], softmax.outputs[0].rank
     if axis % rank != rank - 1 or rank not in (3, 4):
         return None
-    scores = read_scores(view, softmax.inputs[0])
-    final = _weighted_sum(view, softmax.outputs[0])
+    net, sinks = view.net, read_sinks(softmax)
+    scores = read_scores(view, sinks[0] if sinks else softmax.inputs[0])
+    final = _weighted_sum(view, softmax.outputs[0], sinks is not None)
     if scores is None or scores.product is None or final is None:
         return None
     out, values = final
-    net = view.net
-    q, first = strip_scale(scores.product.inputs[0])
-    keys, second = strip_scale(scores.product.inputs[1])
-    heads = as_heads(q)
-    if heads is None:
+    q, first = strip_scale(net, scores.product.inputs[0])
+    keys, second = strip_scale(net, scores.product.inputs[1])
+    q4, k4, v4 = as_heads(q), as_heads(transposed_keys(net, keys)), as_heads(values)
+    if q4 is None or k4 is None or v4 is None or out.rank not in (3, 4):
         return None
-    swapped = transposed_keys(net, keys)
-    k, third = strip_scale(swapped) if swapped is not None else (None, 1.0)
-    k = as_heads(k) if k is not None else None
-    v = as_heads(values)
-    if k is None or v is None or out.rank not in (3, 4):
+    out4 = out if out.rank == 4 else _split_result(view, out, q4)
+    mask = joined_mask(net, scores.masks, q4)
+    if out4 is None or (scores.masks and mask is None):
         return None
-    out4 = out if out.rank == 4 else _split_result(view, out, heads)
-    if out4 is None:
-        return None
-    k, v = shared(k), shared(v)
-    attrs = {"scale": scores.scale * first * second * third, "softcap": scores.softcap}
-    operands = {"q": heads, "k": k, "v": v}
-    if scores.mask is not None:
-        operands["mask"] = scores.mask
+    operands = {"q": q4, "k": shared(k4), "v": shared(v4)}
+    operands |= {} if mask is None else {"mask": mask}
+    operands |= {"sinks": sinks[1]} if sinks else {}
+    attrs = {"scale": scores.scale * first * second, "softcap": scores.softcap}
     bounds = grounded(view, operands.values())
     return Match(out4, "attention", tuple(operands), tuple(operands.values()), attrs, bounds)
+
+
+def joined_mask(net: Net, masks: list[Value], q: Value) -> Value | None:
+    """The sum of the masks, each against [B, H, S, T]; those against [B*H, S, T] are viewed so."""
+    total: Value | None = None
+    for mask in masks:
+        if mask.rank == 3 and mask.dims[0] != ONE:
+            if mask.dims[0] != q.dims[0] * q.dims[1]:
+                return None
+            mask = build.reshape(net, mask, [*q.dims[:2], *mask.dims[1:]])
+        total = mask if total is None else build.binary(net, "add", total, mask)
+    return total
+
+
+def read_sinks(softmax: Node) -> tuple[Value, Value] | None:
+    """(scores, stored vector of one more score per head) where the softmax runs over both."""
+    value = softmax.inputs[0]
+    if value.op == "sub" and value.args[1].op == "reduce" and value.args[1].args[0] is value.args[0]:
+        value = value.args[0]
+    if value.op != "concat" or len(value.args) != 2 or value.rank != 4:
+        return None
+    scores, extra = value.args
+    while extra.op in ("expand", "reshape", "cast"):
+        extra = extra.args[0]
+    return (scores, extra) if extra.weight is not None and extra.rank == 1 else None
 
 
 def grounded(view: View, values: Iterable[Value]) -> tuple[Value, ...]:
@@ -115,7 +133,7 @@ def _peel(view: View, node: Node, out: Scores) -> Value | None:
         other = [v for v in node.inputs if not view.is_data(v)]
         if len(data) != 1 or out.scale != 1.0 or out.softcap:
             return None
-        out.mask = other[0] if out.mask is None else build.binary(view.net, "add", out.mask, other[0])
+        out.masks.append(other[0])
         return data[0]
     if node.op == "select" and not view.is_data(node.inputs[0]):
         return _selected(view, node, out)
@@ -146,25 +164,35 @@ def _selected(view: View, node: Node, out: Scores) -> Value | None:
         return None
     zero = view.net.scalar(0.0, low)
     branches = (zero, low) if data[0] is a else (low, zero)
-    mask = build.select(view.net, condition, *branches)
-    out.mask = mask if out.mask is None else build.binary(view.net, "add", out.mask, mask)
+    out.masks.append(build.select(view.net, condition, *branches))
     return data[0]
 
 
-def strip_scale(value: Value) -> tuple[Value, float]:
-    """(the value before multiplications by numbers, their product)."""
-    scale = 1.0
-    while value.op in ("mul", "div", "cast"):
-        if value.op == "cast":
-            value = value.args[0]
-            continue
-        a, b = value.args
-        if value.op == "mul" and a.scalar is not None:
+def strip_scale(net: Net, value: Value) -> tuple[Value, float]:
+    """(the value without multiplications by numbers, also those before views of it; their product)."""
+    node = value.node
+    if node is None:
+        return value, 1.0
+    if node.op == "cast" and node.inputs[0].dtype[0] == "f":
+        return strip_scale(net, node.inputs[0])
+    if node.op in ("mul", "div"):
+        a, b = node.inputs
+        if node.op == "mul" and a.scalar is not None:
             a, b = b, a
-        if b.scalar is None:
-            break
-        scale, value = scale * (b.scalar if value.op == "mul" else 1.0 / b.scalar), a
-    return value, scale
+        if b.scalar is None or a.dims != value.dims:
+            return value, 1.0
+        inner, scale = strip_scale(net, a)
+        return inner, scale * (b.scalar if node.op == "mul" else 1.0 / b.scalar)
+    if node.op in ("reshape", "transpose"):
+        inner, scale = strip_scale(net, node.inputs[0])
+        if scale != 1.0:
+            made = (
+                build.reshape(net, inner, node.attrs["shape"])
+                if node.op == "reshape"
+                else build.transpose(net, inner, node.attrs["perm"])
+            )
+            return made, scale
+    return value, 1.0
 
 
 def as_heads(value: Value | None) -> Value | None:
@@ -210,8 +238,8 @@ def shared(value: Value) -> Value:
     return source if fits and wide.dims[1] == source.dims[1] else value
 
 
-def _weighted_sum(view: View, weights: Value) -> tuple[Value, Value] | None:
-    """(result, values operand) of the product of the softmax with the values."""
+def _weighted_sum(view: View, weights: Value, sinks: bool) -> tuple[Value, Value] | None:
+    """(result, values operand) of the product of the softmax with the values; `sinks` lets a slice come first."""
     value = weights
     for _ in range(6):
         nodes = [n for n in view.next_nodes(value) if n.op not in ("isnan",)]

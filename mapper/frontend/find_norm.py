@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from mapper.frontend.agree import Checker
 from mapper.frontend.cut import View
 from mapper.frontend.find_linear import bias_of
@@ -14,9 +16,7 @@ def norms(view: View, checker: Checker) -> list[Match]:
     found = []
     for node in view.nodes:
         if node.op == "rsqrt":
-            match = _norm(view, checker, node)
-            if match is not None:
-                found.append(match)
+            found += _norm(view, checker, node)
     return found
 
 
@@ -48,67 +48,68 @@ def mean_of(value: Value) -> Value | None:
     return x if right else None
 
 
-def _norm(view: View, checker: Checker, root: Node) -> Match | None:
+def _norm(view: View, checker: Checker, root: Node) -> list[Match]:
     eps_part = _scalar_part(root.inputs[0].node, "add")
     spread, eps = eps_part if eps_part else (root.inputs[0], 0.0)
     square = mean_of(spread)
     if square is None or square.op != "mul" or square.args[0] is not square.args[1]:
-        return None
+        return []
     centred = square.args[0]
     x, kind = centred, "rms"
     if centred.op == "sub" and mean_of(centred.args[1]) is centred.args[0]:
         x, kind = centred.args[0], "layer"
-    best: Match | None = None
-    for match in _growing(view, root.outputs[0], x, centred, {"kind": kind, "eps": eps}):
+    return _grown(view, checker, _Growth(root.outputs[0], {"x": x}, {"kind": kind, "eps": eps}), x, centred)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """How far a match has grown: its result, operands and attributes; `whole` once the quotient is in it."""
+
+    value: Value
+    slots: dict[str, Value]
+    attrs: dict[str, object]
+    whole: bool = False
+
+
+def _grown(view: View, checker: Checker, growth: _Growth, x: Value, centred: Value) -> list[Match]:
+    """The largest matches that hold, from the anchor forward: the quotient, then weight, then bias. Where several
+    norms share one quotient, each has its own match."""
+    found: list[Match] = []
+    ends = id(growth.value) in view.outputs
+    for node in view.next_nodes(growth.value):
+        step = None if ends and growth.whole else _step(node, growth, centred)
+        further = _grown(view, checker, step, x, centred) if step else []
+        found += further
+        ends = ends or not further
+    if growth.whole and ends:
+        given = {**growth.slots, "x": _of_type(x, growth.value.dtype)}
+        match = Match(growth.value, "norm", tuple(given), tuple(given.values()), growth.attrs)
         if checker.holds(match):
-            best = match
-    return best
+            found.append(match)
+    return found
 
 
-def _growing(view: View, value: Value, x: Value, centred: Value, attrs: dict[str, object]) -> list[Match]:
-    """Matches from the anchor forward: the quotient, then with weight, then with bias."""
-    slots: dict[str, Value] = {"x": x}
-    out: list[Match] = []
-    multiplied = False
-    for _ in range(6):
-        nodes = view.next_nodes(value)
-        if multiplied and (len(nodes) != 1 or id(value) in view.outputs):
-            break
-        step = next((s for n in nodes if (s := _step(n, value, centred, slots, multiplied))), None)
-        if step is None:
-            break
-        value, slots, offset = step
-        multiplied = multiplied or "done" in slots
-        slots.pop("done", None)
-        if offset:
-            attrs = {**attrs, "weight_offset": offset}
-        if multiplied:
-            given = {**slots, "x": _of_type(x, value.dtype)}
-            out.append(Match(value, "norm", tuple(given), tuple(given.values()), attrs))
-    return out
-
-
-def _step(
-    node: Node, value: Value, centred: Value, slots: dict[str, Value], multiplied: bool
-) -> tuple[Value, dict[str, Value], float] | None:
-    """One node further: (its result, operands so far, offset of the weight); `done` marks the quotient."""
+def _step(node: Node, growth: _Growth, centred: Value) -> _Growth | None:
+    """One node further, None where the norm ends before it."""
+    value, slots, out = growth.value, growth.slots, node.outputs[0]
     if node.op == "cast":
-        return node.outputs[0], slots, 0.0
+        return replace(growth, value=out)
     if node.op not in ("mul", "add") or len(node.inputs) != 2:
         return None
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
     if node.op == "mul" and (other is centred or _uncast(other) is centred):
-        return (node.outputs[0], {**slots, "done": centred}, 0.0) if not multiplied else None
+        return None if growth.whole else replace(growth, value=out, whole=True)
     vector, offset = bias_of(other), 0.0
     if vector is None and other.op == "add":
         part = _scalar_part(other.node, "add")
         vector, offset = (bias_of(part[0]), part[1]) if part else (None, 0.0)
-    if vector is None or vector.dims[-1] != node.outputs[0].dims[-1]:
+    if vector is None or vector.dims[-1] != out.dims[-1]:
         return None
     if node.op == "mul" and "weight" not in slots and "bias" not in slots:
-        return node.outputs[0], {**slots, "weight": vector}, offset
-    if node.op == "add" and multiplied and "bias" not in slots and not offset:
-        return node.outputs[0], {**slots, "bias": vector}, 0.0
+        attrs = {**growth.attrs, "weight_offset": offset} if offset else growth.attrs
+        return replace(growth, value=out, slots={**slots, "weight": vector}, attrs=attrs)
+    if node.op == "add" and growth.whole and "bias" not in slots and not offset:
+        return replace(growth, value=out, slots={**slots, "bias": vector})
     return None
 
 

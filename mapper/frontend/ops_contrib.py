@@ -58,8 +58,8 @@ def _quick_gelu(c: Call) -> list[Value]:
 def _skip_norm(c: Call) -> list[Value]:
     simplified = c.node.op.startswith("SkipSimplified")
     at = 3 if simplified else 4  # operands: x, skip, gamma, [beta], bias
-    total = b.binary(c.net, "add", c.x(0), c.x(1))
-    total = b.binary(c.net, "add", total, c.x(at)) if c.has(at) else total
+    x = b.binary(c.net, "add", c.x(0), c.x(at)) if c.has(at) else c.x(0)
+    total = b.binary(c.net, "add", x, c.x(1))
     out = _normalised(c, total, simplified, c.number("epsilon", 1e-12))
     mean = b.reduce(c.net, "mean", total, [total.rank - 1], True)
     centred = total if simplified else b.binary(c.net, "sub", total, mean)

@@ -48,7 +48,7 @@ class Fold:
 
 @dataclass
 class Folder:
-    """The visitor: remembers the arrays of the constants that it has seen. `symbols` are replaced by numbers."""
+    """The visitor: remembers the arrays of the constants it has seen. `symbols` are replaced by numbers."""
 
     largest: int = 65536
     symbols: Mapping[str, int] = field(default_factory=dict)

@@ -144,8 +144,8 @@ def verify(
     """Feed `prompt` (or the seeded one) to the caches `start` (or empty ones), then `tokens` greedy steps;
     compare each step.
 
-    A schedule without decode program is compared on the prompt alone. Raises UsageError if prompt and tokens do
-    not fit the context, ModelError if the oracle runs another model, ExecutionFault if a step cannot run.
+    A schedule without decode program is compared on the prompt alone. Raises UsageError if prompt and tokens
+    do not fit the context, ModelError if the oracle runs another model, ExecutionFault.
     """
     schedule = session.schedule
     if schedule.model.sha256 and oracle.sha256 and schedule.model.sha256 != oracle.sha256:

@@ -53,8 +53,8 @@ class BandwidthHolds:
 
     A step moves its slices' bytes evenly over its duration (at least one cycle); an opcode that the plan
     lists in `gather` reads only part of its slices, chosen by data, and moves the step's `bytes`. A memory
-    `sram.3` is limited by the machine constant `memory.sram.3.bandwidth` or else `memory.sram.bandwidth` [B/s]; without
-    one it is not limited here.
+    `sram.3` is limited by the machine constant `memory.sram.3.bandwidth`, or else `memory.sram.bandwidth`
+    [B/s]; without one it is not limited here.
     """
 
     name: str = "BandwidthHolds"

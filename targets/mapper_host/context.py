@@ -12,9 +12,10 @@ from mapper.errors import LoweringError
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.weights import WeightSymbol
+from mapper_kernels.names import ELEMENTWISE as ELEMENTWISE_NUMBERS
 from xdsl.ir import SSAValue
 
-from mapper_host.opcodes import CODES, ELEMENTWISE
+from mapper_host.opcodes import CODES, ELEMENTWISE, VECTOR
 from mapper_host.program import BlockSteps, Slice, Storage, Value, step
 from mapper_host.strides import broadcast, collapse
 
@@ -172,6 +173,12 @@ class Context:
         """Emit one elementwise operation, with broadcasting."""
         walks = [broadcast(v.shape, out.shape) for v in inputs]
         shape, collapsed = collapse(out.shape, [*walks, broadcast(out.shape, out.shape)])
+        first, last = ELEMENTWISE_NUMBERS["add"], ELEMENTWISE_NUMBERS["div"]
+        plain = all(v.dtype == "f32" for v in (*inputs, out)) and len(shape) == 1 and first <= number <= last
+        if plain and out.items > 1 and collapsed[0] == (1,):
+            args = [number - first, out.items, int(collapsed[1] == (0,))]
+            self.emit(VECTOR, args, [*inputs, out], out.items)
+            return
         codes = [*(v.code for v in inputs), 0, 0, 0][:3]
         args = [number, len(inputs), *codes, out.code, len(shape), *shape]
         for walk in collapsed[:-1]:

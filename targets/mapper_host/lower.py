@@ -18,7 +18,7 @@ from xdsl.ir import Operation, SSAValue
 import mapper_host.rules_primitive
 import mapper_host.rules_transformer  # noqa: F401  (registers the rules)
 from mapper_host.context import RULES, Context, SlotConflict, Weights
-from mapper_host.opcodes import CODES, COPY, ELEMENTWISE, SIZES
+from mapper_host.opcodes import CODES, COPY, ELEMENTWISE, SIZES, VECTOR
 from mapper_host.ops import OpList
 from mapper_host.program import BlockSteps, Memory, Slice, Step, Storage, Value
 from mapper_host.program import step as make_step
@@ -231,7 +231,7 @@ def carry(block: BlockSteps, made: Value, home: Value, c: Context) -> None:
     free = old.memory == "arena" and len(writes) == 1 and old.bytes == home.bytes and not writes_home
     if free and max(reads_home, default=-1) <= writes[0]:
         writer = steps[writes[0]]
-        in_place = writer.opcode == ELEMENTWISE and all(
+        in_place = writer.opcode in (ELEMENTWISE, VECTOR) and all(
             r.bytes == old.bytes for r in writer.reads if r.storage is home.storage
         )
         if writes[0] not in reads_home or in_place:

@@ -15,14 +15,14 @@ OPCODES = (
     "linear_nk", "linear_kn", "norm", "rope_at", "rope", "cache_append", "cached_attention", "attention", "embed_at",
     "gate", "activation", "elementwise", "copy", "fill", "arange", "one_hot", "trilu", "gather", "gather_elements",
     "gather_nd", "scatter_nd", "scatter_elements", "reduce", "softmax", "cumsum", "topk", "argmax", "matmul", "conv",
-    "moe",
+    "moe", "vector",
 )  # fmt: skip
 """Opcode names; the position is the opcode."""
 (
     LINEAR_NK, LINEAR_KN, NORM, ROPE_AT, ROPE, CACHE_APPEND, CACHED_ATTENTION, ATTENTION, EMBED_AT,
     GATE, ACTIVATION, ELEMENTWISE, COPY, FILL, ARANGE, ONE_HOT, TRILU, GATHER, GATHER_ELEMENTS,
     GATHER_ND, SCATTER_ND, SCATTER_ELEMENTS, REDUCE, SOFTMAX, CUMSUM, TOPK, ARGMAX, MATMUL, CONV,
-    MOE,
+    MOE, VECTOR,
 ) = range(len(OPCODES))  # fmt: skip
 
 SIZES = (4, 8, 2, 2, 1, 1, 8, 4, 2, 1, 8, 4, 2, 1, 1)
@@ -212,6 +212,7 @@ _EXTENTS: dict[int, Callable[[Args], list[int]]] = {
     MATMUL: _matmul,
     CONV: _conv,
     MOE: _moe,
+    VECTOR: lambda a: [4 * a[1], 4 * (1 if a[2] else a[1]), 4 * a[1]],
 }
 
 

@@ -26,6 +26,7 @@ class Prepared:
     packed: Packed
     floats: npt.NDArray[np.float64]
     written: list[Span]
+    stretches: list[tuple[int, int, bool]]
     barrier: Int
     cycles: int
 
@@ -70,21 +71,39 @@ class HostSemantics:
             packed = pack(schedule, phase, memories)
             _trace(packed, memories)
             ready = Prepared(
-                packed, packed.floats, merged(packed.writes), np.zeros(2, np.int64), schedule.programs[phase].cycles
+                packed,
+                packed.floats,
+                merged(packed.writes),
+                _stretches(packed),
+                np.zeros(2, np.int64),
+                schedule.programs[phase].cycles,
             )
             self._known[key] = (weakref.ref(schedule), weakref.ref(memories), ready)
         return self._known[key][2]
 
 
 def execute(ready: Prepared) -> None:
-    """Run prepared tables. Raises ExecutionFault where data leads a step out of range."""
+    """Run prepared tables: a serving program is one call. Raises ExecutionFault where data leads out of range."""
     from mapper_host.interpreter import FAULTS, interpret, unpack
 
     packed = ready.packed
-    result = interpret(packed.rows, packed.args, ready.floats, 0, len(packed.rows), 0, 1, ready.barrier)
-    if result:
-        step, fault = unpack(result)
-        raise ExecutionFault(f"{packed.names[step]}: {FAULTS[fault]}")
+    for begin, end, serving in ready.stretches:
+        run = interpret
+        if not serving:
+            from mapper_host.interpreter_general import interpret_general as run
+        result = run(packed.rows, packed.args, ready.floats, begin, end, 0, 1, ready.barrier)
+        if result:
+            step, fault = unpack(result)
+            raise ExecutionFault(f"{packed.names[step]}: {FAULTS[fault]}")
+
+
+def _stretches(packed: Packed) -> list[tuple[int, int, bool]]:
+    """(first step, end, whether `interpret` runs it) of each stretch that one interpreter can run."""
+    from mapper_host.interpreter import SERVING
+
+    serving = np.isin(packed.rows[:, 0], SERVING)
+    cuts = [0, *(np.flatnonzero(serving[1:] != serving[:-1]) + 1).tolist(), len(serving)]
+    return [(a, b, bool(serving[a])) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]
 
 
 def _trace(packed: Packed, memories: Memories) -> None:

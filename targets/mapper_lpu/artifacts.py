@@ -1,12 +1,14 @@
-"""What is generated from an lpu schedule and written beside it."""
+"""Files that are generated from a schedule: listing per queue, memory map."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from mapper.backend import Artifact
 from mapper.schedule.tables import Schedule
 from mapper_lpu import listing, memory_map
 
 
-def artifacts(schedule: Schedule) -> list[Artifact]:
-    """The assembly listing of each program, the memory map and its summary."""
+def artifacts(schedule: Schedule) -> Sequence[Artifact]:
+    """All artifacts of an lpu schedule."""
     return [*listing.artifacts(schedule), *memory_map.artifacts(schedule)]

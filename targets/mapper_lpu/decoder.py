@@ -246,8 +246,9 @@ class Builder:
             out[side] = [
                 self.temp(f"query.{way}", F16, count, units[2 * way : 2 * way + 2]) for way in range(16)
             ]
+            used = [i if self.seen(i // heads)[side] else -1 for i in range(count)]
             for stored in out[side]:
-                chain.write(half, stored, range(count))
+                chain.write(half, stored, used)
         return out
 
     def keys(self, x: list[Residual], cosines: dict[str, Stored], inverse: dict[int, Stored], index: dict[int, Stored], position: list[int]) -> None:
@@ -281,12 +282,15 @@ class Builder:
         """softmax(q k^T) v of every token over the cache."""
         result = self.temp("attended", F16, self.rows, mem(EAST, 8, 2))
         for token in range(self.rows):
-            sequence, last = divmod(token, self.d.tokens)
-            begin = sequence * self.d.context
-            end = begin + (self.d.context if self.phase == "decode" else last + 1)
-            rows = {s: [r // 2 for r in range(begin, end) if r % 2 == s] for s in SIDES}
-            _Token(self, token, rows, queries, inverse, result).build()
+            _Token(self, token, self.seen(token), queries, inverse, result).build()
         return [result]
+
+    def seen(self, token: int) -> dict[int, list[int]]:
+        """The cache rows of each side that a token's query meets: in decode all, masked by the position."""
+        sequence, last = divmod(token, self.d.tokens)
+        begin = sequence * self.d.context
+        end = begin + (self.d.context if self.phase == "decode" else last + 1)
+        return {s: [r // 2 for r in range(begin, end) if r % 2 == s] for s in SIDES}
 
     def output(self, attended: list[Stored], x: list[Residual], out: list[Residual]) -> None:
         """Output projection and residual add."""

@@ -146,9 +146,9 @@ def _expand(lines: list[_Line], cycles: int) -> Instructions:
         args[number, : len(line.args)] = line.args
     count = column["times"] + 1
     owner = np.repeat(np.arange(len(lines)), count)
-    turn = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
-    cycle: Int = column["cycle"][owner] + turn * column["distance"][owner]
-    row: Int = column["row"][owner] + turn * column["stride"][owner]
+    turn: Int = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
+    cycle = column["cycle"][owner] + turn * column["distance"][owner]
+    row = column["row"][owner] + turn * column["stride"][owner]
     opcode, args = column["opcode"][owner], args[owner]
     load = opcode == _OPCODE["load"]
     args[load, 0] = row[load]

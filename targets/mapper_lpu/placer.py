@@ -13,10 +13,35 @@ from mapper_lpu import calendar
 from mapper_lpu.calendar import Calendar
 from mapper_lpu.chain import Chain, Tile
 from mapper_lpu.storage import Stored
-from mapper_lpu.template import Instruction, Latencies, Template, build, distance, unit
+from mapper_lpu.template import (
+    CONSTANTS,
+    Form,
+    Instruction,
+    Latencies,
+    Template,
+    build,
+    distance,
+    form,
+    unit,
+)
 
 ALTERNATIVES = 3
 _LONG_AGO = -(1 << 40)
+
+
+ZERO: Form = (0,) * len(CONSTANTS)
+INSTALL = form(mxm_install=1)
+LOADED = form(mem_read=1, sxm_crossing=1)
+
+
+def plus(a: Form, b: Form) -> Form:
+    """Sum of two forms."""
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def minus(a: Form, b: Form) -> Form:
+    """Difference of two forms."""
+    return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
 LoadPiece = tuple[list[calendar.Use], list[Instruction]]
@@ -24,13 +49,21 @@ LoadPiece = tuple[list[calendar.Use], list[Instruction]]
 
 @dataclass
 class Placed:
-    """One placed piece, kept for retiming and traces: name, start, and what it waited for."""
+    """One placed piece, for retiming and for explaining: its start may not be before start of piece p + lag.
+
+    `after` maps p (-1: cycle 0 of the frame, when x is ready) to (lag in cycles, form of the lag). A load's start
+    is its install. `end` is the cycle after its last effect.
+    """
 
     name: str
     start: int
     end: int
-    low: int  # first cycle that its operands allowed
-    waits: str  # the piece that made the last operand, or the tile
+    after: dict[int, tuple[int, Form]] = field(default_factory=dict)
+
+    def wait(self, piece: int, lag: int, form: Form) -> None:
+        """Record that this piece starts at least `lag` cycles after `piece`."""
+        if piece not in self.after or lag > self.after[piece][0]:
+            self.after[piece] = (lag, form)
 
 
 @dataclass
@@ -68,7 +101,9 @@ class Placer:
         self.first_tile: dict[int, Tile] = {}
         self.taken: list[tuple[list[calendar.Use], int]] = []
         self.templates: list[tuple[Template, int]] = []
-        self.maker: dict[tuple[int, int], str] = {}
+        self.maker: dict[tuple[int, int], tuple[int, int, Form]] = {}  # (value, row) -> piece, lag, form
+        self.installer: dict[int, int] = {}  # tile -> piece
+        self.last_use: dict[int, tuple[int, int, Form]] = {}  # tile -> piece, lag, form of its last activation
 
     @property
     def instructions(self) -> list[Instruction]:
@@ -100,42 +135,44 @@ class Placer:
                 raise PeriodTooShort(chain.name)
             raise LoweringError(f"{chain.name}: no assignment of VXM units and streams found")
         cycle, low, template = best
-        self._commit(template, cycle, low)
+        self._commit(template, cycle)
         return cycle
 
     def _low(self, template: Template) -> int:
         low = 0
         if self.floor is not None:
             low = self.floor - min(i.cycle for i in template.instructions)
-        for stored, row, relative in template.reads:
+        for stored, row, relative, _ in template.reads:
             low = max(low, stored.ready.get(row, _LONG_AGO) - relative)
-        for tile, relative in template.activations:
+        for tile, relative, _ in template.activations:
             if tile.installed is not None:
                 low = max(low, tile.installed + self.lat.install - relative)
         return low
 
-    def _commit(self, template: Template, cycle: int, low: int) -> None:
+    def _commit(self, template: Template, cycle: int) -> None:
         self.take(template.uses, cycle)
         self.templates.append((template, cycle))
-        end = cycle
-        waits = ""
-        for stored, row, relative in template.reads:
-            if stored.ready.get(row, _LONG_AGO) - relative == low:
-                waits = self.maker.get((id(stored), row), stored.name)
+        self.pieces.append((template.instructions, cycle))
+        number = len(self.placed)
+        end = max(i.cycle + i.duration for i in template.instructions) + cycle
+        placed = Placed(template.chain.name, cycle, end)
+        self.placed.append(placed)
+        for stored, row, relative, form_of in template.reads:
+            if row in stored.ready:
+                piece, lag, made = self.maker.get((id(stored), row), (-1, stored.ready[row], ZERO))
+                placed.wait(piece, lag - relative, minus(made, form_of))
             stored.last[row] = max(stored.last.get(row, _LONG_AGO), cycle + relative)
-        for stored, row, relative in template.writes:
-            stored.ready[row] = cycle + relative + 1
-            stored.written[row] = cycle + relative
-            self.maker[(id(stored), row)] = template.chain.name
-        for tile, relative in template.activations:
+        for tile, relative, form_of in template.activations:
+            if tile.installed is not None:
+                placed.wait(self.installer[id(tile)], self.lat.install - relative, minus(INSTALL, form_of))
+            if cycle + relative >= tile.last_activation:
+                self.last_use[id(tile)] = (number, relative, form_of)
             tile.last_activation = max(tile.last_activation, cycle + relative)
             tile.first_activation = min(tile.first_activation, cycle + relative)
-            if tile.installed is not None and tile.installed + self.lat.install - relative == low:
-                waits = f"install of {tile.name}"
-        for instruction in template.instructions:
-            end = max(end, instruction.cycle + cycle)
-        self.pieces.append((template.instructions, cycle))
-        self.placed.append(Placed(template.chain.name, cycle, end, low, waits))
+        for stored, row, relative, form_of in template.writes:
+            stored.ready[row] = cycle + relative + 1
+            stored.written[row] = cycle + relative
+            self.maker[(id(stored), row)] = (number, relative + 1, form_of)
 
     def load(self, tile: Tile) -> None:
         """Place the loads of a tile after the tile before it on the same MXM, as early as possible, and install it."""
@@ -156,6 +193,23 @@ class Placer:
             at = max(at, found + 1)
         high = max(at, before.last_activation - self.lat.install + 1)
         self._install(tile, min(cycles), self._free_install(tile, high))
+        self._load_waits(tile, before)
+
+    def _load_waits(self, tile: Tile, before: Tile) -> None:
+        """What the install of a tile waited for: the tile before it, its last activation, rows made by chains."""
+        placed = self.placed[-1]
+        groups = len(tile.loads)
+        placed.wait(self.installer.get(id(before), -1), self.lat.install + groups, INSTALL)
+        if id(before) in self.last_use:
+            piece, lag, made = self.last_use[id(before)]
+            placed.wait(piece, lag - self.lat.install + 1, minus(made, INSTALL))
+        for group in tile.loads:
+            for stored, row, byte in group:
+                if (id(stored), row) in self.maker:
+                    piece, lag, made = self.maker[(id(stored), row)]
+                    number, _, _ = stored.place(row, byte)
+                    travel = self.lat.read + self.lat.edge - distance(number)
+                    placed.wait(piece, lag + travel + groups, plus(made, LOADED))
 
     def load_before(self, tile: Tile, deadline: int) -> None:
         """Place the loads of the first tile of a frame as late as they can be for an activation at `deadline`."""
@@ -252,4 +306,5 @@ class Placer:
         tile.first_load = first
         self.current[tile.hemisphere] = tile
         self.first_tile.setdefault(tile.hemisphere, tile)
-        self.placed.append(Placed(f"load {tile.name}", first, at, first, ""))
+        self.installer[id(tile)] = len(self.placed)
+        self.placed.append(Placed(f"load {tile.name}", at, at + self.lat.install))

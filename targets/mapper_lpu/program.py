@@ -12,7 +12,7 @@ from mapper.errors import LoweringError
 from mapper_lpu.calendar import Calendar
 from mapper_lpu.chain import Chain, Mxm, Tile
 from mapper_lpu.decoder import Program
-from mapper_lpu.template import Instruction, Latencies
+from mapper_lpu.template import Form, Instruction, Latencies
 from mapper_lpu.placer import PeriodTooShort, Placed, Placer, TemplateCache
 
 _TRIES = 200
@@ -30,6 +30,8 @@ class Timed:
     repeat: int = 0
     end: int = 0  # last effect
     placed: dict[str, list[Placed]] = field(default_factory=dict)
+    # x is ready for the next part: per part (piece, lag, form), lag counted to cycle 0 of the next part's frame
+    ends: dict[str, list[tuple[int, int, Form]]] = field(default_factory=dict)
 
 
 def _tiles(chain: Chain) -> list[Tile]:
@@ -135,12 +137,14 @@ def schedule(program: Program, latencies: Latencies, layers: int, tail: int) -> 
     body_ready = {id(s): dict(s.ready) for s in program.carried}
     timed.body = body.instructions
     timed.placed["body"] = body.placed
+    timed.ends["body"] = _ends(program, body, carried)
 
     before = Placer(Calendar(), cache, floor=0)
     for stored in program.carried:
         stored.ready.clear()
     _place(before, program.before)
     timed.before, timed.placed["before"] = before.instructions, before.placed
+    timed.ends["before"] = _ends(program, before, carried)
     timed.start = _first_start(program, before, body, timed, carried, layers)
 
     grid = before.calendar
@@ -151,15 +155,30 @@ def schedule(program: Program, latencies: Latencies, layers: int, tail: int) -> 
     shift = timed.start + (layers - 1) * timed.period
     for side in (0, 1):
         after.current[side] = _moved_tile(body.current[side], shift)
+    zero = timed.start + timed.repeat * timed.period
     for stored in program.carried:
-        for row, ready in body_ready[id(stored)].items():
-            stored.ready[row] = ready + shift
+        for row in body_ready[id(stored)]:
+            stored.ready[row] = zero + carried[id(stored)][row]
     _place(after, program.after)
     timed.after, timed.placed["after"] = after.instructions, after.placed
     ends = [i.cycle + i.duration for i in timed.before + timed.after]
     ends += [i.cycle + i.duration + shift for i in timed.body]
     timed.end = max(ends) + tail
     return timed
+
+
+def _ends(
+    program: Program, placer: Placer, carried: dict[int, dict[int, int]]
+) -> list[tuple[int, int, Form]]:
+    """(piece, lag, form) of every row of x that a part makes: when the next part may start."""
+    ends: dict[int, tuple[int, Form]] = {}
+    for stored in program.carried:
+        for row in range(stored.rows):
+            piece, lag, made = placer.maker[(id(stored), row)]
+            lag -= carried[id(stored)][row]
+            if piece not in ends or lag > ends[piece][0]:
+                ends[piece] = (lag, made)
+    return [(piece, lag, made) for piece, (lag, made) in ends.items()]
 
 
 def _first_start(
@@ -178,7 +197,7 @@ def _first_start(
     written_before = {id(o.value) for c in program.before for o in c.outs}
     reads: dict[tuple[int, int], int] = {}
     for template, cycle in body.templates:
-        for stored, row, relative in template.reads:
+        for stored, row, relative, _ in template.reads:
             if id(stored) in written_before and stored not in program.carried:
                 key = (id(stored), row)
                 reads[key] = min(reads.get(key, cycle + relative), cycle + relative)

@@ -81,16 +81,34 @@ class Latencies:
         )
 
 
+CONSTANTS = (
+    "mem.read",
+    "mem.gather",
+    "vxm.entry",
+    "vxm.alu",
+    "mxm.latency",
+    "mxm.install",
+    "sxm.crossing",
+)
+Form = tuple[int, ...]
+"""How often each of CONSTANTS counts in a relative cycle: what retiming with other constants needs."""
+
+
+def form(**counts: int) -> Form:
+    """A Form from counts by constant, dots as underscores."""
+    return tuple(counts.get(name.replace(".", "_"), 0) for name in CONSTANTS)
+
+
 @dataclass
 class Template:
-    """A chain made rigid. `uses` are calendar uses; the lists below hold (stored, row, relative cycle)."""
+    """A chain made rigid. `uses` are calendar uses; the lists below hold (what, relative cycle, form of the cycle)."""
 
     chain: Chain
     instructions: list[Instruction] = field(default_factory=list)
     uses: list[calendar.Use] = field(default_factory=list)
-    reads: list[tuple[Stored, int, int]] = field(default_factory=list)
-    writes: list[tuple[Stored, int, int]] = field(default_factory=list)
-    activations: list[tuple[Tile, int]] = field(default_factory=list)
+    reads: list[tuple[Stored, int, int, Form]] = field(default_factory=list)
+    writes: list[tuple[Stored, int, int, Form]] = field(default_factory=list)
+    activations: list[tuple[Tile, int, Form]] = field(default_factory=list)
 
 
 def unit(name: str) -> int:
@@ -201,6 +219,21 @@ def _rounded(nodes: list[Node]) -> tuple[Node, ...]:
     return tuple(replace(n, count=1 << (n.count - 1).bit_length(), result_from=0) for n in nodes)
 
 
+def _active(chain: Chain, ops: list[Op], order: list[int]) -> dict[int, list[int]]:
+    """Per operation the vectors whose result is used: those that an output or a consumer needs."""
+    needed: dict[int, set[int]] = {i: set() for i in order}
+    for output in chain.outs:
+        needed[output.op] |= {i for i, row in enumerate(output.rows) if row >= 0}
+    for i in reversed(order):
+        op = ops[i]
+        if isinstance(op.b, Self):  # an accumulation needs all that came before
+            needed[i] = set(range(op.count or chain.count))
+        for operand in (op.a, op.b):
+            if isinstance(operand, Res | Hold):
+                needed[operand.op] |= needed[i]
+    return {i: sorted(vectors) for i, vectors in needed.items()}
+
+
 def build(chain: Chain, lat: Latencies, seed: int) -> Template | None:
     """The instructions of a chain with one VXM assignment per seed. None where this seed gives none."""
     ops, offsets = levelled(chain, lat.alu)
@@ -209,7 +242,7 @@ def build(chain: Chain, lat: Latencies, seed: int) -> Template | None:
     found = assign(_rounded(nodes), lat.entry, lat.alu, seed) or assign(tuple(nodes), lat.entry, lat.alu, seed)
     if found is None:
         return None
-    builder = _Builder(chain, lat, found, nodes, {op: n for n, op in enumerate(order)})
+    builder = _Builder(chain, lat, found, nodes, {op: n for n, op in enumerate(order)}, _active(chain, ops, order))
     for number, i in enumerate(order):
         builder.operation(number, i, ops[i], offsets[i], nodes[number])
     uses = calendar.merge(builder.raw)
@@ -223,10 +256,18 @@ class _Builder:
     """Emits instructions and resource uses of one chain into its template."""
 
     def __init__(
-        self, chain: Chain, lat: Latencies, found: Assignment, nodes: list[Node], rank: dict[int, int]
+        self,
+        chain: Chain,
+        lat: Latencies,
+        found: Assignment,
+        nodes: list[Node],
+        rank: dict[int, int],
+        active: dict[int, list[int]],
     ) -> None:
         self.chain, self.lat, self.found = chain, lat, found
-        self.nodes, self.rank = nodes, rank
+        self.nodes, self.rank, self.active = nodes, rank, active
+        self.vectors: list[int] = []  # those of the operation at hand
+        self.level = 0
         self.template = Template(chain)
         self.raw: list[tuple[int, int]] = []
         self.activated: dict[tuple[int, int, tuple[int, ...]], set[int]] = {}
@@ -237,13 +278,15 @@ class _Builder:
 
     def operation(self, number: int, index: int, op: Op, offset: int, node: Node) -> None:
         alu = self.found.alu[number]
+        self.vectors = self.active[index]
+        self.level = offset // self.lat.alu
         operands = []
         for slot, operand in enumerate((op.a, op.b)):
             if operand is not None:
                 operands.append(self._operand(number, slot, operand, op, offset))
         out = self.found.out.get(number)
         accumulates = isinstance(op.b, Self)
-        for i in range(node.count):
+        for i in self.vectors:
             opcode, args = op.opcode, list(operands)
             if accumulates and i < self.lat.alu:
                 opcode, args = "vxm.copy", args[:1]
@@ -291,15 +334,16 @@ class _Builder:
         side = value.hemisphere
         for plane in range(value.planes):
             stream = 4 * group + plane
-            for i, row in enumerate(rows):
-                number, buffer, inside = value.place(row, plane)
+            for i in self.vectors:
+                number, buffer, inside = value.place(rows[i], plane)
                 cycle = arrival + i - distance(number) - self.lat.read
                 self._emit(
                     Instruction(cycle, number, "mem.read", (1 - side, stream), op.ir, 1, buffer, inside)
                 )
                 self._travels(side, 1 - side, stream, arrival + i, 1, distance(number))
                 self.raw.append((calendar.centre(1 - side, stream), arrival + i))
-                self.template.reads.append((value, row, cycle))
+                form_of = form(vxm_alu=self.level, vxm_entry=-1, mem_read=-1)
+                self.template.reads.append((value, rows[i], cycle, form_of))
 
     def _gather(
         self, table: Stored, index: Stored, index_rows: tuple[int, ...], group: int, arrival: int, op: Op
@@ -308,7 +352,7 @@ class _Builder:
         side = table.hemisphere
         for plane in range(table.planes):
             stream = 4 * group + plane
-            for i in range(len(index_rows)):
+            for i in self.vectors:
                 number = table.units[plane]
                 cycle = arrival + i - distance(number) - self.lat.gather
                 self._emit(
@@ -322,15 +366,15 @@ class _Builder:
         at = distance(table.units[0])
         if any(distance(u) != at for u in table.units):
             raise LoweringError(f"{self.chain.name}: a gathered table must sit in one slice group")
-        for i, row in enumerate(index_rows):
+        for i in self.vectors:
             departs = arrival + i - at - self.lat.gather - at  # at x = 0
-            self._outward(index, row, side, 4 * group, departs, at, op)
+            self._outward(index, index_rows[i], side, 4 * group, departs, at, op, form(vxm_alu=self.level, vxm_entry=-1, mem_gather=-1, mem_read=-1))
 
     def _travels(self, side: int, direction: int, stream: int, diagonal: int, near: int, far: int) -> None:
         self.raw += [(key, diagonal) for key in calendar.span(side, direction, stream, near, far)]
 
     def _outward(
-        self, value: Stored, row: int, side: int, stream: int, departs: int, until: int, op: Op
+        self, value: Stored, row: int, side: int, stream: int, departs: int, until: int, op: Op, read: Form
     ) -> None:
         """Read a vector so that it moves outward, up to |x| = until, on the diagonal that leaves x = 0 at `departs`."""
         for plane in range(value.planes):
@@ -340,14 +384,14 @@ class _Builder:
                 Instruction(cycle, number, "mem.read", (side, stream + plane), op.ir, 1, buffer, inside)
             )
             self._travels(side, side, stream + plane, departs, distance(number), until)
-            self.template.reads.append((value, row, cycle))
+            self.template.reads.append((value, row, cycle, read))
 
     def _result(
         self, tile: Tile, plane: int, value: Stored, rows: tuple[int, ...], group: int, arrival: int, op: Op
     ) -> None:
         side, name = tile.hemisphere, "ew"[tile.hemisphere]
         emitted = arrival - self.lat.edge
-        for i in range(len(rows)):
+        for i in self.vectors:
             self._emit(
                 Instruction(emitted + i, unit(f"mxm.{name}.{plane}.out"), "mxm.emit", (4 * group,), op.ir)
             )
@@ -365,12 +409,14 @@ class _Builder:
         planes = self.activated.setdefault(key, set())
         stream = 30 if value.type == F16 else 31
         if not planes:
-            for i, row in enumerate(rows):
-                self._outward(value, row, side, stream, accepted + i - self.lat.edge, self.lat.edge, op)
-                self.template.activations.append((tile, accepted + i))
+            for i in self.vectors:
+                back = {"vxm_alu": self.level, "vxm_entry": -1, "mxm_latency": -1}
+                read = form(**back, sxm_crossing=-2, mem_read=-1)
+                self._outward(value, rows[i], side, stream, accepted + i - self.lat.edge, self.lat.edge, op, read)
+                self.template.activations.append((tile, accepted + i, form(**back, sxm_crossing=-1)))
         planes.add(plane)
         kind = I8 if value.type == I8 else F16
-        for i in range(len(rows)):
+        for i in self.vectors:
             self._emit(
                 Instruction(
                     accepted + i,
@@ -400,7 +446,7 @@ class _Builder:
                         self._emit(
                             Instruction(cycle, number, "mem.write", (direction, stream), op.ir, 2, buffer, inside)
                         )
-                        self.template.writes.append((value, row, cycle))
+                        self.template.writes.append((value, row, cycle, form(vxm_alu=self.level + 1)))
                 if output.scatter is not None:
                     self._scatter(output.scatter, value, direction, group, departs, op)
         for (stream, departs), position in far.items():
@@ -425,7 +471,8 @@ class _Builder:
                 )
             )
             for row in range(value.rows):
-                self.template.writes.append((value, row, cycle))
+                self.template.writes.append((value, row, cycle, form(vxm_alu=self.level + 1)))
         until = max(distance(u) for u in value.units)
-        self._outward(how.index, how.index_row, direction, index_stream, departs, until, op)
+        read = form(vxm_alu=self.level + 1, mem_read=-1)
+        self._outward(how.index, how.index_row, direction, index_stream, departs, until, op, read)
 

@@ -258,12 +258,12 @@ def hostile() -> dict[str, bytes]:
 def test_hostile_files_are_answered_fast(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "hostile.onnx"
     path.write_bytes(hostile()[kind])
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         load(path)
     except MapperError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
-    assert time.perf_counter() - start < 3.0  # 2 s on an idle machine
+    assert time.process_time() - start < 2.0
 
 
 SMALL = decoder(Options(layers=1)).SerializeToString()
@@ -297,6 +297,6 @@ def test_reading_a_model_reads_no_weights(tmp_path: Path) -> None:
     with (tmp_path / "big.bin").open("wb") as file:
         file.truncate(4 << 32)  # sparse: reading it would take minutes
     path = saved(add_w(tensor), tmp_path)
-    start = time.perf_counter()
+    start = time.process_time()
     assert read_model(path).locations
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0

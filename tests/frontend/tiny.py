@@ -267,6 +267,7 @@ def oracle(model: onnx.ModelProto, inputs: dict[str, Array]) -> dict[str, Array]
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     given = {i.name for i in session.get_inputs()}

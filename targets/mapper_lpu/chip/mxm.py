@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from mapper_kernels.jit import jit
 
 from mapper_lpu.chip.codes import (
     ACTIVATE,
@@ -23,13 +22,13 @@ from mapper_lpu.chip.codes import (
     X,
 )
 from mapper_lpu.chip.numerics import dot_rows, signed_bytes, split_halves, widen
-from mapper_lpu.chip.state import Chip, Row, copy, look
+from mapper_lpu.chip.state import Chip, Row, copy, inline, look
 from mapper_lpu.chip.vxm import split
 
 GROUP = 16
 
 
-@jit
+@inline
 def _settle(chip: Chip, plane: int, t: int) -> None:
     """Carry out an install whose time has come. Done late, when it first matters: nothing is loaded in between."""
     if chip.pending[plane] < 0 or t < chip.pending[plane]:
@@ -43,7 +42,7 @@ def _settle(chip: Chip, plane: int, t: int) -> None:
         chip.decoded[plane ^ 1] = -1
 
 
-@jit
+@inline
 def _load(chip: Chip, row: Row, t: int, outward: int) -> int:
     plane = row[LOCAL]
     for i in range(GROUP):
@@ -56,7 +55,7 @@ def _load(chip: Chip, row: Row, t: int, outward: int) -> int:
     return OK
 
 
-@jit
+@inline
 def _decode(chip: Chip, plane: int, kind: int) -> None:
     """Make `weights` hold the installed bytes as numbers of this type."""
     if chip.decoded[plane] == kind:
@@ -71,7 +70,7 @@ def _decode(chip: Chip, plane: int, kind: int) -> None:
     chip.decoded[high] = F16
 
 
-@jit
+@inline
 def _activate(chip: Chip, row: Row, t: int, outward: int) -> int:
     plane, kind, stream = row[LOCAL], row[ARGS], row[ARGS + 1]
     _settle(chip, plane ^ 1, t)
@@ -101,7 +100,7 @@ def _activate(chip: Chip, row: Row, t: int, outward: int) -> int:
     return OK
 
 
-@jit
+@inline
 def execute(chip: Chip, row: Row, t: int) -> int:
     """mxm.load, mxm.install or mxm.activate at issue. Returns a fault number."""
     plane = row[LOCAL]
@@ -118,7 +117,7 @@ def execute(chip: Chip, row: Row, t: int) -> int:
     return OK
 
 
-@jit
+@inline
 def pair(chip: Chip, row: Row, t: int) -> int:
     """Fault number at the end of the cycle of an activation: both planes of an fp16 pair must have taken the same."""
     own, other = chip.accepted[row[LOCAL]], chip.accepted[row[LOCAL] ^ 1]
@@ -127,7 +126,7 @@ def pair(chip: Chip, row: Row, t: int) -> int:
     return OK if other[0] == t and other[1] == F16 and other[2] == own[2] else NO_PAIR
 
 
-@jit
+@inline
 def emit(chip: Chip, row: Row, t: int) -> int:
     """mxm.emit: fill the vectors that are produced in this very cycle."""
     plane = row[LOCAL]

@@ -28,7 +28,7 @@ from mapper_lpu.chip.codes import (
     UNIT,
     X,
 )
-from mapper_lpu.chip.state import DIAGONAL, MAKER, POOL, WHEN, Array, Chip, Row, diagonal, look
+from mapper_lpu.chip.state import DIAGONAL, MAKER, POOL, WHEN, Array, Chip, Row, diagonal, inline, look
 
 _memory, _permute, _vector, _matrix, _pair, _emit = (
     units.memory,
@@ -40,7 +40,7 @@ _memory, _permute, _vector, _matrix, _pair, _emit = (
 )
 
 
-@jit
+@inline
 def _produce(chip: Chip, row: Row, t: int) -> int:
     """Put the vectors of an instruction on their stream registers. Returns a fault number."""
     if row[OPERATION] == EMIT:
@@ -70,7 +70,7 @@ def _remember(past: Array, registers: Array, t: int) -> None:
             past[slot, direction, stream] = look(registers, direction, stream, 0, t)
 
 
-@jit
+@inline
 def _consume(chip: Chip, row: Row, t: int) -> int:
     """One instruction at issue. Returns a fault number."""
     unit, operation = row[UNIT], row[OPERATION]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from mapper_kernels.jit import jit
-from numba import carray, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -24,6 +25,14 @@ Array = npt.NDArray[Any]
 Row = npt.NDArray[np.int64]
 
 DIAGONAL, POOL, WHEN, MAKER = range(4)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def inline(function: F) -> F:
+    """Compile into the caller: for functions that take the whole Chip, which would be costly to pass."""
+    return cast(F, njit(forceinline=True)(function))
+
 
 
 class Timing(NamedTuple):
@@ -113,19 +122,19 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-@jit
+@inline
 def view(address: Any, size: Any) -> Any:
     """The `size` bytes at `address` as a uint8 array."""
     return carray(_pointer(address), (size,), np.uint8)
 
 
-@jit
+@inline
 def diagonal(direction: int, x: int, t: int) -> int:
     """The number that a vector keeps while it moves."""
     return x - t if direction == 0 else x + t
 
 
-@jit
+@inline
 def look(registers: Any, direction: int, stream: int, x: int, t: int) -> Any:
     """Pool row of the vector on a stream register in cycle t; -1 where there is none."""
     path = diagonal(direction, x, t)

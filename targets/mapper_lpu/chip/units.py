@@ -25,13 +25,13 @@ from mapper_lpu.chip.codes import (
     WRITE,
     X,
 )
-from mapper_lpu.chip.state import Chip, Row, look, view
+from mapper_lpu.chip.state import Chip, Row, inline, look, view
 
 SUPERLANE = 16
 SKIPPED = 65535
 
 
-@jit
+@inline
 def memory(chip: Chip, row: Row, t: int) -> int:
     """mem.read, mem.write, mem.gather, mem.scatter."""
     operation, number, size = row[OPERATION], row[MEMORY], row[ROWS] * LANES
@@ -101,7 +101,7 @@ def _scatter(data: Any, flags: Any, low: Any, high: Any, source: Any) -> int:
     return OK
 
 
-@jit
+@inline
 def permute(chip: Chip, row: Row, t: int) -> int:
     """sxm.permute: `width` streams, each lane by lane through one map; -1 gives zero."""
     lanes = chip.permutes[row[ARGS + 5]]

@@ -31,18 +31,18 @@ from mapper_lpu.chip.codes import (
     UNIT,
 )
 from mapper_lpu.chip.numerics import binary_lanes, cast_lanes, unary_lanes
-from mapper_lpu.chip.state import DIAGONAL, MAKER, WHEN, Chip, Row, copy, diagonal, look
+from mapper_lpu.chip.state import DIAGONAL, MAKER, WHEN, Chip, Row, copy, diagonal, inline, look
 
 RANKS = 4
 
 
-@jit
+@inline
 def width(kind: int) -> int:
     """Bytes of a type."""
     return 1 if kind == I8 else 2 if kind in (I16, F16) else 4
 
 
-@jit
+@inline
 def _acc(chip: Chip, alu: int, size: int, t: int, target: Any) -> int:
     """The result of the ALU's last instruction that has left its pipeline."""
     depth = chip.kept.shape[1]
@@ -56,7 +56,7 @@ def _acc(chip: Chip, alu: int, size: int, t: int, target: Any) -> int:
     return NO_RESULT
 
 
-@jit
+@inline
 def _inner(registers: Any, row: Row, direction: int, stream: int, t: int) -> int:
     """Fault number of an inner operand's byte stream."""
     path = diagonal(direction, 0, t)
@@ -71,7 +71,7 @@ def _inner(registers: Any, row: Row, direction: int, stream: int, t: int) -> int
     return OK if right else AGAINST
 
 
-@jit
+@inline
 def _operand(chip: Chip, row: Row, which: int, size: int, t: int) -> int:
     """Fetch operand A (0) or B (1) into the operand registers."""
     target = chip.operands[which]
@@ -107,7 +107,7 @@ def _gather_byte(source: Any, target: Any, shift: Any, first: bool) -> None:
             target[i] |= np.uint32(source[i]) << shift
 
 
-@jit
+@inline
 def execute(chip: Chip, row: Row, t: int) -> int:
     """One VXM instruction. Returns a fault number."""
     operation = row[OPERATION]

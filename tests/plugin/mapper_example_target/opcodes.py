@@ -1,7 +1,7 @@
 """What each opcode computes: NumPy in float32, shapes in the immediates, operands as the bytes they are.
 
 An opcode is a function (arguments, operands) -> result. Arguments are integers; real numbers travel as the
-bit pattern of a float64. `SIZES` gives the bytes of each operand and of the result, for the check OperandsFit.
+bit pattern of a float64. `SIZES` has the bytes of each operand and of the result, for the check OperandsFit.
 """
 
 from __future__ import annotations
