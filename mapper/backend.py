@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Protocol
 
 from mapper.errors import MapperError, UsageError
+from mapper.runtime.interface import Array, Memories, Semantics
 
 if TYPE_CHECKING:
     from mapper.bounds import Bound
@@ -23,32 +21,9 @@ if TYPE_CHECKING:
     from mapper.machine import Machine
     from mapper.schedule.checks import Check
     from mapper.schedule.mutate import Mutation
-    from mapper.schedule.tables import Phase, Port, Request, Schedule
+    from mapper.schedule.tables import Phase, Request, Schedule
 
-Array = npt.NDArray[Any]
-
-
-class Memories(Protocol):
-    """The memories of one loaded schedule: bytes, and which of them have been written (start poisoned)."""
-
-    def data(self, memory: int) -> npt.NDArray[np.uint8]:
-        """All bytes of memory number `memory` (only as many as the schedule uses)."""
-
-    def written(self, memory: int) -> npt.NDArray[np.bool_]:
-        """One flag per byte: whether the byte holds something that the program or the loader wrote."""
-
-
-class Semantics(Protocol):
-    """The executable meaning of a target's opcodes and layouts. Knows the schedule's tables, never the scheduler."""
-
-    def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
-        """Write the array of a weight, constant, input or initial state port into its buffers (marks them written)."""
-
-    def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
-        """Read the array of an output or state port. Raises ExecutionFault on unwritten bytes."""
-
-    def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
-        """Execute one program in time order. Returns the cycles it took. Raises ExecutionFault."""
+__all__ = ["GROUP", "Array", "Artifact", "Backend", "Memories", "Semantics", "discover", "load"]
 
 
 @dataclass(frozen=True)

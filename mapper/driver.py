@@ -209,8 +209,9 @@ def verify(
 ) -> Verification:
     """Execute a schedule from disk beside onnxruntime: a prompt, then `tokens` greedy steps, all compared.
 
-    The prompt is in the .npz file `inputs` (the model's own inputs), or a fixed seeded one. Targets that compute in
-    float32 are compared with onnxruntime; others as `mapper.judge` says. `tokens` beyond the context are cut.
+    The prompt is in the .npz file `inputs` (the model's own inputs), or a fixed seeded one. Targets that
+    compute in float32 are compared with onnxruntime; others as `mapper.judge` says. `tokens` beyond the
+    context are cut.
     """
     from mapper import execution
     from mapper.runtime import verify as runtime

@@ -21,7 +21,8 @@ from mapper_kernels.split import share
     MIN, MAX, AND, OR, XOR, EQ, NE, LT, LE, GT, GE, MOD, FMOD, CAST, SELECT,
 ) = range(43)  # fmt: skip
 # typed numbers: a literal argument would compile the callee once more for that literal
-_NONE, _ONE = np.int64(0), np.int64(1)
+_NONE: Any = np.int64(0)
+_ONE: Any = np.int64(1)
 
 
 @jit

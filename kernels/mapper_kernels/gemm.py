@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from mapper_kernels.jit import fast
+from mapper_kernels.memory import address_of
 from mapper_kernels.split import share
+from mapper_kernels.tile import tile_4x16
 
 COLUMNS = 1024
 """Columns of a [K, N] weight that are accumulated at once: their sums stay in the first-level cache."""
@@ -124,16 +126,29 @@ def _block_kn(x: Any, w: Any, y: Any, low: int, high: int) -> None:
 
 
 @fast
+def _tiles_kn(x: Any, w: Any, y: Any, rows: int, low: int, high: int) -> None:
+    """Rows 0..rows - 1 (a multiple of 4) of columns low..high - 1 (a multiple of 16) in register tiles."""
+    k, n = w.shape
+    at_x, at_w, at_y = address_of(x), address_of(w), address_of(y)
+    for j in range(low, high, 16):
+        for r in range(0, rows, 4):
+            tile_4x16(at_x + 4 * r * k, k, at_w + 4 * j, n, at_y + 4 * (r * n + j), n, k)
+
+
+@fast
 def gemm_kn(x: Any, w: Any, y: Any, part: int, parts: int) -> None:
-    """y [M, N] = x [M, K] times w [K, N]; float32. Shares columns of y."""
+    """y [M, N] = x [M, K] times w [K, N]; float32, all contiguous. Shares columns of y."""
     m = x.shape[0]
     low, high = share(w.shape[1], 16, part, parts)
-    block = low
-    while block < high:
-        end = min(block + (COLUMNS if m == 1 else 64), high)
-        for r in range(m):
+    tiled, wide = m // 4 * 4, low + (high - low) // 16 * 16
+    if tiled > 0:
+        _tiles_kn(x, w, y, tiled, low, wide)
+    for r in range(m):
+        block = low if r >= tiled else wide
+        while block < high:
+            end = min(block + COLUMNS, high)
             _block_kn(x[r], w, y[r], block, end)
-        block = end
+            block = end
 
 
 @fast

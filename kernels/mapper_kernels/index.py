@@ -15,7 +15,7 @@ from mapper_kernels.split import share
 
 ADD, MUL, MAX, MIN = 1, 2, 3, 4
 # typed numbers: a literal argument would compile the callee once more for that literal
-_ONE = np.int64(1)
+_ONE: Any = np.int64(1)
 
 
 @jit

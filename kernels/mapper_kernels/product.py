@@ -14,7 +14,8 @@ from mapper_kernels.scalar import activate, exp32
 from mapper_kernels.split import share
 
 # typed numbers: a literal argument would compile the callee once more for that literal
-_NONE, _ONE = np.int64(0), np.int64(1)
+_NONE: Any = np.int64(0)
+_ONE: Any = np.int64(1)
 
 
 @jit

@@ -6,13 +6,15 @@ Stored weights are never read: random stand-ins take their place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mapper.errors import MapperError
+from mapper.errors import MapperError, ModelError
 from mapper.frontend.emit import Emitter
 from mapper.frontend.net import Array, Node, Value, numpy_of
 from mapper.frontend.rewrite import Match
@@ -23,6 +25,7 @@ from mapper.ir.weights import WeightSymbol
 
 SIZES = ({"batch": 2, "sequence": 3, "past": 4}, {"batch": 3, "sequence": 5, "past": 1})
 TOLERANCE = 1e-6
+MAX_ELEMENTS = 1 << 24  # of one value that is evaluated
 Shapes = Mapping[int, tuple[int, ...]]
 
 
@@ -107,6 +110,7 @@ class Probe:
         stand_in: dict[int, WeightSymbol] = {}
         given: dict[str, Array] = {}
         emitter = Emitter(builder, env, stand_in)
+        self.check_size(env, shapes or {})
         for index, leaf in enumerate(self.leaves):
             shape = (shapes or {}).get(id(leaf)) or tuple(d.evaluate(env) for d in leaf.dims)
             array = arrays[id(leaf)] if id(leaf) in arrays else random_array(leaf, shape, rng)
@@ -124,11 +128,32 @@ class Probe:
         made = evaluate(graph, given, precision="f64")
         return [made[f"y{i}"] for i in range(len(results))]
 
+    def check_size(self, env: Mapping[str, int], shapes: Shapes) -> None:
+        """Raises ModelError where a value would be too large to evaluate."""
+        values = self.leaves if shapes else [*self.leaves, *(o for n in self.nodes for o in n.outputs)]
+        for value in values:
+            shape = shapes.get(id(value)) or [d.evaluate(env) for d in value.dims]
+            if math.prod(shape) > MAX_ELEMENTS:
+                raise ModelError("a value is too large to be verified numerically")
+
+
+def stored_array(leaf: Value, folder: Path, largest: int = 1 << 26) -> Array | None:
+    """The numbers of a stored tensor that recognition looks at; None where absent or over `largest` bytes."""
+    ref = leaf.weight
+    if ref is None or ref.bytes > largest:
+        return None
+    symbol = WeightSymbol(ref.name, ref.dims, ref.dtype, ref.file, ref.offset, ref.bytes, ref.data, folder)
+    try:
+        return np.array(symbol.load())
+    except MapperError:
+        return None
+
 
 @dataclass(eq=False)
 class Checker:
-    """Verifies matches, each distinct structure once."""
+    """Verifies matches, each distinct structure once. `folder` is the model's."""
 
+    folder: Path
     seen: dict[Any, bool] = field(default_factory=dict)
 
     def holds(

@@ -6,13 +6,14 @@ small constant sub-graphs, and differences of spelling (x / sqrt(y), x * (1 / sq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mapper.errors import ModelError
-from mapper.frontend.net import MAX_CONTENT, MAX_FOLDED, Array, Dims, Net, Value, numpy_of
+from mapper.frontend.net import MAX_CONTENT, MAX_FOLDED, MAX_TERMS, Array, Dims, Net, Value, numpy_of, tame
 from mapper.frontend.shapes import COMPARE, reshaped
 from mapper.ir.dims import ONE, ZERO, Dim
 
@@ -35,10 +36,11 @@ def is_float(value: Value) -> bool:
 def _folded(net: Net, op: str, ins: Sequence[Value], dtype: str) -> Value | None:
     if op not in _FOLD or any(v.const is None or v.const.size > MAX_FOLDED for v in ins):
         return None
+    shape = np.broadcast_shapes(*(v.const.shape for v in ins if v.const is not None))
+    if math.prod(shape) > MAX_FOLDED:
+        return None
     with np.errstate(all="ignore"):
         array = _FOLD[op](*(v.const for v in ins))
-    if array.size > MAX_FOLDED:
-        return None
     return net.constant(np.asarray(array, numpy_of(dtype)), dtype)
 
 
@@ -95,6 +97,8 @@ def _content_pair(a: Value, b: Value) -> tuple[Sequence[Dim], Sequence[Dim], Dim
 
 
 def _dim_op(op: str, a: Dim, b: Dim) -> Dim | None:
+    if len(a.terms) * len(b.terms) > MAX_TERMS:
+        return None
     if op in ("add", "sub", "mul"):
         return a + b if op == "add" else a - b if op == "sub" else a * b
     if op in ("min", "max"):
@@ -125,7 +129,7 @@ def _shape_arithmetic(net: Net, op: str, a: Value, b: Value) -> Value | None:
             return None
         return net.constant(np.array(truths, bool).reshape([d.value for d in dims]), "bool")
     results = [_dim_op(op, x, y) for x, y in zip(left, right, strict=True)]
-    known = [r for r in results if r is not None]
+    known = [r for r in results if r is not None and tame(r)]
     return with_content(net, op, [a, b], known, dims) if len(known) == len(results) else None
 
 
@@ -246,7 +250,8 @@ def expand(net: Net, x: Value, target: Sequence[Dim]) -> Value:
     if x.op == "expand" and x.node:
         x = x.args[0]
     out = net.make("expand", [x], {"shape": dims})
-    if x.content is not None and len(x.content) == 1 and len(dims) == 1 and dims[0].is_const:
+    short = len(dims) == 1 and dims[0].is_const and dims[0].value <= MAX_CONTENT
+    if x.content is not None and len(x.content) == 1 and short:
         return net.ints(list(x.content) * dims[0].value)
     return out
 
@@ -256,7 +261,8 @@ def concat(net: Net, parts: Sequence[Value], axis: int) -> Value:
     axis %= max(parts[0].rank, 1)
     if len(parts) == 1:
         return parts[0]
-    if all(p.content is not None and p.rank == 1 for p in parts):
+    entries = sum(len(p.content or ()) for p in parts)
+    if all(p.content is not None and p.rank == 1 for p in parts) and entries <= MAX_CONTENT:
         return net.ints([c for p in parts for c in (p.content or ())])
     if all(p.const is not None for p in parts) and sum(_const(p).size for p in parts) <= MAX_FOLDED:
         return net.constant(np.concatenate([_const(p) for p in parts], axis), parts[0].dtype)
@@ -269,7 +275,7 @@ def _const(value: Value) -> Array:
     return value.const
 
 
-def _bound(bound: Dim, size: Dim, step: int, is_end: bool) -> Dim:
+def _bound(bound: Dim, size: Dim, step: int) -> Dim:
     if bound.is_const:
         value = bound.value
         if value >= _HUGE:
@@ -297,7 +303,7 @@ def slice_(
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis %= x.rank
         size = x.dims[axis]
-        low, high = _bound(start, size, step, False), _bound(end, size, step, True)
+        low, high = _bound(start, size, step), _bound(end, size, step)
         if step < 0 and low == size:
             low = size - 1
         if step != 1 or low != ZERO or high != size:
@@ -326,12 +332,8 @@ def gather(net: Net, x: Value, index: Value, axis: int) -> Value:
     if x.content is not None and x.rank == 1 and index.const is not None and index.rank <= 1:
         picked = [x.content[int(i)] for i in index.const.reshape(-1)]
         return net.ints(picked, index.rank)
-    if (
-        x.const is not None
-        and index.const is not None
-        and index.const.size <= MAX_FOLDED
-        and x.const.size <= MAX_FOLDED
-    ):
+    rows = x.const is not None and index.const is not None and x.const.size * index.const.size <= MAX_FOLDED
+    if rows and x.const is not None and index.const is not None:
         return net.constant(np.take(x.const, index.const, axis), x.dtype)
     if index.const is not None and index.rank == 0 and x.weight is None:
         at = int(index.const)

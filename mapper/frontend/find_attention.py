@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mapper.frontend import build
 from mapper.frontend.agree import Checker
 from mapper.frontend.cut import View
-from mapper.frontend.net import Net, Node, Value
+from mapper.frontend.net import Net, Node, Value, product
 from mapper.frontend.rewrite import Match
 from mapper.ir.dims import ONE
 
@@ -38,7 +38,7 @@ def _attention(view: View, softmax: Node) -> Match | None:
     axis, rank = softmax.attrs["axis"], softmax.outputs[0].rank
     if axis % rank != rank - 1 or rank not in (3, 4):
         return None
-    net, sinks = view.net, read_sinks(softmax)
+    net, sinks = view.net, read_sinks(view.net, softmax)
     scores = read_scores(view, sinks[0] if sinks else softmax.inputs[0])
     final = _weighted_sum(view, softmax.outputs[0], sinks is not None)
     if scores is None or scores.product is None or final is None:
@@ -73,7 +73,7 @@ def joined_mask(net: Net, masks: list[Value], q: Value) -> Value | None:
     return total
 
 
-def read_sinks(softmax: Node) -> tuple[Value, Value] | None:
+def read_sinks(net: Net, softmax: Node) -> tuple[Value, Value] | None:
     """(scores, stored vector of one more score per head) where the softmax runs over both."""
     value = softmax.inputs[0]
     if value.op == "sub" and value.args[1].op == "reduce" and value.args[1].args[0] is value.args[0]:
@@ -83,7 +83,9 @@ def read_sinks(softmax: Node) -> tuple[Value, Value] | None:
     scores, extra = value.args
     while extra.op in ("expand", "reshape", "cast"):
         extra = extra.args[0]
-    return (scores, extra) if extra.weight is not None and extra.rank == 1 else None
+    if extra.weight is None or product(extra.dims) != scores.dims[1]:
+        return None
+    return scores, build.reshape(net, extra, [scores.dims[1]])
 
 
 def grounded(view: View, values: Iterable[Value]) -> tuple[Value, ...]:
@@ -239,7 +241,7 @@ def shared(value: Value) -> Value:
 
 
 def _weighted_sum(view: View, weights: Value, sinks: bool) -> tuple[Value, Value] | None:
-    """(result, values operand) of the product of the softmax with the values; `sinks` lets a slice come first."""
+    """(result, values operand) of the product of the softmax with the values; `sinks`: sliced before."""
     value = weights
     for _ in range(6):
         nodes = [n for n in view.next_nodes(value) if n.op not in ("isnan",)]
@@ -248,7 +250,8 @@ def _weighted_sum(view: View, weights: Value, sinks: bool) -> tuple[Value, Value
         node = nodes[0]
         if node.op == "matmul" and node.inputs[0] is value:
             return node.outputs[0], node.inputs[1]
-        if node.op in ("cast", "reshape") or (node.op == "select" and node.inputs[0].op == "isnan"):
+        passes = node.op in ("cast", "reshape") or (sinks and node.op == "slice")
+        if passes or (node.op == "select" and node.inputs[0].op == "isnan"):
             value = node.outputs[0]
         else:
             return None

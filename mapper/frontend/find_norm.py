@@ -72,7 +72,7 @@ class _Growth:
 
 
 def _grown(view: View, checker: Checker, growth: _Growth, x: Value, centred: Value) -> list[Match]:
-    """The largest matches that hold, from the anchor forward: the quotient, then weight, then bias. Where several
+    """The largest matches that hold, from the anchor forward: quotient, then weight, then bias. Where several
     norms share one quotient, each has its own match."""
     found: list[Match] = []
     ends = id(growth.value) in view.outputs

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mapper.errors import MapperError
 from mapper.frontend import build
-from mapper.frontend.agree import Checker, Probe
+from mapper.frontend.agree import Checker, Probe, stored_array
 from mapper.frontend.cut import VIEWS, View
 from mapper.frontend.net import Array, Value
 from mapper.frontend.rewrite import Match
@@ -24,6 +25,7 @@ _PROBE = {"batch": 1, "sequence": 6, "past": 0}
 class Tables:
     """Evaluates tables of angles once per pair, with stand-in frequencies where they are stored."""
 
+    folder: Path
     known: dict[tuple[int, int], tuple[Array, Array] | None] = field(default_factory=dict)
 
     def values(self, cos: Value, sin: Value) -> tuple[Array, Array] | None:
@@ -38,7 +40,10 @@ class Tables:
         arrays: dict[int, Array] = {}
         for leaf in probe.leaves:
             if leaf.weight is not None and leaf.rank == 2 and leaf.dims[0].value > 1:
-                return None  # a stored table of cosines: its numbers are not read here
+                table = stored_array(leaf, self.folder)
+                if table is None:
+                    return None
+                arrays[id(leaf)] = table
             if leaf.source and leaf.dtype[0] in "iu":
                 shape = [d.evaluate(_PROBE) if d.symbols <= set(_PROBE) else 6 for d in leaf.dims]
                 arrays[id(leaf)] = np.broadcast_to(
@@ -60,8 +65,8 @@ def is_rotation(cos: Array, sin: Array) -> bool:
         sin.reshape(-1, *sin.shape[-2:])[0, 0],
     )
     norm = cos**2 + sin**2
-    steady = bool(np.allclose(norm, norm.reshape(-1)[0], rtol=1e-6))
-    return steady and bool(np.all(first_cos > 0)) and bool(np.allclose(first_sin, 0, atol=1e-9))
+    steady = bool(np.allclose(norm, norm.reshape(-1)[0], rtol=1e-4))
+    return steady and bool(np.all(first_cos > 0)) and bool(np.allclose(first_sin, 0, atol=1e-6))
 
 
 def doubled(table: Array, style: str) -> bool:
@@ -73,7 +78,7 @@ def doubled(table: Array, style: str) -> bool:
 
 def ropes(view: View, checker: Checker) -> list[Match]:
     """Rotations of [B, H, S, D] tensors; the largest region of each."""
-    tables, found = Tables(), []
+    tables, found = Tables(checker.folder), []
     covered: set[int] = set()
     for node in reversed(view.nodes):
         out = node.outputs[0]

@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from mapper.errors import MapperError
-from mapper.frontend.agree import Probe
+from mapper.frontend.agree import Probe, stored_array
 from mapper.frontend.net import Array, Net, Node, Value
 from mapper.frontend.rewrite import Match, rebuild, topological
-from mapper.ir.weights import WeightSymbol
 
 HIDDEN = -1e4  # scores below this take no part in a softmax
 _LONGEST = 1 << 17
-_LARGEST_TABLE = 1 << 26  # bytes of a stored mask that is read
 _SMALL = ((5, 0), (4, 3), (1, 6))  # (new tokens, past) of the first probes
 
 
@@ -78,18 +76,11 @@ def _stored(probe: Probe, folder: Path) -> dict[int, Array] | None:
     """The stored tables that the mask reads; None where one is absent or large."""
     found: dict[int, Array] = {}
     for leaf in probe.leaves:
-        ref = leaf.weight
-        if ref is None:
-            continue
-        if ref.bytes > _LARGEST_TABLE:
-            return None
-        symbol = WeightSymbol(
-            ref.name, ref.dims, ref.dtype, ref.file, ref.offset, ref.bytes, ref.data, folder
-        )
-        try:
-            found[id(leaf)] = np.array(symbol.load())
-        except MapperError:
-            return None
+        if leaf.weight is not None:
+            array = stored_array(leaf, folder)
+            if array is None:
+                return None
+            found[id(leaf)] = array
     return found
 
 

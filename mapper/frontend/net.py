@@ -6,7 +6,6 @@ arithmetic of the original graph disappears while it is built. Equal nodes are b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,9 @@ Array = npt.NDArray[Any]
 Dims = tuple[Dim, ...]
 MAX_CONTENT = 256  # elements of an integer tensor whose contents are followed symbolically
 MAX_FOLDED = 1 << 14  # elements of a constant that folding may make
+MAX_RANK = 16
+MAX_SIZE = 1 << 62  # of one dimension
+MAX_TERMS, MAX_TEXT = 64, 400  # of one dimension's expression
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ class Net:
                 raise ModelError(f"no shape rule for primitive {op}")
             found = Node(op, tuple(inputs), attrs, origin=self.name)
             types = RULES[op](self, inputs, attrs)
+            for dims, _ in types:
+                check_dims(dims, self.origin)
             found.outputs = [Value(d, t, node=found, index=i) for i, (d, t) in enumerate(types)]
             self._seen[key] = found
             self.nodes.append(found)
@@ -230,16 +234,31 @@ def numpy_of(dtype: str) -> np.dtype[Any]:
 
 
 def product(dims: Iterable[Dim]) -> Dim:
-    """The number of elements of a shape."""
+    """The number of elements of a shape. Raises ModelError where the expression grows out of hand."""
     total = ONE
     for dim in dims:
+        if len(total.terms) * len(dim.terms) > MAX_TERMS:
+            raise ModelError("a shape whose number of elements is too complex an expression")
         total = total * dim
     return total
 
 
-def count(array_dims: Sequence[int]) -> int:
-    """The number of elements of a concrete shape."""
-    return math.prod(array_dims)
+def tame(dim: Dim) -> bool:
+    """Whether a dimension is an expression of reasonable size."""
+    if dim.is_const:
+        return abs(dim.value) < MAX_SIZE
+    return len(dim.terms) <= MAX_TERMS and len(str(dim)) <= MAX_TEXT
+
+
+def check_dims(dims: Dims, where: str) -> None:
+    """Raises ModelError for a shape of too many, negative, or absurd dimensions."""
+    if len(dims) > MAX_RANK:
+        raise ModelError(f"{where}: a tensor of rank {len(dims)}")
+    for dim in dims:
+        if not tame(dim):
+            raise ModelError(f"{where}: a dimension is too large or too complex an expression")
+        if dim.is_const and dim.value < 0:
+            raise ModelError(f"{where}: a dimension is {dim}")
 
 
 def users(nodes: Iterable[Node]) -> dict[int, list[tuple[Node, int]]]:

@@ -25,7 +25,7 @@ STAGES: tuple[tuple[Finder, ...], ...] = (
 
 def recognise(net: Net, folder: Path) -> Net:
     """The net with everything recognised that could be verified; what does not hold stays primitives."""
-    checker = Checker()
+    checker = Checker(folder)
     for stage in STAGES:
         view = View.of(net)
         net = rebuild(net, [match for find in stage for match in find(view, checker)])

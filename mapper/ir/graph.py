@@ -18,6 +18,7 @@ from xdsl.utils.exceptions import ParseError, VerifyException
 from mapper.errors import ModelError
 from mapper.ir.dialect import context
 from mapper.ir.op import DataflowOp, parent_op, tensor_type
+from mapper.ir.params import parameters
 from mapper.ir.sections import Section, sections_of
 from mapper.ir.structure import GraphOp, OutputOp, RepeatOp, WeightOp
 from mapper.ir.types import TensorType
@@ -139,20 +140,23 @@ class Graph:
 
     @cached_property
     def params(self) -> int:
-        """Number of stored weight elements; a weight that two symbols share counts once, derived tables do
-        not."""
+        """Number of stored elements of the model's parameters; a weight that two symbols share counts once.
+
+        Rotary frequencies and derived tables are no parameters, nor are weights that nothing uses."""
         seen: dict[Any, int] = {}
-        for weight in self.weights.values():
-            if not weight.derived:
-                key = (weight.file, weight.offset, weight.bytes) if weight.file is not None else weight.name
-                seen[key] = weight.elements
+        for name in parameters(self):
+            weight = self.weights[name]
+            key = (weight.file, weight.offset, weight.bytes) if weight.file is not None else name
+            seen[key] = weight.elements
         return sum(seen.values())
 
     @cached_property
     def layers(self) -> int:
-        """Number of attention layers (those inside a repeat count once per iteration)."""
+        """Number of attention layers (those inside a repeat count once per iteration), or of key caches where
+        more of them are known than attentions were recognised."""
         names = ("attention", "cached_attention")
-        return sum(s.count * sum(op.mnemonic in names for op in s.ops) for s in self.sections())
+        found = sum(s.count * sum(op.mnemonic in names for op in s.ops) for s in self.sections())
+        return max(found, len(self.inputs_with_role("past.key")), len(self.inputs_with_role("state.key")))
 
     @cached_property
     def files(self) -> list[str]:

@@ -18,7 +18,7 @@ from xdsl.irdl import (
 )
 from xdsl.parser import Parser
 from xdsl.printer import Printer
-from xdsl.traits import IsTerminator, SymbolOpInterface
+from xdsl.traits import IsolatedFromAbove, IsTerminator, SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
 from mapper.ir.op import BOOL, BYTES, INT, TEXT, DataflowOp, Kind
@@ -143,7 +143,7 @@ class GraphOp(DataflowOp):
     output_names = attr_def(NAMES)
     roles = opt_attr_def(ROLES, ROLES.encode({}))
     body = region_def("single_block")
-    traits = traits_def(SymbolOpInterface())
+    traits = traits_def(SymbolOpInterface(), IsolatedFromAbove())
 
     def print(self, printer: Printer) -> None:
         """`dataflow.graph @name {attributes} {region}`."""
@@ -190,6 +190,7 @@ class RepeatOp(DataflowOp):
     shared = attr_def(INT)
     table = attr_def(TABLE)
     body = region_def("single_block")
+    traits = traits_def(IsolatedFromAbove())
 
     @property
     def block(self) -> Block:

@@ -80,14 +80,24 @@ def rewrite_op(new: BlockBuilder, op: DataflowOp, values: Values, visit: Visit) 
     values.update(zip(op.results, results, strict=True))
 
 
-def rewrite_repeat(new: BlockBuilder, op: RepeatOp, values: Values, visit: Visit) -> Sequence[SSAValue]:
-    """Rebuilds a repeat with its body; the results."""
-    n = op.attr("carried") + op.attr("shared")
-    inside = [*op.operands[:n], *(slot[0] for slot in op.iterated_operands())]
-    block = Block(arg_types=[values[v].type for v in inside])
+def rewrite_repeat(
+    new: BlockBuilder,
+    op: RepeatOp,
+    values: Values,
+    visit: Visit,
+    count: int | None = None,
+    table: Mapping[str, Sequence[str]] | None = None,
+    iterated: Sequence[Sequence[SSAValue]] | None = None,
+) -> Sequence[SSAValue]:
+    """Rebuilds a repeat with its body; the results. With another `count`, `table` and (new) `iterated` values
+    where those are given."""
     carried = op.attr("carried")
-    outer = [*((v,) for v in op.operands[carried:n]), *op.iterated_operands()]
-    sources = [[values[v] for v in slot] for slot in outer]
+    n = carried + op.attr("shared")
+    outer = [values[v] for v in op.operands[:n]]
+    if iterated is None:
+        iterated = [[values[v] for v in slot] for slot in op.iterated_operands()]
+    block = Block(arg_types=[v.type for v in (*outer, *(slot[0] for slot in iterated))])
+    sources = [*([v] for v in outer[carried:]), *iterated]
     scope = body_scope(new.scope, slot_types(op, new.scope), block.args[carried:], sources)
     body = BlockBuilder(block, scope)
     local: Values = {}
@@ -99,12 +109,12 @@ def rewrite_repeat(new: BlockBuilder, op: RepeatOp, values: Values, visit: Visit
     return add_repeat(
         new,
         body,
-        carried=[values[v] for v in op.operands[:carried]],
-        shared=[values[v] for v in op.operands[carried:n]],
-        iterated=[[values[v] for v in slot] for slot in op.iterated_operands()],
+        carried=outer[:carried],
+        shared=outer[carried:],
+        iterated=iterated,
         yielded=[local[v] for v in last.operands],
-        count=op.attr("count"),
-        table=op.attr("table"),
+        count=op.attr("count") if count is None else count,
+        table=op.attr("table") if table is None else table,
     )
 
 

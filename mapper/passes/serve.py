@@ -24,6 +24,7 @@ from mapper.passes.layers import has_repeat
 from mapper.passes.probe import Probe, place, static_or_raise, step_shapes, table_of
 from mapper.passes.repeat import Repeat
 from mapper.passes.rewrite import Values, builder_like
+from mapper.passes.shorten import extend, shorten
 from mapper.passes.specialise import specialise_values
 from mapper.passes.unflatten import Unflatten
 from mapper.passes.unroll import Unroll
@@ -60,6 +61,19 @@ def serve(graph: Graph, phase: str = "decode", batch: int = 1, prompt: int = 16,
     tokens = prompt if phase == "prefill" else 1
     if min(batch, prompt, context) < 1 or tokens > context:
         raise UsageError(f"batch {batch}, prompt {prompt}, context {context}: each >= 1, prompt <= context")
+    short = shorten(graph)
+    if short is not None:
+        extended = extend(_serve(short, batch, tokens, context), graph)
+        if extended is not None:
+            extended.verify()
+            return extended
+    served = _serve(graph, batch, tokens, context)
+    served.verify()
+    return served
+
+
+def _serve(graph: Graph, batch: int, tokens: int, context: int) -> Graph:
+    """The serving form, every layer looked at."""
     flat = Unroll().apply(graph) if has_repeat(graph) else Cse().apply(graph)
     try:
         static, values = specialise_values(flat, step_shapes(flat, batch, tokens))
@@ -69,9 +83,7 @@ def serve(graph: Graph, phase: str = "decode", batch: int = 1, prompt: int = 16,
         ) from error
     made = Dce().apply(_Server(flat, static, values, batch, tokens, context).run())
     static_or_raise(made)
-    served = Repeat().apply(Unflatten(batch, tokens).apply(made))
-    served.verify()
-    return served
+    return Repeat().apply(Unflatten(batch, tokens).apply(made))
 
 
 @dataclass
@@ -189,6 +201,9 @@ class _Server:
         shape = tensor_type(op.results[0]).shape
         batch = self.batch if len(shape) == 3 and shape[0] == Dim.of(self.batch) else 1
         offset = self.probe.position_offset(self._origin(op))
+        rows = self.new.scope.weight(op.attr("table")).ints[0]
+        if self.context + offset > rows:
+            raise UsageError(f"context {self.context}: the model has {rows - offset} positions ({place(op)})")
         attrs = {"table": op.attr("table"), "batch": batch, "seq": self.tokens, "offset": offset}
         made = self.new.add("embed_at", [self.past_length], attrs, node=op.node)
         if tensor_type(made).shape == shape:

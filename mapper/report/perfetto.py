@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mapper.schedule.tables import Block, Program, Schedule
 
-MAX_EVENTS = 250_000
+MAX_EVENTS = 100_000
 """With more steps than this in a program, each of its blocks shows its first repetition only."""
 
 
@@ -55,7 +54,7 @@ def _program(schedule: Schedule, name: str, program: Program, pid: int, limit: i
         for r in range(block.repeat):
             label = f"{block.name} {r + 1}/{block.repeat}" if block.repeat > 1 else block.name
             start, length = _extent(block)
-            yield _slice(label, start + r * block.period, length, pid, blocks_track)
+            yield _slice(json.dumps(label), start + r * block.period, length, pid, blocks_track)
     yield _meta("thread_name", pid, blocks_track, "blocks")
     yield json.dumps(
         {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": blocks_track, "args": {"sort_index": -1}}
@@ -74,32 +73,23 @@ def _extent(block: Block) -> tuple[int, int]:
 
 def _block(schedule: Schedule, block: Block, pid: int, whole: bool) -> Iterator[str]:
     names = schedule.ops.column("name").to_pylist()
+    steps = block.steps
+    opcodes = [json.dumps(name) for name in schedule.opcodes]
     titles = {
-        op: (names[op] if 0 <= op < len(names) else "") for op in set(block.steps.column("op").tolist())
+        op: json.dumps(names[op] if 0 <= op < len(names) else "") for op in set(steps.column("op").tolist())
     }
     columns = [
-        block.steps.column(c).tolist()
-        for c in ("start", "duration", "unit", "opcode", "op", "bytes", "flops")
+        steps.column(c).tolist() for c in ("start", "duration", "unit", "opcode", "op", "bytes", "flops")
     ]
     for r in range(block.repeat if whole else min(block.repeat, 1)):
         base = block.start + r * block.period
         for start, duration, unit, opcode, op, moved, flops in zip(*columns, strict=True):
-            yield _slice(
-                schedule.opcodes[opcode],
-                base + start,
-                duration,
-                pid,
-                unit,
-                op=titles[op],
-                bytes=moved,
-                flops=flops,
-            )
+            args = f'"op":{titles[op]}' + (f',"bytes":{moved}' * (moved > 0)) + (f',"flops":{flops}' * (flops > 0))
+            yield _slice(opcodes[opcode], base + start, duration, pid, unit, args)
 
 
-def _slice(name: str, start: int, duration: int, pid: int, tid: int, **args: Any) -> str:
-    event: dict[str, Any] = {"ph": "X", "name": name, "ts": start, "dur": duration, "pid": pid, "tid": tid}
-    args = {k: v for k, v in args.items() if v}
-    return json.dumps(event | {"args": args} if args else event)
+def _slice(name: str, start: int, duration: int, pid: int, tid: int, args: str = "") -> str:
+    return f'{{"ph":"X","name":{name},"ts":{start},"dur":{duration},"pid":{pid},"tid":{tid},"args":{{{args}}}}}'
 
 
 def _meta(kind: str, pid: int, tid: int, name: str) -> str:

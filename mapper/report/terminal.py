@@ -14,7 +14,7 @@ from rich.text import Text
 from mapper.cost.estimate import Estimate, Result
 from mapper.report.numbers import count, seconds, share, significant
 
-WIDTH_OFF_TERMINAL = 140
+WIDTH_OFF_TERMINAL = 160
 
 
 def console() -> Console:
@@ -28,7 +28,8 @@ def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
         title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
     )
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        numeric = name in right
+        made.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     return made
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mapper.schedule.tables import Phase, Port, Schedule
+if TYPE_CHECKING:
+    from mapper.schedule.tables import Phase, Port, Schedule
 
 Array = npt.NDArray[Any]
 

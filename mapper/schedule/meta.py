@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mapper.errors import ScheduleError
-from mapper.schedule.tables import Block, ModelRef, Phase, Port, PortKind, Request, Schedule
+from mapper.schedule.tables import Block, ModelRef, Phase, Port, PortKind, Program, Request, Schedule
 
 FORMAT = "mapper-schedule"
 VERSION = 1
@@ -36,6 +36,7 @@ class BlockMeta(_Strict):
 class ProgramMeta(_Strict):
     """A program without its tables."""
 
+    phase: Phase
     blocks: list[BlockMeta]
     cycles: int
     sequence: int
@@ -101,7 +102,7 @@ class Meta(_Strict):
     units: list[str]
     memories: list[tuple[str, int]]
     opcodes: list[str]
-    programs: dict[Phase, ProgramMeta]
+    programs: list[ProgramMeta]
     ports: list[PortMeta]
     weights: dict[str, dict[str, Any]]
     constants: dict[str, ConstantMeta]
@@ -121,10 +122,7 @@ def describe(schedule: Schedule, constants: dict[str, Any], files: Iterable[str]
         **{k: getattr(schedule, k) for k in ("units", "memories", "opcodes", "roles", "plan", "provenance")},
         "request": {k: getattr(request, k) for k in RequestMeta.model_fields},
         "model": {k: getattr(model, k) for k in ModelMeta.model_fields},
-        "programs": {
-            phase: {"cycles": p.cycles, "sequence": p.sequence, "blocks": [_block(b) for b in p.blocks]}
-            for phase, p in schedule.programs.items()
-        },
+        "programs": [_program(p) for p in schedule.programs.values()],
         "ports": [{k: getattr(port, k) for k in PortMeta.model_fields} for port in schedule.ports],
         "weights": schedule.weights,
         "constants": constants,
@@ -137,6 +135,11 @@ def describe(schedule: Schedule, constants: dict[str, Any], files: Iterable[str]
         )
     except (TypeError, ValueError, RecursionError) as error:
         raise ScheduleError(f"the schedule cannot be written as JSON: {error}") from error
+
+
+def _program(program: Program) -> dict[str, Any]:
+    blocks = [_block(b) for b in program.blocks]
+    return {"phase": program.phase, "cycles": program.cycles, "sequence": program.sequence, "blocks": blocks}
 
 
 def _block(block: Block) -> dict[str, Any]:

@@ -226,7 +226,20 @@ class FlipConstant:
         name = names[rng.integers(len(names))]
         array = schedule.constants[name]
         flip = choose_flip(name, array.size, array.dtype, rng)
+        for _ in range(TRIES):
+            if _shows(flip, array):
+                break
+            flip = choose_flip(name, array.size, array.dtype, rng)
         return replace(schedule, constants={**schedule.constants, name: flip.apply(array)}), f"{flip}"
+
+
+def _shows(flip: Flip, array: npt.NDArray[Any]) -> bool:
+    """Whether a flip moves its element by more than a thousandth of the largest; a zero's mostly do not."""
+    if array.dtype.kind not in "fV":
+        return True
+    old, new = (np.asarray(a, np.float64).reshape(-1) for a in (array, flip.apply(array)))
+    moved = abs(new[flip.element] - old[flip.element])
+    return not moved <= 1e-3 * np.abs(old).max()
 
 
 @dataclass(frozen=True)

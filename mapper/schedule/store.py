@@ -196,9 +196,9 @@ def load(folder: str | Path) -> Schedule:
     if not root.is_dir():
         raise ScheduleError(f"{folder} is not a schedule folder")
     document = _read_meta(root)
-    programs: dict[str, Program] = {
-        phase: _load_program(root, phase, p) for phase, p in document.programs.items()
-    }
+    programs: dict[str, Program] = {p.phase: _load_program(root, p) for p in document.programs}
+    if len(programs) < len(document.programs):
+        raise ScheduleError("schedule.json: a phase has two programs")
     schedule = Schedule(
         target=document.target,
         machine=document.machine,
@@ -245,15 +245,17 @@ def _read_meta(root: Path) -> documents.Meta:
         raise ScheduleError(f"schedule file {path}: {error.strerror}") from error
 
 
-def _load_program(root: Path, phase: Any, meta: documents.ProgramMeta) -> Program:
+def _load_program(root: Path, meta: documents.ProgramMeta) -> Program:
     blocks = []
     for number, b in enumerate(meta.blocks):
-        steps = StepTable(_read_table(root, f"steps.{phase}.{number}.parquet", STEP_SCHEMA))
+        steps = StepTable(_read_table(root, f"steps.{meta.phase}.{number}.parquet", STEP_SCHEMA))
         bindings = (
-            _read_table(root, f"bindings.{phase}.{number}.parquet", BINDING_SCHEMA) if b.bindings else None
+            _read_table(root, f"bindings.{meta.phase}.{number}.parquet", BINDING_SCHEMA)
+            if b.bindings
+            else None
         )
         blocks.append(Block(b.name, steps, b.start, b.repeat, b.period, bindings))
-    return Program(phase, tuple(blocks), meta.cycles, meta.sequence)
+    return Program(meta.phase, tuple(blocks), meta.cycles, meta.sequence)
 
 
 def _read_table(root: Path, name: str, schema: pa.Schema) -> pa.Table:

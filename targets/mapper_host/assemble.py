@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
 from mapper.ir.graph import Graph
 from mapper.ir.types import numpy_dtype
 from mapper.machine import Machine
@@ -26,7 +27,6 @@ from mapper.schedule.tables import (
     StepTable,
     step_table,
 )
-
 from mapper_host.context import Weights
 from mapper_host.layout import Interval, aligned, place
 from mapper_host.lower import Lowered
@@ -73,7 +73,12 @@ class _Timed:
 
 
 def schedule_of(
-    graph: Graph, machine: Machine, request: Request, lowered: Sequence[Lowered], weights: Weights, serving: bool
+    graph: Graph,
+    machine: Machine,
+    request: Request,
+    lowered: Sequence[Lowered],
+    weights: Weights,
+    serving: bool,
 ) -> Schedule:
     """The schedule of lowered programs that share weights and states."""
     buffers = _Buffers()
@@ -90,7 +95,8 @@ def schedule_of(
                 buffers.append(value.storage, work.phase)
         _temporaries(work, timed, buffers)
         blocks = [
-            _block(b, timed.durations[i], timed.starts[i], buffers, len(ops)) for i, b in enumerate(work.blocks)
+            _block(b, timed.durations[i], timed.starts[i], buffers, len(ops))
+            for i, b in enumerate(work.blocks)
         ]
         phase: Phase = "decode" if work.phase == "decode" else "prefill"
         programs[phase] = Program(phase, tuple(blocks), timed.cycles, _tokens(work, serving))
@@ -130,7 +136,8 @@ def _op_row(row: dict[str, Any], base: int) -> dict[str, Any]:
 def streamed(steps: Sequence[Step]) -> Int:
     """Bytes of weights and state that each step moves (no more than it moves in all)."""
     total = [
-        sum(s.bytes for s in (*step.reads, *step.writes) if s.storage.memory in ("weights", "state")) for step in steps
+        sum(s.bytes for s in (*step.reads, *step.writes) if s.storage.memory in ("weights", "state"))
+        for step in steps
     ]
     return np.minimum(np.array(total, np.int64), np.array([s.bytes for s in steps], np.int64))
 
@@ -141,7 +148,9 @@ def _times(work: Lowered, machine: Machine) -> _Timed:
     clock = round(machine.value("program.overhead") * CLOCK_HZ)
     found, starts = [], []
     for block, stream in zip(work.blocks, far, strict=True):
-        columns = [np.array([getattr(s, k) for s in block.steps], np.int64) for k in ("opcode", "bytes", "flops")]
+        columns = [
+            np.array([getattr(s, k) for s in block.steps], np.int64) for k in ("opcode", "bytes", "flops")
+        ]
         length = durations(machine, columns[0], stream, columns[1], columns[2], working_set)
         found.append(length)
         starts.append(clock)
@@ -169,11 +178,13 @@ def _temporaries(work: Lowered, timed: _Timed, buffers: _Buffers) -> None:
     offsets, _ = place([Interval(s.bytes, *span) for s, span in zip(storages, spans, strict=True)])
     cycle = _Cycles(work.blocks, timed, edges)
     for storage, offset, span in zip(storages, offsets, spans, strict=True):
-        block = min(homes[storage])
-        repeats = work.blocks[block].repeat if local[storage] else 1
-        buffers.add(storage, offset, work.phase, [cycle.life(span, r, local[storage]) for r in range(repeats)])
+        home = min(homes[storage])
+        repeats = work.blocks[home].repeat if local[storage] else 1
+        buffers.add(
+            storage, offset, work.phase, [cycle.life(span, r, local[storage]) for r in range(repeats)]
+        )
         if repeats > 1:
-            work.blocks[block].bindings[storage] = (storage,) * repeats
+            work.blocks[home].bindings[storage] = (storage,) * repeats
 
 
 def _written_first(block: BlockSteps, storage: Storage) -> bool:

@@ -27,7 +27,9 @@ class HostBackend:
     "prefill" with the graph's own inputs and outputs as ports."""
 
     name: str = "host"
-    summary: str = "the CPU this runs on: decode and prefill as tables of kernel steps in one compiled interpreter"
+    summary: str = (
+        "the CPU this runs on: decode and prefill as tables of kernel steps in one compiled interpreter"
+    )
     default_machine: str = "host-generic"
 
     def machine_files(self) -> Sequence[Path]:
@@ -115,6 +117,8 @@ def serving_forms(graph: Graph, request: Request) -> dict[Phase, Graph]:
 
 def _supported(request: Request) -> None:
     if request.weights not in (None, "f32"):
-        raise UsageError(f"host: weights {request.weights!r} are not supported; this version holds weights in f32")
+        raise UsageError(
+            f"host: weights {request.weights!r} are not supported; this version holds weights in f32"
+        )
     if request.chips not in (None, 1):
         raise UsageError(f"host: there is one host, not {request.chips} chips")

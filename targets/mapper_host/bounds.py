@@ -8,7 +8,6 @@ from mapper.bounds import Bound
 from mapper.ir.graph import Graph
 from mapper.ir.op import tensor_type
 from mapper.machine import Machine
-
 from mapper_host.work import graph_flops, graph_weight_bytes
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from mapper import machine as machines
 from mapper.schedule.checks import Check
 from mapper.schedule.tables import Block, Schedule
 from mapper.schedule.violation import Violation
-
 from mapper_host.opcodes import OPCODES, extents
 from mapper_host.timing import rates
 
@@ -50,8 +50,6 @@ class OperandsFit:
                 yield Violation(message, (row,), "cpu", int(starts[row]))
 
 
-
-
 @dataclass(frozen=True)
 class RatesHold:
     """No step moves bytes faster than the cache delivers them or computes faster than its kernel, and no program
@@ -68,15 +66,22 @@ class RatesHold:
             for number, block in enumerate(program.blocks):
                 where = f"{phase}, block {number}"
                 if block.start + 1 < entry:
-                    found.append(Violation(f"{where} starts before cycle {entry:.0f}", (), "cpu", block.start, entry))
+                    found.append(
+                        Violation(f"{where} starts before cycle {entry:.0f}", (), "cpu", block.start, entry)
+                    )
                 found += self._block(where, block, machine, schedule.clock_hz)
         return found[:_MOST]
 
-    def _block(self, where: str, block: Block, machine: machines.Machine, clock: float) -> Sequence[Violation]:
-        opcode, moved, flops, length = (block.steps.column(k) for k in ("opcode", "bytes", "flops", "duration"))
+    def _block(
+        self, where: str, block: Block, machine: machines.Machine, clock: float
+    ) -> Sequence[Violation]:
+        opcode, moved, flops, length = (
+            block.steps.column(k) for k in ("opcode", "bytes", "flops", "duration")
+        )
         speed = rates(machine)[np.clip(opcode, 0, len(OPCODES) - 1)]
         needed = clock * (
-            machine.value("step.overhead") + np.maximum(moved / machine.value("cache.bandwidth"), flops / speed)
+            machine.value("step.overhead")
+            + np.maximum(moved / machine.value("cache.bandwidth"), flops / speed)
         )
         return [
             Violation(

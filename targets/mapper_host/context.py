@@ -8,16 +8,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from xdsl.ir import SSAValue
+
 from mapper.errors import LoweringError
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.weights import WeightSymbol
-from mapper_kernels.names import ELEMENTWISE as ELEMENTWISE_NUMBERS
-from xdsl.ir import SSAValue
-
 from mapper_host.opcodes import CODES, ELEMENTWISE, VECTOR
 from mapper_host.program import BlockSteps, Slice, Storage, Value, step
 from mapper_host.strides import broadcast, collapse
+from mapper_kernels.names import ELEMENTWISE as ELEMENTWISE_NUMBERS
 
 
 @dataclass(eq=False)
@@ -163,7 +163,13 @@ class Context:
         self.values[ssa] = Value(value.storage, kind.ints, kind.dtype)
 
     def emit(
-        self, opcode: int, args: Sequence[int], operands: Sequence[Value | Slice], flops: int, writes: int = 1, bytes: int = -1
+        self,
+        opcode: int,
+        args: Sequence[int],
+        operands: Sequence[Value | Slice],
+        flops: int,
+        writes: int = 1,
+        bytes: int = -1,
     ) -> None:
         """Append a step of the op at hand. A step that writes nothing is left out."""
         if any(v.bytes for v in operands[-writes:]):

@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mapper_kernels import attention, elementwise, gemm, index, norm, product, rope
-from mapper_kernels.jit import entry, jit
-from mapper_kernels.memory import atomic_add, atomic_load, atomic_max, f32, f32_2d, f32_3d, f32_4d, i64
-from mapper_kernels.split import SPINS, give_way, share
 
 from mapper_host.opcodes import (
     ACTIVATION,
@@ -33,6 +29,10 @@ from mapper_host.opcodes import (
     ROPE_AT,
     VECTOR,
 )
+from mapper_kernels import attention, elementwise, gemm, index, norm, product, rope
+from mapper_kernels.jit import entry, jit
+from mapper_kernels.memory import atomic_add, atomic_load, atomic_max, f32, f32_2d, f32_3d, f32_4d, i64
+from mapper_kernels.split import SPINS, give_way, share
 
 BAD_POSITION, BAD_INDEX, BAD_OPCODE = 1, 2, 3
 FAULTS = {
@@ -47,7 +47,8 @@ SERVING = (
 )  # fmt: skip
 """Opcodes that `interpret` runs."""
 # typed numbers: a literal argument would compile the callee once more for that literal
-_ONE, _FOUR = np.int64(1), np.int64(4)
+_ONE: Any = np.int64(1)
+_FOUR: Any = np.int64(4)
 
 
 def unpack(result: int) -> tuple[int, int]:

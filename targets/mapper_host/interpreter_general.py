@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mapper_kernels import attention, elementwise, gemm, index, product, reduce, rope
-from mapper_kernels.jit import entry, jit
-from mapper_kernels.memory import f32, f32_2d, f32_3d, f32_4d, u8, u16, u32, u64
-from mapper_kernels.split import share
 
 from mapper_host.interpreter import BAD_INDEX, BAD_OPCODE, meet
 from mapper_host.opcodes import (
@@ -33,9 +29,14 @@ from mapper_host.opcodes import (
     TOPK,
     TRILU,
 )
+from mapper_kernels import attention, elementwise, gemm, index, product, reduce, rope
+from mapper_kernels.jit import entry, jit
+from mapper_kernels.memory import f32, f32_2d, f32_3d, f32_4d, u8, u16, u32, u64
+from mapper_kernels.split import share
 
 # typed numbers: a literal argument would compile the callee once more for that literal
-_NONE, _ONE = np.int64(0), np.int64(1)
+_NONE: Any = np.int64(0)
+_ONE: Any = np.int64(1)
 
 
 @jit
@@ -137,7 +138,9 @@ def _indexed(op: int, r: Any, a: Any) -> int:
     if op == SCATTER_ND:
         return index.scatter_nd(r[1], a[1], r[2], r[3], a[0], a[2], a[3], a[6 : 6 + a[5]], a[4])
     n = a[3]
-    return index.scatter_elements(r[1], a[1], r[2], r[3], a[0], a[5 : 5 + n], a[5 + n : 5 + 2 * n], a[4], a[2])
+    return index.scatter_elements(
+        r[1], a[1], r[2], r[3], a[0], a[5 : 5 + n], a[5 + n : 5 + 2 * n], a[4], a[2]
+    )
 
 
 @jit

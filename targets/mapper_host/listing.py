@@ -28,7 +28,9 @@ def _steps(schedule: Schedule, block: Block, values: Sequence[str]) -> Iterator[
     operands = [block.steps.slices("reads"), block.steps.slices("writes")]
     for row in range(len(block.steps)):
         sides = [
-            ", ".join(_slice(values[b[i]], int(b[i]), int(at[i]), int(n[i])) for i in range(o[row], o[row + 1]))
+            ", ".join(
+                _slice(values[b[i]], int(b[i]), int(at[i]), int(n[i])) for i in range(o[row], o[row + 1])
+            )
             for o, b, at, n in operands
         ]
         yield (

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mapper.errors import LoweringError
-from mapper.ir.graph import Graph
-from mapper.ir.op import DataflowOp, tensor_type
-from mapper.ir.sections import Section
 from xdsl.ir import Operation, SSAValue
 
 import mapper_host.rules_primitive
 import mapper_host.rules_transformer  # noqa: F401  (registers the rules)
+from mapper.errors import LoweringError
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp, tensor_type
+from mapper.ir.sections import Section
 from mapper_host.context import RULES, Context, SlotConflict, Weights
 from mapper_host.opcodes import CODES, COPY, ELEMENTWISE, SIZES, VECTOR
 from mapper_host.ops import OpList
@@ -155,7 +155,9 @@ class _Lowering:
         copies: list[Step] = []
         for carried, home in zip(section.carried, homes, strict=True):
             initial = self.values[carried.initial]
-            if self._only_entering(section, initial.storage) and self._retarget(initial.storage, home.storage):
+            if self._only_entering(section, initial.storage) and self._retarget(
+                initial.storage, home.storage
+            ):
                 continue
             copies += copy_steps(initial, home, -1)
         if copies:
@@ -276,7 +278,9 @@ def _outputs(work: _Lowering, graph: Graph, states: dict[str, Value]) -> dict[st
         value = work.values[ssa]
         if name in states and states[name].storage is value.storage:
             continue
-        plain = value.storage.memory == "arena" and not any(v.storage is value.storage for v in outputs.values())
+        plain = value.storage.memory == "arena" and not any(
+            v.storage is value.storage for v in outputs.values()
+        )
         bound = any(value.storage in b.bindings for b in work.blocks)
         if plain and not bound and _touching(all_steps, value.storage)[1]:
             value.storage.memory, value.storage.name = "io", f"{work.phase}:{name}"

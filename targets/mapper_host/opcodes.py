@@ -30,7 +30,23 @@ SIZES = (4, 8, 2, 2, 1, 1, 8, 4, 2, 1, 8, 4, 2, 1, 1)
 CODES = {
     name: code
     for code, name in enumerate(
-        ("f32", "f64", "f16", "bf16", "f8e4m3", "f8e5m2", "i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8", "bool")
+        (
+            "f32",
+            "f64",
+            "f16",
+            "bf16",
+            "f8e4m3",
+            "f8e5m2",
+            "i64",
+            "i32",
+            "i16",
+            "i8",
+            "u64",
+            "u32",
+            "u16",
+            "u8",
+            "bool",
+        )
     )
 }
 """Element type name -> code."""

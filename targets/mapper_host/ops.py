@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mapper.ir.graph import Graph
-from mapper.ir.op import DataflowOp, tensor_type
 from xdsl.ir import SSAValue
 
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp, tensor_type
 from mapper_host.work import flops_of, weight_bytes_of
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from mapper.backend import Memories
 from mapper.errors import ExecutionFault
 from mapper.schedule.tables import Block, Int, Schedule
-
 from mapper_host.opcodes import OPERANDS, extents
 
 Span = tuple[int, int, int]
@@ -44,7 +44,9 @@ def pack(schedule: Schedule, phase: str, memories: Memories) -> Packed:
     memory, first, length = (
         np.asarray(schedule.buffers.column(c).to_numpy(), np.int64) for c in ("memory", "offset", "bytes")
     )
-    parts = [_Block(b, n, memory, first, length, base, size) for n, b in enumerate(schedule.programs[phase].blocks)]
+    parts = [
+        _Block(b, n, memory, first, length, base, size) for n, b in enumerate(schedule.programs[phase].blocks)
+    ]
     steps: list[tuple[int, int, int, int]] = []
     arg_base = 0
     for part in parts:
@@ -89,7 +91,9 @@ class _Block:
         for row in range(len(steps)):
             self._check(row, length)
         for _, buffer, offset, count in (self.reads, self.writes):
-            reached = {b for slot in np.unique(buffer) for b in (int(slot), *self.bound.get(int(slot), {}).values())}
+            reached = {
+                b for slot in np.unique(buffer) for b in (int(slot), *self.bound.get(int(slot), {}).values())
+            }
             for b in reached:
                 if first[b] + length[b] > size[memory[b]]:
                     raise ExecutionFault(f"buffer {b} ends beyond its memory")

@@ -84,7 +84,13 @@ class BlockSteps:
 
 
 def step(
-    opcode: int, args: Sequence[int], operands: Sequence[Value | Slice], writes: int, op: int, flops: int, bytes: int = -1
+    opcode: int,
+    args: Sequence[int],
+    operands: Sequence[Value | Slice],
+    writes: int,
+    op: int,
+    flops: int,
+    bytes: int = -1,
 ) -> Step:
     """A step whose last `writes` operands are written and the others read.
 
@@ -94,7 +100,8 @@ def step(
     if len(sizes) != len(operands):
         raise ValueError(f"opcode {opcode} takes {len(sizes)} operands, not {len(operands)}")
     made = [
-        v if isinstance(v, Slice) else Slice(v.storage, 0, size) for v, size in zip(operands, sizes, strict=True)
+        v if isinstance(v, Slice) else Slice(v.storage, 0, size)
+        for v, size in zip(operands, sizes, strict=True)
     ]
     cut = len(made) - writes
     moved = sum(s.bytes for s in made) if bytes < 0 else bytes

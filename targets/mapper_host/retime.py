@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+
 from mapper.machine import Machine
 from mapper.schedule.tables import Block, Int, Phase, Schedule
-
 from mapper_host.program import MEMORIES
 from mapper_host.timing import CLOCK_HZ, durations
 

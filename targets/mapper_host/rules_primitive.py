@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.weights import decode
-from mapper_kernels.names import COMBINATIONS, ELEMENTWISE, REDUCTIONS
-
 from mapper_host.context import Context, rule
 from mapper_host.opcodes import (
     ARANGE,
@@ -33,6 +32,7 @@ from mapper_host.opcodes import (
 from mapper_host.program import Value
 from mapper_host.rules_transformer import copy, join
 from mapper_host.strides import around, broadcast, row_major
+from mapper_kernels.names import COMBINATIONS, ELEMENTWISE, REDUCTIONS
 
 _UNARY = (
     "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan", "tanh", "erf", "sigmoid",
@@ -304,9 +304,7 @@ def _matmul(c: Context, op: DataflowOp) -> None:
         # one matrix for all rows: a single product reads it once
         m, left = math.prod(left[:-1]), (math.prod(left[:-1]), k)
     batch = np.broadcast_shapes(left[:-2], right[:-2])
-    walks = [
-        tuple(s * size for s in broadcast(v[:-2], batch)) for v, size in ((left, m * k), (right, k * n))
-    ]
+    walks = [tuple(s * size for s in broadcast(v[:-2], batch)) for v, size in ((left, m * k), (right, k * n))]
     args = [y.code, m, n, k, len(batch), *batch, *walks[0], *walks[1]]
     c.emit(MATMUL, args, [a, b, y], 2 * y.items * k)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from mapper.ir.op import DataflowOp
-from mapper_kernels.names import ACTIVATIONS
-
 from mapper_host.context import Context, rule
 from mapper_host.opcodes import (
     ACTIVATION,
@@ -27,6 +25,7 @@ from mapper_host.opcodes import (
 )
 from mapper_host.program import Slice, Value
 from mapper_host.strides import broadcast, collapse, row_major
+from mapper_kernels.names import ACTIVATIONS
 
 SCORINGS = ("softmax", "sigmoid", "topk_softmax")
 
@@ -53,7 +52,12 @@ def linear(c: Context, x: Value, weight: Value, bias: Value | None, transposed: 
     m = y.items // n if n else 0
     opcode = LINEAR_NK if transposed else LINEAR_KN
     args = [m, n, k, int(bias is not None)]
-    c.emit(opcode, args, [x, weight, *([] if bias is None else [bias]), y], 2 * m * n * k + (m * n if bias else 0))
+    c.emit(
+        opcode,
+        args,
+        [x, weight, *([] if bias is None else [bias]), y],
+        2 * m * n * k + (m * n if bias else 0),
+    )
 
 
 @rule("linear", "lm_head")
@@ -80,7 +84,13 @@ def _rope(c: Context, op: DataflowOp) -> None:
     b, h, s, d = x.shape
     y = c.out()
     width, rotary = cos.shape[-1], op.attr("rotary_dim")
-    full = cos.shape if len(cos.shape) == 4 else (cos.shape[0], 1, *cos.shape[1:]) if len(cos.shape) == 3 else cos.shape
+    full = (
+        cos.shape
+        if len(cos.shape) == 4
+        else (cos.shape[0], 1, *cos.shape[1:])
+        if len(cos.shape) == 3
+        else cos.shape
+    )
     walk = broadcast(full, (b, 1, s, width))
     interleaved = op.attr("style") == "interleaved"
     step = 2 if interleaved and width == rotary else 1
@@ -157,7 +167,17 @@ def join(c: Context, parts: list[Value], axis: int, y: Value) -> None:
     at = 0
     for x in parts:
         size = SIZES[x.code]
-        copy(c, x, Slice(y.storage, 0, y.bytes), size, x.shape, row_major(x.shape), strides, 0, at * strides[axis])
+        copy(
+            c,
+            x,
+            Slice(y.storage, 0, y.bytes),
+            size,
+            x.shape,
+            row_major(x.shape),
+            strides,
+            0,
+            at * strides[axis],
+        )
         at += x.shape[axis]
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from mapper.backend import Memories
 from mapper.errors import ExecutionFault
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Int, Phase, Port, Schedule
-
 from mapper_host.packed import Packed, Span, merged, pack
 
 Array = npt.NDArray[Any]
@@ -67,7 +67,11 @@ class HostSemantics:
         """The tables of a program on these memories. Addresses are fixed, so what the steps read is known: the first
         time, every read is checked to be of written bytes. Raises ExecutionFault naming the step."""
         key = (id(schedule), id(memories), phase)
-        if key not in self._known or self._known[key][0]() is not schedule or self._known[key][1]() is not memories:
+        if (
+            key not in self._known
+            or self._known[key][0]() is not schedule
+            or self._known[key][1]() is not memories
+        ):
             packed = pack(schedule, phase, memories)
             _trace(packed, memories)
             ready = Prepared(
@@ -114,7 +118,9 @@ def _trace(packed: Packed, memories: Memories) -> None:
             known = flags.setdefault(memory, memories.written(memory).copy())
             if not known[low:high].all():
                 at = low + int(np.argmin(known[low:high]))
-                raise ExecutionFault(f"{packed.names[i]}: byte {at} of memory {memory} is read and was never written")
+                raise ExecutionFault(
+                    f"{packed.names[i]}: byte {at} of memory {memory} is read and was never written"
+                )
         for memory, low, high in writes:
             flags.setdefault(memory, memories.written(memory).copy())[low:high] = True
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
 from mapper.machine import Machine
 from mapper.schedule.tables import Int
-
 from mapper_host.opcodes import (
     ACTIVATION,
     ATTENTION,

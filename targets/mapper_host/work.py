@@ -83,5 +83,3 @@ def graph_weight_bytes(graph: Graph) -> int:
                 for symbol in section.table.get(slot, (slot,)):
                     seen[symbol] = _ELEMENT * math.prod(graph.weights[symbol].shape)
     return rows + sum(seen.values())
-
-

@@ -102,9 +102,7 @@ class _Search:
             if group not in window(alu) or not self._downstream(self.found.alu[producer], alu, direction):
                 return False
             seen[slot] = (direction, group)
-        if any(
-            a[1] == b[1] and a[0] != b[0] for s, a in seen.items() for t, b in seen.items() if s < t
-        ):
+        if any(a[1] == b[1] and a[0] != b[0] for s, a in seen.items() for t, b in seen.items() if s < t):
             return False
         self.found.alu[index] = alu
         self.alu_busy.setdefault(alu, []).append((begin, end))

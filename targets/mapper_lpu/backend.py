@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mapper.schedule.violation import Check
 
 FORMAT = "fp16"
-ACCESS_TIMING = {"mem.read": [0, -1], "mem.gather": [0, -1], "mem.write": [-1, 1], "mem.scatter": [-1, 1]}
 
 
 class LpuBackend:
@@ -55,9 +54,9 @@ class LpuBackend:
         lowered = lower(decoders, machine, declared)
         plan = {
             "arithmetic": {"matmul": "float16", "accumulate": "float32", "key_cache": "float16"},
-            "access_timing": ACCESS_TIMING,
+            "access_timing": tables.ACCESS_TIMING,
             "permutes": [],
-            **plan_of(lowered, machine),
+            **plan_of(lowered),
         }
         model = ModelRef(
             str(graph.path) if graph.path else graph.name,
@@ -66,9 +65,7 @@ class LpuBackend:
             graph.params,
             graph.layers,
         )
-        return tables.assemble(
-            graph, machine, request, lowered, tables.ops(rows, ids, graphs), model, plan
-        )
+        return tables.assemble(graph, machine, request, lowered, tables.ops(rows, ids, graphs), model, plan)
 
     def semantics(self) -> Semantics:
         """The cycle-by-cycle executor."""

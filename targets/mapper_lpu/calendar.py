@@ -29,7 +29,9 @@ INNER_EDGE = 3
 def span(hemisphere: int, direction: int, stream: int, near: int, far: int) -> list[int]:
     """Keys of the zones that a value passes on its way between the positions |x| = near and far."""
     base = len(UNITS) + (hemisphere * 4 + direction * 2) * STREAMS + stream
-    return [base + zone * STREAMS for zone in (0, 1) if (near <= INNER_EDGE if zone == 0 else far > INNER_EDGE)]
+    return [
+        base + zone * STREAMS for zone in (0, 1) if (near <= INNER_EDGE if zone == 0 else far > INNER_EDGE)
+    ]
 
 
 def centre(direction: int, stream: int) -> int:

@@ -95,9 +95,7 @@ class Builder:
 
     def matmul(self, chain: Chain, weights: Tile, activation: Stored, rows: tuple[int, ...]) -> Res:
         """The f32 result of an fp16 tile: the halves of both planes, joined."""
-        return chain.add(
-            "vxm.add", Mxm(weights, 1, activation, rows), Mxm(weights, 0, activation, rows)
-        )
+        return chain.add("vxm.add", Mxm(weights, 1, activation, rows), Mxm(weights, 0, activation, rows))
 
     @property
     def all_rows(self) -> tuple[int, ...]:
@@ -159,7 +157,11 @@ class Builder:
         factor = 1.0 / (width * SQUARE_SCALE**2)
         chain = self.chain(f"{name}/rsqrt", rows, norm.op)
         total: Operand = Imm(norm.eps)
-        terms = [(part, scale) for high, low in parts for part, scale in ((low, factor / LOW_SCALE), (high, factor))]
+        terms = [
+            (part, scale)
+            for high, low in parts
+            for part, scale in ((low, factor / LOW_SCALE), (high, factor))
+        ]
         for number, (stored, scale) in enumerate(terms):
             part_sum = self.matmul(chain, ones, stored, self.all_rows)
             made = chain.add("vxm.add", chain.add("vxm.mul", part_sum, Imm(scale)), total)
@@ -179,7 +181,13 @@ class Builder:
     # -- attention ----------------------------------------------------------------------------------------
 
     def project(
-        self, key: str, matrix: Matrix, side: int, rows: list[int], norm: Norm, signs: list[float] | None = None
+        self,
+        key: str,
+        matrix: Matrix,
+        side: int,
+        rows: list[int],
+        norm: Norm,
+        signs: list[float] | None = None,
     ) -> list[Tile]:
         """The tiles of one projection of the normed x, one per 320 channels of x."""
         out = []
@@ -194,7 +202,9 @@ class Builder:
         """Sum over the tiles of x of a projection. One tile today: more would need passes of one MXM in one chain."""
         return self.matmul(chain, tiles[0], x[0].half[tiles[0].hemisphere], rows)
 
-    def attention(self, x: list[Residual], cosines: dict[str, Stored], index: dict[int, Stored], position: list[int]) -> list[Stored]:
+    def attention(
+        self, x: list[Residual], cosines: dict[str, Stored], index: dict[int, Stored], position: list[int]
+    ) -> list[Stored]:
         """Attention of the normed x: chains up to the fp16 result, stored east, one row per token."""
         a, rows = self.d.attention, self.rows
         share = a.heads // a.kv_heads
@@ -203,12 +213,25 @@ class Builder:
         inverse = self.inverse_rms("attention/norm", x, norm)
         values = self.project("v", a.v, EAST, self.heads.columns(share), norm)
         chain = self.chain("attention/value", rows, a.v.op)
-        made = chain.add("vxm.mul", self.projected(chain, values, x, self.all_rows), Mem(inverse[WEST], self.all_rows))
+        made = chain.add(
+            "vxm.mul", self.projected(chain, values, x, self.all_rows), Mem(inverse[WEST], self.all_rows)
+        )
         self.append(chain, made, F32, self.cache.values, index, a.v_append_op)
         self.keys(x, cosines, inverse, index, position)
         return self.attend(queries, inverse)
 
-    def rope(self, chain: Chain, x: list[Residual], key: str, matrix: Matrix, columns: list[int], rows: tuple[int, ...], tables: tuple[Stored, Stored] | None, at: tuple[int, ...], rope_op: int) -> Res:
+    def rope(
+        self,
+        chain: Chain,
+        x: list[Residual],
+        key: str,
+        matrix: Matrix,
+        columns: list[int],
+        rows: tuple[int, ...],
+        tables: tuple[Stored, Stored] | None,
+        at: tuple[int, ...],
+        rope_op: int,
+    ) -> Res:
         """A projection with its rotary embedding: x W cos + x W' sin, W' the weights of the rotated partners."""
         a, norm = self.d.attention, self.d.attention_norm
         plain = self.projected(chain, self.project(key, matrix, EAST, columns, norm), x, rows)
@@ -222,7 +245,9 @@ class Builder:
         right = chain.add("vxm.mul", turned, Mem(tables[1], at))
         return chain.add("vxm.add", left, right)
 
-    def queries(self, x: list[Residual], cosines: dict[str, Stored], position: list[int]) -> dict[int, list[Stored]]:
+    def queries(
+        self, x: list[Residual], cosines: dict[str, Stored], position: list[int]
+    ) -> dict[int, list[Stored]]:
         """Per token and head the query on the head's own lanes only, fp16, in all weight slices of both sides."""
         a, heads = self.d.attention, self.heads.heads
         count = self.rows * heads
@@ -230,7 +255,9 @@ class Builder:
         chain = self.chain("attention/query", count, a.q.op)
         tables = (cosines["q.cos"], cosines["q.sin"]) if a.rope else None
         at = tuple(position[r] for r in rows)
-        turned = self.rope(chain, x, "q", a.q, self.heads.columns(1), rows, tables, at, a.rope.op if a.rope else a.q.op)
+        turned = self.rope(
+            chain, x, "q", a.q, self.heads.columns(1), rows, tables, at, a.rope.op if a.rope else a.q.op
+        )
         chain.ir = a.op
         masks = np.zeros((heads, LANES), np.float32)
         for h in range(heads):
@@ -238,7 +265,9 @@ class Builder:
                 1.0 if a.rope else a.scale * LOG2E
             )
         mask = self.weights.array("head_masks", EAST, 0, masks)
-        own = chain.add("vxm.mul", turned, Mem(mask, tuple(h for _ in range(self.rows) for h in range(heads))))
+        own = chain.add(
+            "vxm.mul", turned, Mem(mask, tuple(h for _ in range(self.rows) for h in range(heads)))
+        )
         out: dict[int, list[Stored]] = {}
         for side in SIDES:
             half = chain.cast(own, F16)
@@ -251,7 +280,14 @@ class Builder:
                 chain.write(half, stored, used)
         return out
 
-    def keys(self, x: list[Residual], cosines: dict[str, Stored], inverse: dict[int, Stored], index: dict[int, Stored], position: list[int]) -> None:
+    def keys(
+        self,
+        x: list[Residual],
+        cosines: dict[str, Stored],
+        inverse: dict[int, Stored],
+        index: dict[int, Stored],
+        position: list[int],
+    ) -> None:
         """The new keys, appended to the cache."""
         a = self.d.attention
         columns = self.heads.columns(a.heads // a.kv_heads)
@@ -261,7 +297,9 @@ class Builder:
         made = chain.add("vxm.mul", turned, Mem(inverse[WEST], self.all_rows))
         self.append(chain, made, F16, self.cache.keys, index, a.k_append_op)
 
-    def append(self, chain: Chain, value: Res, type: int, cache: dict[int, Stored], index: dict[int, Stored], op: int) -> None:
+    def append(
+        self, chain: Chain, value: Res, type: int, cache: dict[int, Stored], index: dict[int, Stored], op: int
+    ) -> None:
         """Write new rows to the cache: at data-dependent rows in decode, at known ones in prefill."""
         for side in SIDES:
             chain.ir = op
@@ -430,7 +468,8 @@ class Builder:
         chain: Chain | None = None
         for side in SIDES:
             numbers = np.array(
-                [r % self.d.context for r in range(self.d.batch * self.d.context) if r % 2 == side], np.float32
+                [r % self.d.context for r in range(self.d.batch * self.d.context) if r % 2 == side],
+                np.float32,
             )
             count = len(numbers)
             if chain is None:
@@ -474,7 +513,13 @@ class _Token:
             stored = b.storage.store("zero", F16, 16, weight_units(side), ways=16)
             layout = {"kind": "rows", "dtype": "f16", "ways": 16, "axes": None, "row_axes": 1, "take": None}
             b.storage.port(
-                f"zero@{'ew'[side]}", "constant", "float32", (16, LANES), stored, layout, ["zeros", [16, LANES], "float32"]
+                f"zero@{'ew'[side]}",
+                "constant",
+                "float32",
+                (16, LANES),
+                stored,
+                layout,
+                ["zeros", [16, LANES], "float32"],
             )
             zero = b.weights.stored[("zero", side)] = [stored]
         loads = []
@@ -491,13 +536,17 @@ class _Token:
 
     def scores(self, sides: list[int], tiles: dict[int, Tile]) -> tuple[dict[int, Stored], dict[int, Stored]]:
         b = self.b
-        chain = b.chain(f"attention/scores.{self.token}", max(len(self.rows[s]) for s in sides), b.d.attention.op)
+        chain = b.chain(
+            f"attention/scores.{self.token}", max(len(self.rows[s]) for s in sides), b.d.attention.op
+        )
         scores, peaks = {}, {}
         for side in sides:
             rows = tuple(self.rows[side])
             count = len(rows)
             keys = b.cache.keys[side]
-            made = chain.add("vxm.add", Mxm(tiles[side], 1, keys, rows), Mxm(tiles[side], 0, keys, rows), count=count)
+            made = chain.add(
+                "vxm.add", Mxm(tiles[side], 1, keys, rows), Mxm(tiles[side], 0, keys, rows), count=count
+            )
             score = chain.add("vxm.mul", made, Mem(self.inverse[side], (self.token,) * count), count=count)
             if b.mask is not None:
                 score = chain.add("vxm.add", score, Mem(b.mask[side], rows), count=count)
@@ -538,12 +587,16 @@ class _Token:
 
     def weigh(self, sides: list[int], scores: dict[int, Stored], top: dict[int, Stored]) -> None:
         b = self.b
-        chain = b.chain(f"attention/weigh.{self.token}", max(len(self.rows[s]) for s in sides), b.d.attention.op)
+        chain = b.chain(
+            f"attention/weigh.{self.token}", max(len(self.rows[s]) for s in sides), b.d.attention.op
+        )
         sums, products = {}, {}
         for side in sides:
             rows = tuple(self.rows[side])
             count = len(rows)
-            below = chain.add("vxm.sub", Mem(scores[side], tuple(range(count))), Mem(top[side], (0,) * count), count=count)
+            below = chain.add(
+                "vxm.sub", Mem(scores[side], tuple(range(count))), Mem(top[side], (0,) * count), count=count
+            )
             weight = chain.add("vxm.exp2", below, count=count)
             sums[side] = self.partial("sum", side, 0, count)
             chain.write(chain.add("vxm.add", weight, Self(), count=count), sums[side], self.last(count))

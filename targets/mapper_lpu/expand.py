@@ -140,6 +140,7 @@ def _arguments(matrix: Int, place: Int, offsets: Int, flat: Int) -> None:
     table[single, 3:6] = (-1, 0, 0)
     plain = (operation >= codes.ADD) & (operation < codes.CAST)
     table[plain, 8:10] = codes.F32
+    table[operation == codes.TANH, 8:10] = codes.I16
     matrix[:, codes.ARGS : codes.ARGS + 10] = table
 
 
@@ -165,7 +166,9 @@ def _bind(block: Block, buffer: Int, repetition: Int, count: int) -> Int:
     if block.bindings is None or not block.bindings.num_rows:
         return buffer
     table = np.tile(np.arange(count), (block.repeat, 1))
-    slot, at, to = (block.bindings.column(n).to_numpy().astype(np.int64) for n in ("slot", "repetition", "buffer"))
+    slot, at, to = (
+        block.bindings.column(n).to_numpy().astype(np.int64) for n in ("slot", "repetition", "buffer")
+    )
     table[at, slot] = to
     return np.asarray(table[repetition, buffer], np.int64)
 
@@ -178,7 +181,9 @@ def _address(
     )
     part = _bare(matrix[rows], place[rows])
     homes = _numbers(
-        tuple(n for n, _ in schedule.memories), {n: i for i, n in enumerate(isa.UNITS[: 2 * isa.SLICES])}, "memory"
+        tuple(n for n, _ in schedule.memories),
+        {n: i for i, n in enumerate(isa.UNITS[: 2 * isa.SLICES])},
+        "memory",
     )
     single = np.isin(part.matrix[:, codes.OPERATION], (codes.READ, codes.WRITE))
     part.refuse(homes[memory] != part.matrix[:, codes.UNIT], "its operand is in another unit's memory")
@@ -186,7 +191,10 @@ def _address(
     part.refuse((size % isa.LANES != 0) | (size <= 0), "its operand is not a whole number of rows")
     part.refuse(single & (size != isa.LANES), "its operand is not one row")
     part.refuse((offset < 0) | (offset + size > length), "its operand is outside its buffer")
-    part.refuse((base + offset < 0) | (base + offset + size > isa.ROWS * isa.LANES), "its operand is outside the slice")
+    part.refuse(
+        (base + offset < 0) | (base + offset + size > isa.ROWS * isa.LANES),
+        "its operand is outside the slice",
+    )
     matrix[rows, codes.MEMORY] = memory
     matrix[rows, codes.ADDRESS] = base + offset
     matrix[rows, codes.ROWS] = size // isa.LANES
@@ -295,7 +303,9 @@ def _vector(done: Expanded) -> None:
         refuse(there & ((kind < 0) | (kind > 3)), "its operand is of no known kind")
         travelling = there & ((kind == isa.OUTER) | (kind == isa.INNER))
         _streams(done, travelling, direction, stream, size)
-        refuse(travelling & ((stream // 4 - low) % 8 > 3), "its operand's streams do not reach this row of ALUs")
+        refuse(
+            travelling & ((stream // 4 - low) % 8 > 3), "its operand's streams do not reach this row of ALUs"
+        )
         travels.append(travelling)
     opposite = travels[0] & travels[1] & (args[:, 1] != args[:, 4])
     refuse(opposite & (args[:, 2] // 4 == args[:, 5] // 4), "takes one stream group from both directions")

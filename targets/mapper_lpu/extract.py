@@ -30,7 +30,9 @@ def extract(graph: Graph, phase: str, numbers: Mapping[DataflowOp, int], context
     """The decoder of a serving form. Raises LoweringError naming the op that this target does not map."""
     sections = graph.sections()
     if [s.repeat is not None for s in sections] != [False, True, False]:
-        raise LoweringError(f"{phase}: the lpu target maps one run of equal layers between an embedding and a head")
+        raise LoweringError(
+            f"{phase}: the lpu target maps one run of equal layers between an embedding and a head"
+        )
     before, layers, after = sections
     number = Numbering(numbers)
     embed = _only(before.ops, "embed", "before the layers", sole=True)
@@ -84,7 +86,9 @@ def _check_rest(ops: Sequence[DataflowOp], known: set[DataflowOp]) -> None:
 
 def _norm(op: DataflowOp, number: Numbering) -> Norm:
     if op.attr("kind") != "rms" or op.attr("bias") is not None:
-        raise _refuse(op, f"{op.attr('kind')} norm{' with bias' if op.attr('bias') else ''}; only rms without bias")
+        raise _refuse(
+            op, f"{op.attr('kind')} norm{' with bias' if op.attr('bias') else ''}; only rms without bias"
+        )
     return Norm(op.attr("weight"), op.attr("weight_offset"), op.attr("eps"), number(op))
 
 
@@ -144,7 +148,8 @@ class _Layer:
 
     def _output(self, attend: DataflowOp, x: SSAValue) -> tuple[DataflowOp, DataflowOp, list[DataflowOp]]:
         """The output projection, the residual add and the ops between attention and the projection."""
-        op, between = attend, []
+        op = attend
+        between: list[DataflowOp] = []
         while True:
             consumers = op.consumers()
             if len(consumers) != 1:
@@ -175,7 +180,7 @@ class _Layer:
                 full = _matrix(op, "weight", "transposed", op.operand_shape(0)[-1], columns, self.number(op))
                 return Matrix(full.slot, full.transposed, full.k, begin, end, full.op), rope
             elif op.mnemonic == "split" and end < 0 and op.attr("axis") in (-1, len(op.operand_shape(0)) - 1):
-                index = list(op.results).index(value)
+                index = [r is value for r in op.results].index(True)
                 sizes = op.attr("sizes")
                 begin, end = sum(sizes[:index]), sum(sizes[: index + 1])
             elif op.mnemonic not in ("transpose", "reshape"):
@@ -211,7 +216,9 @@ class _Layer:
             raise _refuse(attend, "query and key have different rotary embeddings")
         _, heads, _, head_dim = attend.operand_shape(0)
         kv_heads = attend.operand_shape(1)[1]
-        o = _matrix(output, "weight", "transposed", heads * head_dim, output.result_shape()[-1], self.number(output))
+        o = _matrix(
+            output, "weight", "transposed", heads * head_dim, output.result_shape()[-1], self.number(output)
+        )
         return Attention(
             heads=heads,
             kv_heads=kv_heads,
@@ -244,7 +251,11 @@ class _Layer:
         symbol = self.section.table.get(op.attr("gate"), (op.attr("gate"),))[0]
         graph_op = op.get_toplevel_object()
         for found in graph_op.walk():
-            if found.name == "dataflow.weight" and isinstance(found, DataflowOp) and found.attr("sym_name") == symbol:
+            if (
+                found.name == "dataflow.weight"
+                and isinstance(found, DataflowOp)
+                and found.attr("sym_name") == symbol
+            ):
                 shape = found.attr("type").ints
                 return int(shape[0] if op.attr("gate_transposed") else shape[1])
         raise _refuse(op, f"weight {symbol} is not declared")

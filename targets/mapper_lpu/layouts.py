@@ -71,7 +71,9 @@ def _resolve(schedule: Schedule, port: Port, layout: Mapping[str, Any], buffers:
         raise ScheduleError(f"port {port.name!r}: a row is wider than {LANES} lanes")
     ways = int(layout.get("ways", 1))
     if len(buffers) != ways * dtype.itemsize:
-        raise ScheduleError(f"port {port.name!r}: {len(buffers)} buffers for {ways} ways of {dtype.itemsize} bytes")
+        raise ScheduleError(
+            f"port {port.name!r}: {len(buffers)} buffers for {ways} ways of {dtype.itemsize} bytes"
+        )
     return _Rows(schedule, port, buffers, dtype, ways, axes, count, columns, take, kind == "broadcast")
 
 
@@ -95,7 +97,9 @@ def _columns(port: Port) -> list[tuple[Port, int, int]]:
     for number, part in enumerate(layout["parts"]):
         begin, end = number * width, min((number + 1) * width, total)
         shape = (rows, end - begin)
-        out.append((replace(port, shape=shape, layout=part["layout"], buffers=tuple(part["buffers"])), begin, end))
+        out.append(
+            (replace(port, shape=shape, layout=part["layout"], buffers=tuple(part["buffers"])), begin, end)
+        )
     return out
 
 

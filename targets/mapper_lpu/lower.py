@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mapper.errors import LoweringError
 from mapper.ir.weights import WeightSymbol
@@ -24,14 +26,14 @@ U16_TYPE = F16  # an index vector is two byte planes, like fp16
 
 @dataclass
 class Lowered:
-    """All of a schedule but its tables."""
+    """All of a schedule but its tables. `bindings`: buffer of layer 0 -> buffer per layer."""
 
     storage: Storage
-    weights: Weights
     timed: dict[Phase, Timed]
-    programs: dict[Phase, Program]
-    bindings: dict[int, tuple[int, ...]]  # buffer of layer 0 -> buffer per layer
-    decoders: Mapping[Phase, Decoder]
+    bindings: dict[int, tuple[int, ...]]
+    constants: dict[str, npt.NDArray[Any]]
+    symbols: dict[str, WeightSymbol]
+    tokens: dict[Phase, int] = field(default_factory=dict)
 
 
 def _caches(decoder: Decoder, storage: Storage, weights: Weights) -> list[Cache]:
@@ -88,13 +90,15 @@ def _position(storage: Storage, phase: str) -> tuple[dict[int, Stored], dict[int
     for side in SIDES:
         index[side] = storage.store(f"{phase}/position", U16_TYPE, 1, mem(side, 2, 2), program=phase)
         value[side] = storage.store(f"{phase}/position_value", F32, 1, mem(side, 0, 4), program=phase)
+    placed = [(dtype, stored) for dtype, both in (("u16", index), ("f32", value)) for stored in both.values()]
     parts = [
         {"layout": {"kind": "broadcast", "dtype": dtype, "ways": 1}, "buffers": list(stored.buffers)}
-        for dtype, both in (("u16", index), ("f32", value))
-        for stored in both.values()
+        for dtype, stored in placed
     ]
-    every = Stored("position", F32, 1, (), (), tuple(b for p in parts for b in p["buffers"]))  # type: ignore[misc]
-    storage.port("past_length", "input", "int64", (), every, {"kind": "multi", "parts": parts}, programs=(phase,))
+    every = Stored("position", F32, 1, (), (), tuple(b for _, s in placed for b in s.buffers))
+    storage.port(
+        "past_length", "input", "int64", (), every, {"kind": "multi", "parts": parts}, programs=(phase,)
+    )
     return index, value
 
 
@@ -125,13 +129,15 @@ def build(decoder: Decoder, phase: str, storage: Storage, weights: Weights, cach
         for stored in logits
     ]
     shape = (decoder.batch, decoder.tokens, decoder.vocabulary)
-    every = Stored("logits", F32, builder.rows, (), (), tuple(b for p in parts for b in p["buffers"]))
+    every = Stored("logits", F32, builder.rows, (), (), tuple(b for s in logits for b in s.buffers))
     layout = {"kind": "columns", "parts": parts, "width": LANES, "row_axes": 2}
     storage.port("logits", "output", "float32", shape, every, layout, programs=(phase,))
     return builder.program
 
 
-def lower(decoders: Mapping[Phase, Decoder], machine: Machine, declared: Mapping[str, WeightSymbol]) -> Lowered:
+def lower(
+    decoders: Mapping[Phase, Decoder], machine: Machine, declared: Mapping[str, WeightSymbol]
+) -> Lowered:
     """Schedule every phase of a decoder. Raises LoweringError or CapacityError."""
     latencies = Latencies.of(machine)
     first = next(iter(decoders.values()))
@@ -140,11 +146,11 @@ def lower(decoders: Mapping[Phase, Decoder], machine: Machine, declared: Mapping
     weights = Weights(first, storage, declared)
     caches = _caches(first, storage, weights)
     timed: dict[Phase, Timed] = {}
-    programs: dict[Phase, Program] = {}
     for phase, decoder in decoders.items():
-        programs[phase] = build(decoder, phase, storage, weights, caches)
-        timed[phase] = schedule(programs[phase], latencies, decoder.layers, machine.whole("chip.tiles"))
-    return Lowered(storage, weights, timed, programs, _bindings(weights, caches), dict(decoders))
+        program = build(decoder, phase, storage, weights, caches)
+        timed[phase] = schedule(program, latencies, decoder.layers, machine.whole("chip.tiles"))
+    tokens = {phase: decoder.tokens for phase, decoder in decoders.items()}
+    return Lowered(storage, timed, _bindings(weights, caches), weights.constants, weights.symbols, tokens)
 
 
 def _bindings(weights: Weights, caches: list[Cache]) -> dict[int, tuple[int, ...]]:
@@ -170,7 +176,8 @@ def _check(d: Decoder) -> None:
             f"one chip's lowering maps at most {LANES}"
         )
     if d.width > LANES:
-        raise LoweringError(f"lpu: model width {d.width} exceeds {LANES}, the lanes of one vector: not mapped yet")
+        raise LoweringError(
+            f"lpu: model width {d.width} exceeds {LANES}, the lanes of one vector: not mapped yet"
+        )
     if d.batch > 1 and d.context % 2:
         raise LoweringError("lpu: an odd context needs batch 1")
-

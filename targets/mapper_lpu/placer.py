@@ -44,6 +44,15 @@ def minus(a: Form, b: Form) -> Form:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
+Plane = tuple[int, int]
+"""An MXM plane: (hemisphere, plane)."""
+
+
+def planes(tile: Tile) -> list[Plane]:
+    """The MXM planes that a tile takes."""
+    return [(tile.hemisphere, plane) for plane in tile.planes]
+
+
 LoadPiece = tuple[list[calendar.Use], list[Instruction]]
 
 
@@ -97,13 +106,15 @@ class Placer:
         self.lat = cache.latencies
         self.pieces: list[tuple[Sequence[Instruction], int]] = []
         self.placed: list[Placed] = []
-        self.current: dict[int, Tile | None] = {0: None, 1: None}
-        self.first_tile: dict[int, Tile] = {}
+        self.current: dict[Plane, Tile] = {}  # the tile installed last per MXM plane
+        self.first_tile: dict[Plane, Tile] = {}
         self.taken: list[tuple[list[calendar.Use], int]] = []
         self.templates: list[tuple[Template, int]] = []
         self.maker: dict[tuple[int, int], tuple[int, int, Form]] = {}  # (value, row) -> piece, lag, form
         self.installer: dict[int, int] = {}  # tile -> piece
-        self.last_use: dict[int, tuple[int, int, Form]] = {}  # tile -> piece, lag, form of its last activation
+        self.last_use: dict[
+            int, tuple[int, int, Form]
+        ] = {}  # tile -> piece, lag, form of its last activation
 
     @property
     def instructions(self) -> list[Instruction]:
@@ -176,11 +187,15 @@ class Placer:
 
     def load(self, tile: Tile) -> None:
         """Place the loads of a tile after the tile before it on the same MXM, as early as possible, and install it."""
-        before = self.current[tile.hemisphere]
-        if before is None:
+        before = list(
+            {id(t): t for t in (self.current.get(p) for p in planes(tile)) if t is not None}.values()
+        )
+        # without a tile before it, the first reads may be issued in cycle 0
+        low = self.lat.edge + self.lat.read
+        if before:
+            low = max(t.installed + self.lat.install for t in before if t.installed is not None)
+        elif self.floor is None:
             raise LoweringError(f"{tile.name}: the first tile of a frame is placed by load_before")
-        assert before.installed is not None
-        low = before.installed + self.lat.install
         cycles = []
         at = low
         for group in range(len(tile.loads)):
@@ -191,9 +206,10 @@ class Placer:
             self._load_group(tile, group, piece, found)
             cycles.append(found)
             at = max(at, found + 1)
-        high = max(at, before.last_activation - self.lat.install + 1)
+        high = max([at, *(t.last_activation - self.lat.install + 1 for t in before)])
         self._install(tile, min(cycles), self._free_install(tile, high))
-        self._load_waits(tile, before)
+        for other in before:
+            self._load_waits(tile, other)
 
     def _load_waits(self, tile: Tile, before: Tile) -> None:
         """What the install of a tile waited for: the tile before it, its last activation, rows made by chains."""
@@ -304,7 +320,8 @@ class Placer:
         self.pieces.append((made, at))
         tile.installed = at
         tile.first_load = first
-        self.current[tile.hemisphere] = tile
-        self.first_tile.setdefault(tile.hemisphere, tile)
+        for plane in planes(tile):
+            self.current[plane] = tile
+            self.first_tile.setdefault(plane, tile)
         self.installer[id(tile)] = len(self.placed)
         self.placed.append(Placed(f"load {tile.name}", at, at + self.lat.install))

@@ -13,7 +13,7 @@ from mapper_lpu.calendar import Calendar
 from mapper_lpu.chain import Chain, Mxm, Tile
 from mapper_lpu.decoder import Program
 from mapper_lpu.template import Form, Instruction, Latencies
-from mapper_lpu.placer import PeriodTooShort, Placed, Placer, TemplateCache
+from mapper_lpu.placer import PeriodTooShort, Placed, Placer, TemplateCache, planes
 
 _TRIES = 200
 
@@ -43,13 +43,13 @@ def _tiles(chain: Chain) -> list[Tile]:
     return found
 
 
-def _place(placer: Placer, chains: list[Chain]) -> None:
+def place(placer: Placer, chains: list[Chain]) -> None:
     """Place chains in order; a tile is loaded just before its first use, the first of a frame just in time."""
     for chain in chains:
         late: list[Tile] = []
         for tile in _tiles(chain):
             if tile.installed is None:
-                if placer.current[tile.hemisphere] is None:
+                if placer.floor is None and not any(p in placer.current for p in planes(tile)):
                     late.append(tile)
                 else:
                     placer.load(tile)
@@ -67,13 +67,15 @@ def _reset(program: Program) -> None:
         tile.reset()
 
 
-def _body(program: Program, cache: TemplateCache, period: int | None, carried: dict[int, dict[int, int]]) -> Placer:
+def _body(
+    program: Program, cache: TemplateCache, period: int | None, carried: dict[int, dict[int, int]]
+) -> Placer:
     """One attempt to place the body; `carried` gives the cycles at which rows of x are ready."""
     _reset(program)
     for stored in program.carried:
         stored.ready.update(carried[id(stored)])
     placer = Placer(Calendar(period), cache)
-    _place(placer, program.body)
+    place(placer, program.body)
     return placer
 
 
@@ -83,13 +85,11 @@ def _recurrence(program: Program, placer: Placer, carried: dict[int, dict[int, i
     for stored in program.carried:
         for row, ready in stored.ready.items():
             low = max(low, ready - carried[id(stored)][row])
-    for side, last in placer.current.items():
-        if last is not None:
-            assert last.installed is not None
-            first = placer.first_tile[side]
-            assert first.installed is not None
-            low = max(low, last.installed + placer.lat.install - first.first_load)
-            low = max(low, last.last_activation + 1 - placer.lat.install - first.installed)
+    for plane, last in placer.current.items():
+        first = placer.first_tile[plane]
+        assert last.installed is not None and first.installed is not None
+        low = max(low, last.installed + placer.lat.install - first.first_load)
+        low = max(low, last.last_activation + 1 - placer.lat.install - first.installed)
     for stored in program.values:
         if stored in program.carried:
             continue
@@ -142,7 +142,7 @@ def schedule(program: Program, latencies: Latencies, layers: int, tail: int) -> 
     before = Placer(Calendar(), cache, floor=0)
     for stored in program.carried:
         stored.ready.clear()
-    _place(before, program.before)
+    place(before, program.before)
     timed.before, timed.placed["before"] = before.instructions, before.placed
     timed.ends["before"] = _ends(program, before, carried)
     timed.start = _first_start(program, before, body, timed, carried, layers)
@@ -153,13 +153,12 @@ def schedule(program: Program, latencies: Latencies, layers: int, tail: int) -> 
             grid.take(uses, cycle + timed.start + r * timed.period)
     after = Placer(grid, cache, floor=0)
     shift = timed.start + (layers - 1) * timed.period
-    for side in (0, 1):
-        after.current[side] = _moved_tile(body.current[side], shift)
+    after.current = {plane: _moved_tile(last, shift) for plane, last in body.current.items()}
     zero = timed.start + timed.repeat * timed.period
     for stored in program.carried:
         for row in body_ready[id(stored)]:
             stored.ready[row] = zero + carried[id(stored)][row]
-    _place(after, program.after)
+    place(after, program.after)
     timed.after, timed.placed["after"] = after.instructions, after.placed
     ends = [i.cycle + i.duration for i in timed.before + timed.after]
     ends += [i.cycle + i.duration + shift for i in timed.body]
@@ -215,11 +214,9 @@ def _first_start(
     raise LoweringError("the repeated layer finds no place after what comes before it")
 
 
-def _moved_tile(tile: Tile | None, shift: int) -> Tile | None:
-    if tile is None or tile.installed is None:
-        return None
+def _moved_tile(tile: Tile, shift: int) -> Tile:
+    assert tile.installed is not None
     moved = Tile(tile.name, tile.hemisphere, tile.loads, tile.op, tile.planes)
     moved.installed = tile.installed + shift
     moved.last_activation = tile.last_activation + shift
     return moved
-

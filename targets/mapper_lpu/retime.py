@@ -18,7 +18,7 @@ from mapper_lpu.template import CONSTANTS
 PARTS = ("before", "body", "after")
 
 
-def plan_of(lowered: Lowered, machine: Machine) -> dict[str, Any]:
+def plan_of(lowered: Lowered) -> dict[str, Any]:
     """What the plan keeps per phase: pieces, ends, period, repeat, cycles."""
     phases: dict[str, Any] = {}
     for phase, timed in lowered.timed.items():
@@ -30,7 +30,9 @@ def plan_of(lowered: Lowered, machine: Machine) -> dict[str, Any]:
             "repeat": timed.repeat,
             "cycles": timed.end,
             "pieces": {part: _pieces(timed.placed[part], shift[part]) for part in PARTS},
-            "ends": {part: [[p, lag, list(form)] for p, lag, form in ends] for part, ends in timed.ends.items()},
+            "ends": {
+                part: [[p, lag, list(form)] for p, lag, form in ends] for part, ends in timed.ends.items()
+            },
         }
     return {"constants": list(CONSTANTS), "phases": phases}
 
@@ -38,7 +40,9 @@ def plan_of(lowered: Lowered, machine: Machine) -> dict[str, Any]:
 def _pieces(placed: Sequence[Placed], shift: int) -> list[Any]:
     out = []
     for piece in placed:
-        waits = [[p, lag + (shift if p < 0 else 0), list(form)] for p, (lag, form) in sorted(piece.after.items())]
+        waits = [
+            [p, lag + (shift if p < 0 else 0), list(form)] for p, (lag, form) in sorted(piece.after.items())
+        ]
         out.append([piece.name, piece.start + shift, piece.end + shift, waits])
     return out
 
@@ -52,7 +56,8 @@ def retime(schedule: Schedule, machine: Machine) -> dict[Phase, float]:
     skew = machine.whole("chip.tiles") - old.whole("chip.tiles")
     clock = machine.value("chip.clock")
     return {
-        phase: (_cycles(plan["phases"][phase], change) + skew) / clock for phase in schedule.programs
+        program.phase: (_cycles(plan["phases"][name], change) + skew) / clock
+        for name, program in schedule.programs.items()
     }
 
 
@@ -64,9 +69,10 @@ def _cycles(phase: Mapping[str, Any], change: Sequence[int]) -> int:
         old = max((pieces[part][p][1] + lag for p, lag, _ in ends[part]), default=0)
         new = max((moved[part][p] + lag + _dot(form, change) for p, lag, form in ends[part]), default=0)
         delay[part] = new - old
-    old_end = max((piece[2] for piece in pieces["after"]), default=0)
+    last = "after" if pieces["after"] else "before"
+    old_end = max((piece[2] for piece in pieces[last]), default=0)
     new_end = max(
-        (start + piece[2] - piece[1] for piece, start in zip(pieces["after"], moved["after"], strict=True)),
+        (start + piece[2] - piece[1] for piece, start in zip(pieces[last], moved[last], strict=True)),
         default=0,
     )
     cycles = phase["cycles"] + delay["before"] + phase["repeat"] * delay["body"] + new_end - old_end

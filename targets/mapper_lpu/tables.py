@@ -36,6 +36,8 @@ from mapper_lpu.template import Instruction
 
 _OPCODE = {name: number for number, name in enumerate(OPCODES)}
 _MEM_UNITS = 88
+ACCESS_TIMING = {"mem.read": [0, -1], "mem.gather": [0, -1], "mem.write": [-1, 1], "mem.scatter": [-1, 1]}
+"""A read takes place at issue; what is written can be read one cycle after issue."""
 MATRICES = ("linear", "lm_head", "gated_mlp")
 
 
@@ -87,23 +89,25 @@ def _bindings(lowered: Lowered, steps: StepTable, repeat: int) -> pa.Table | Non
 def program(phase: Phase, lowered: Lowered) -> Program:
     """The blocks of one phase."""
     timed = lowered.timed[phase]
-    body = _steps(timed.body)
-    blocks = [
-        Block("before", _steps(timed.before)),
-        Block(
-            "layer", body, timed.start, timed.repeat, timed.period, _bindings(lowered, body, timed.repeat)
-        ),
-        Block("after", _steps(timed.after)),
-    ]
-    return Program(phase, tuple(blocks), timed.end, lowered.decoders[phase].tokens)
+    blocks = [Block("before", _steps(timed.before))]
+    if timed.body:
+        body = _steps(timed.body)
+        bound = _bindings(lowered, body, timed.repeat)
+        blocks.append(Block("layer", body, timed.start, timed.repeat, timed.period, bound))
+        blocks.append(Block("after", _steps(timed.after)))
+    return Program(phase, tuple(blocks), timed.end, lowered.tokens.get(phase, 1))
 
 
-def _lifetimes(storage: Storage, timed: Mapping[str, Timed]) -> tuple[list[int], list[int]]:
+def _lifetimes(storage: Storage, timed: Mapping[Phase, Timed]) -> tuple[list[int], list[int]]:
     """First and last cycle of every temporary in its program; -1, -1 for what stays."""
     first, last = [-1] * len(storage.memory), [-1] * len(storage.memory)
     for part in timed.values():
         shift = part.start + (part.repeat - 1) * part.period
-        for instructions, low, high in ((part.before, 0, 0), (part.body, part.start, shift), (part.after, 0, 0)):
+        for instructions, low, high in (
+            (part.before, 0, 0),
+            (part.body, part.start, shift),
+            (part.after, 0, 0),
+        ):
             for i in instructions:
                 if i.mode and storage.temporary[i.buffer]:
                     begin, end = i.cycle + low, i.cycle + high + 1
@@ -131,10 +135,12 @@ def buffers(lowered: Lowered) -> pa.Table:
     )
 
 
-def number_ops(graphs: Mapping[str, Graph]) -> tuple[dict[str, dict[DataflowOp, int]], list[tuple[str, DataflowOp, int]]]:
+def number_ops(
+    graphs: Mapping[Phase, Graph],
+) -> tuple[dict[Phase, dict[DataflowOp, int]], list[tuple[Phase, DataflowOp, int]]]:
     """Row numbers of the ops table per phase, and the rows as (phase, op, repeat)."""
-    ids: dict[str, dict[DataflowOp, int]] = {}
-    rows: list[tuple[str, DataflowOp, int]] = []
+    ids: dict[Phase, dict[DataflowOp, int]] = {}
+    rows: list[tuple[Phase, DataflowOp, int]] = []
     for phase, graph in graphs.items():
         ids[phase] = {}
         for section in graph.sections():
@@ -178,7 +184,9 @@ def _weight_bytes(op: DataflowOp, stored: int, graph: Graph) -> int:
 
 
 def ops(
-    rows: Sequence[tuple[str, DataflowOp, int]], ids: Mapping[str, Mapping[DataflowOp, int]], graphs: Mapping[str, Graph]
+    rows: Sequence[tuple[Phase, DataflowOp, int]],
+    ids: Mapping[Phase, Mapping[DataflowOp, int]],
+    graphs: Mapping[Phase, Graph],
 ) -> pa.Table:
     """The ops table."""
     costs = {op: cost for graph in graphs.values() for op, _, cost in costs_of(graph)}
@@ -213,9 +221,9 @@ def assemble(
 ) -> Schedule:
     """The whole schedule."""
     weights: dict[str, Any] = {}
-    constants = dict(lowered.weights.constants)
-    for name in sorted(lowered.weights.symbols):
-        symbol = lowered.weights.symbols[name]
+    constants = dict(lowered.constants)
+    for name in sorted(lowered.symbols):
+        symbol = lowered.symbols[name]
         weights[name] = {
             "file": symbol.file,
             "offset": symbol.offset,

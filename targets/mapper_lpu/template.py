@@ -157,7 +157,9 @@ def levelled(chain: Chain, latency: int) -> tuple[list[Op], list[int]]:
         key = (producer, wanted)
         if key not in copies:
             source = at(producer, wanted - 1)
-            ops.append(Op("vxm.copy", Res(source), None, F32, F32, chain.ops[producer].ir, chain.ops[producer].count))
+            ops.append(
+                Op("vxm.copy", Res(source), None, F32, F32, chain.ops[producer].ir, chain.ops[producer].count)
+            )
             levels.append(wanted)
             copies[key] = len(ops) - 1
         return copies[key]
@@ -239,10 +241,14 @@ def build(chain: Chain, lat: Latencies, seed: int) -> Template | None:
     ops, offsets = levelled(chain, lat.alu)
     order = sorted(range(len(ops)), key=lambda i: (offsets[i], i))
     nodes = _nodes(chain, ops, offsets, order, lat.alu)
-    found = assign(_rounded(nodes), lat.entry, lat.alu, seed) or assign(tuple(nodes), lat.entry, lat.alu, seed)
+    found = assign(_rounded(nodes), lat.entry, lat.alu, seed) or assign(
+        tuple(nodes), lat.entry, lat.alu, seed
+    )
     if found is None:
         return None
-    builder = _Builder(chain, lat, found, nodes, {op: n for n, op in enumerate(order)}, _active(chain, ops, order))
+    builder = _Builder(
+        chain, lat, found, nodes, {op: n for n, op in enumerate(order)}, _active(chain, ops, order)
+    )
     for number, i in enumerate(order):
         builder.operation(number, i, ops[i], offsets[i], nodes[number])
     uses = calendar.merge(builder.raw)
@@ -295,9 +301,7 @@ class _Builder:
             flat += [out[0], 4 * out[1]] if out is not None and travels else [-1, 0]
             if opcode == "vxm.cast":
                 flat += [op.type, op.out]
-            self._emit(
-                Instruction(offset + i, FIRST_ALU + alu, opcode, tuple(flat), op.ir, flops=LANES)
-            )
+            self._emit(Instruction(offset + i, FIRST_ALU + alu, opcode, tuple(flat), op.ir, flops=LANES))
             if out is not None and travels:
                 for byte in range(TYPE_BYTES[op.out]):
                     self.raw.append((calendar.centre(out[0], 4 * out[1] + byte), offset + i + self.lat.alu))
@@ -319,14 +323,14 @@ class _Builder:
         group = self.found.outer[(number, slot)]
         arrival = offset - self.lat.entry
         match operand:
-            case Mem(value, rows):
-                self._inward(value, rows, group, arrival, op)
-                return OUTER, 1 - value.hemisphere, 4 * group
+            case Mem(stored, rows):
+                self._inward(stored, rows, group, arrival, op)
+                return OUTER, 1 - stored.hemisphere, 4 * group
             case Gather(table, index, rows):
                 self._gather(table, index, rows, group, arrival, op)
                 return OUTER, 1 - table.hemisphere, 4 * group
-            case Mxm(tile, plane, value, rows):
-                self._result(tile, plane, value, rows, group, arrival, op)
+            case Mxm(tile, plane, vector, rows):
+                self._result(tile, plane, vector, rows, group, arrival, op)
                 return OUTER, 1 - tile.hemisphere, 4 * group
         raise LoweringError(f"{self.chain.name}: unknown operand {operand}")
 
@@ -357,7 +361,15 @@ class _Builder:
                 cycle = arrival + i - distance(number) - self.lat.gather
                 self._emit(
                     Instruction(
-                        cycle, number, "mem.gather", (1 - side, stream, side, 4 * group), op.ir, 1, table.buffers[plane], 0, table.rows
+                        cycle,
+                        number,
+                        "mem.gather",
+                        (1 - side, stream, side, 4 * group),
+                        op.ir,
+                        1,
+                        table.buffers[plane],
+                        0,
+                        table.rows,
                     )
                 )
                 self._travels(side, 1 - side, stream, arrival + i, 1, distance(number))
@@ -368,7 +380,16 @@ class _Builder:
             raise LoweringError(f"{self.chain.name}: a gathered table must sit in one slice group")
         for i in self.vectors:
             departs = arrival + i - at - self.lat.gather - at  # at x = 0
-            self._outward(index, index_rows[i], side, 4 * group, departs, at, op, form(vxm_alu=self.level, vxm_entry=-1, mem_gather=-1, mem_read=-1))
+            self._outward(
+                index,
+                index_rows[i],
+                side,
+                4 * group,
+                departs,
+                at,
+                op,
+                form(vxm_alu=self.level, vxm_entry=-1, mem_gather=-1, mem_read=-1),
+            )
 
     def _travels(self, side: int, direction: int, stream: int, diagonal: int, near: int, far: int) -> None:
         self.raw += [(key, diagonal) for key in calendar.span(side, direction, stream, near, far)]
@@ -407,12 +428,14 @@ class _Builder:
         side, name = tile.hemisphere, "ew"[tile.hemisphere]
         key = (id(tile), accepted, rows)
         planes = self.activated.setdefault(key, set())
-        stream = 30 if value.type == F16 else 31
+        stream = 30 if value.type == F16 else 31 - tile.planes[0]
         if not planes:
             for i in self.vectors:
                 back = {"vxm_alu": self.level, "vxm_entry": -1, "mxm_latency": -1}
                 read = form(**back, sxm_crossing=-2, mem_read=-1)
-                self._outward(value, rows[i], side, stream, accepted + i - self.lat.edge, self.lat.edge, op, read)
+                self._outward(
+                    value, rows[i], side, stream, accepted + i - self.lat.edge, self.lat.edge, op, read
+                )
                 self.template.activations.append((tile, accepted + i, form(**back, sxm_crossing=-1)))
         planes.add(plane)
         kind = I8 if value.type == I8 else F16
@@ -444,7 +467,9 @@ class _Builder:
                     cycle = departs + distance(number)
                     if output.scatter is None:
                         self._emit(
-                            Instruction(cycle, number, "mem.write", (direction, stream), op.ir, 2, buffer, inside)
+                            Instruction(
+                                cycle, number, "mem.write", (direction, stream), op.ir, 2, buffer, inside
+                            )
                         )
                         self.template.writes.append((value, row, cycle, form(vxm_alu=self.level + 1)))
                 if output.scatter is not None:
@@ -475,4 +500,3 @@ class _Builder:
         until = max(distance(u) for u in value.units)
         read = form(vxm_alu=self.level + 1, mem_read=-1)
         self._outward(how.index, how.index_row, direction, index_stream, departs, until, op, read)
-

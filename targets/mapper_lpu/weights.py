@@ -133,7 +133,13 @@ class Weights:
         return out
 
     def table(
-        self, key: str, hemisphere: int, first: int, expr: Any, shape: tuple[int, int], take: Sequence[int] | None
+        self,
+        key: str,
+        hemisphere: int,
+        first: int,
+        expr: Any,
+        shape: tuple[int, int],
+        take: Sequence[int] | None,
     ) -> Stored:
         """A table of f32 rows in one slice group (four byte planes from slice `first` on)."""
         name = (key, hemisphere, first)
@@ -143,11 +149,15 @@ class Weights:
             lanes = None if take is None else self.constant(f"lanes/{key}", np.array(take, np.int64))
             layout = {"kind": "rows", "dtype": "f32", "ways": 1, "axes": None, "row_axes": 1, "take": lanes}
             kind: PortKind = "weight" if _reads_weight(expr) else "constant"
-            self.storage.port(f"{key}@{'ew'[hemisphere]}{first}", kind, "float32", shape, stored, layout, expr)
+            self.storage.port(
+                f"{key}@{'ew'[hemisphere]}{first}", kind, "float32", shape, stored, layout, expr
+            )
             self.stored[name] = [stored]
         return self.stored[name][0]
 
-    def array(self, key: str, hemisphere: int, first: int, array: npt.NDArray[Any], type: int = F32) -> Stored:
+    def array(
+        self, key: str, hemisphere: int, first: int, array: npt.NDArray[Any], type: int = F32
+    ) -> Stored:
         """A table from an array [rows, lanes] kept in the schedule: f32 or i16, as `type` says."""
         name = (key, hemisphere, first)
         if name not in self.stored:
@@ -174,7 +184,9 @@ class Weights:
             self.stored[name] = [stored]
         return self.stored[name][0]
 
-    def rotary(self, key: str, rope: Rope, which: int, heads: HeadLayout, hemisphere: int, first: int, scale: float) -> Stored:
+    def rotary(
+        self, key: str, rope: Rope, which: int, heads: HeadLayout, hemisphere: int, first: int, scale: float
+    ) -> Stored:
         """Cosines (which = 0) or sines (1) of every position on the lanes of every head, times `scale`."""
         half = rope.rotary // 2
         context = self.decoder.context

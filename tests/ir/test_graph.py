@@ -125,6 +125,19 @@ def test_shared_weights_count_once() -> None:
     assert graph.files == ["m.bin"]
 
 
+def test_what_only_makes_positions_is_no_parameter() -> None:
+    b = GraphBuilder("p")
+    ids = b.input("ids", TensorType.of(["n"], "i64"), "token_ids")
+    positions = b.input("positions", TensorType.of(["n", 1], "f32"), "position_ids")
+    for name, shape in (("table", (5, 4)), ("frequencies", (4,)), ("scale", (4,)), ("unused", (7,))):
+        b.weight(WeightSymbol.of(name, np.ones(shape, np.float32)))
+    angle = b.add("cos", [b.add("mul", [positions, b.load("frequencies")])])
+    doubled = b.add("add", [b.load("scale"), b.load("scale")])
+    y = b.add("mul", [b.add("embed", [ids], {"table": "table"}), doubled])
+    graph = b.finish({"y": b.add("mul", [y, angle])})
+    assert graph.params == 5 * 4 + 4
+
+
 def test_weights_are_read_at_their_offset(tmp_path: Path) -> None:
     data = np.arange(12, dtype=np.float32).reshape(3, 4)
     (tmp_path / "m.bin").write_bytes(b"head" + data.tobytes())
@@ -152,6 +165,8 @@ TEXT = """builtin.module attributes {dataflow.model = {name = "m"}} {
   }
 }
 """
+WEIGHT = TEXT[TEXT.index("  dataflow.weight") : TEXT.index("  dataflow.graph")]
+GRAPH = TEXT[TEXT.index("  dataflow.graph") : TEXT.rindex("}")]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +184,9 @@ TEXT = """builtin.module attributes {dataflow.model = {name = "m"}} {
         ("n x 4], f32", "n x 4], f17", "not a dataflow module"),
         ("[n x 3], f32>):", "[n x 'a', f32>):", "not a dataflow module"),
         ("dataflow.graph", "dataflow.grape", "not a dataflow module"),
+        ("  dataflow.graph", WEIGHT + "  dataflow.graph", "Redefinition of symbol"),
+        (GRAPH, "", "0 graphs"),
+        (GRAPH, GRAPH + GRAPH, "Redefinition of symbol"),
     ],
 )  # fmt: skip
 def test_broken_text_is_a_model_error(old: str, new: str, why: str) -> None:
@@ -178,3 +196,31 @@ def test_broken_text_is_a_model_error(old: str, new: str, why: str) -> None:
     assert old in TEXT
     with pytest.raises(ModelError, match=why):
         Graph.parse(TEXT.replace(old, new))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_mutilated_text_is_a_model_error_or_a_graph(data: st.DataObject) -> None:
+    text = TEXT
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text) - 1))
+        stop = start + data.draw(st.integers(0, 6))
+        filler = data.draw(
+            st.sampled_from(["", "-", "0", "9" * 30, '"', "}", "<", "%0", "@w", "f16", " x ", "\x00"])
+        )
+        text = text[:start] + filler + text[stop:]
+    try:
+        graph = Graph.parse(text)
+    except ModelError:
+        return
+    assert Graph.parse(graph.print()).print() == graph.print()
+
+
+def test_a_repeat_reads_nothing_from_outside_but_its_operands() -> None:
+    grouped = Repeat().apply(run(llama(Sizes(layers=2, width=8, vocab=5)), "fold,cse,dce")).clone()
+    _, body, _ = grouped.sections()
+    assert body.repeat is not None
+    norm = body.ops[0]
+    norm.operands[0] = body.carried[0].initial
+    with pytest.raises(ModelError, match="malformed"):
+        grouped.verify()

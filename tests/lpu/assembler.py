@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mapper_lpu
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from mapper_lpu import isa
-from mapper_lpu.execute import Executor
 
+import mapper_lpu
 from mapper.schedule.tables import (
     BINDING_SCHEMA,
     BUFFER_SCHEMA,
@@ -28,6 +26,8 @@ from mapper.schedule.tables import (
     StepTable,
     step_table,
 )
+from mapper_lpu import isa
+from mapper_lpu.execute import Executor
 
 MACHINE = (Path(mapper_lpu.__file__).parent / "machines" / "groq-lpu1.toml").read_text(encoding="utf-8")
 E, W = isa.EAST, isa.WEST
@@ -128,7 +128,9 @@ class Bench:
         constants: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> Schedule:
         """A one-program schedule over these buffers."""
-        memory, offset, size = (list(c) for c in zip(*self.buffers, strict=True)) if self.buffers else ([], [], [])
+        memory, offset, size = (
+            (list(c) for c in zip(*self.buffers, strict=True)) if self.buffers else ([], [], [])
+        )
         count = len(memory)
         columns = [memory, offset, size, [""] * count, [-1] * count, [-1] * count, [""] * count]
         arrays = [pa.array(c, f.type) for c, f in zip(columns, BUFFER_SCHEMA, strict=True)]

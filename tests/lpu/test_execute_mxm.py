@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mapper_lpu import isa
 
 from mapper.errors import ExecutionFault
+from mapper_lpu import isa
 from tests.lpu.assembler import Bench, E, Line, W
 
 RANDOM = np.random.default_rng(5)
@@ -29,7 +29,9 @@ def load(bench: Bench, plane: int, rows: Any, first: int, row: int, base: int = 
     return lines
 
 
-def activate(bench: Bench, values: Any, cycle: int, stream: int, planes: tuple[int, ...], row: int) -> list[Line]:
+def activate(
+    bench: Bench, values: Any, cycle: int, stream: int, planes: tuple[int, ...], row: int
+) -> list[Line]:
     """Bring the activation from slices 32.. (x = 9) to the MXM for `cycle`, and accept it on some planes."""
     lines = []
     for i, b in enumerate(bench.planes([f"mem.e.{32 + i}" for i in range(values.itemsize)], row, values)):

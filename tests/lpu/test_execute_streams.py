@@ -108,7 +108,9 @@ def test_a_write_is_seen_one_cycle_later_and_unwritten_bytes_are_poison() -> Non
     bench.run([*program, read(2, "mem.w.11", b, E, 1), write(4, "mem.w.04", c, E, 1)])
     assert np.array_equal(bench.row("mem.w.04"), sent)
     empty = bench.buffer("mem.w.11", 1)
-    with pytest.raises(ExecutionFault, match=r"cycle 9: mem.w.11 mem.read: reads bytes that nothing has written"):
+    with pytest.raises(
+        ExecutionFault, match=r"cycle 9: mem.w.11 mem.read: reads bytes that nothing has written"
+    ):
         bench.run([*program, read(9, "mem.w.11", empty, E, 1)])
 
 
@@ -225,7 +227,9 @@ def test_repetitions_overlap_and_are_bound_to_buffers() -> None:
     sources = [bench.put("mem.w.40", 10 + i, v) for i, v in enumerate(sent)]
     targets = [bench.buffer("mem.e.40", 20 + i) for i in range(5)]
     steps = table([read(-4, "mem.w.40", sources[0], E, 0), write(19, "mem.e.40", targets[0], E, 0)])
-    rows = [(sources[0], i, sources[i]) for i in range(1, 5)] + [(targets[0], i, targets[i]) for i in range(1, 5)]
+    rows = [(sources[0], i, sources[i]) for i in range(1, 5)] + [
+        (targets[0], i, targets[i]) for i in range(1, 5)
+    ]
     block = Block("body", steps, start=4, repeat=5, period=3, bindings=bindings(rows))
     schedule = bench.schedule([block])
     executor = Executor()

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mapper_lpu import isa
 
 from mapper.errors import ExecutionFault
+from mapper_lpu import isa
 from tests.lpu.assembler import Bench, E, Line, W, bits
 
 RANDOM = np.random.default_rng(11)
@@ -41,7 +41,9 @@ def stream_out(bench: Bench, first: int, count: int, stream: int, departure: int
     return lines
 
 
-def unary(alu: int, opcode: str, x: Any, out: tuple[int, int], cycle: int = 20, extra: tuple[int, ...] = ()) -> Any:
+def unary(
+    alu: int, opcode: str, x: Any, out: tuple[int, int], cycle: int = 20, extra: tuple[int, ...] = ()
+) -> Any:
     """Run one unary instruction on values that enter at stream 0."""
     bench = Bench(rows=4)
     size = isa.TYPE_BYTES[extra[1]] if extra else 4
@@ -83,7 +85,9 @@ def test_functions_are_rounded_once() -> None:
 
 
 def test_casts() -> None:
-    x = np.concatenate([numbers()[:300], np.array([2.5, -3.5, 1e30, -1e30, 65520, 65519, 3e-8, 127.5] * 3)[:20]])
+    x = np.concatenate(
+        [numbers()[:300], np.array([2.5, -3.5, 1e30, -1e30, 65520, 65519, 3e-8, 127.5] * 3)[:20]]
+    )
     x = x.astype(np.float32)
     with np.errstate(over="ignore"):
         assert np.array_equal(unary(0, "vxm.cast", x, (E, 0), extra=(4, 3)), x.astype(np.float16))
@@ -129,7 +133,10 @@ def test_an_inner_operand_must_come_from_an_alu_upstream() -> None:
     ]
     with pytest.raises(ExecutionFault, match="against the direction"):
         bench.run(lines)
-    passing = [*stream_in(bench, numbers(), 8, 0, 20), Line(20, "vxm.01", "vxm.neg", (isa.INNER, W, 0, E, 16))]
+    passing = [
+        *stream_in(bench, numbers(), 8, 0, 20),
+        Line(20, "vxm.01", "vxm.neg", (isa.INNER, W, 0, E, 16)),
+    ]
     with pytest.raises(ExecutionFault, match="not produced by an ALU"):
         bench.run(passing)
 

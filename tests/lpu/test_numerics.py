@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mapper_lpu import isa
 from mapper_lpu.chip import codes, numerics
 
@@ -58,14 +59,18 @@ def test_casts_to_integers_saturate(to: int, name: str) -> None:
     values = np.concatenate([RANDOM.standard_normal(500) * 10.0**e for e in range(-1, 12)]).astype(np.float32)
     values = np.concatenate([values, np.array([0.5, 1.5, -0.5, -2.5, np.inf, -np.inf, np.nan], np.float32)])
     limits = np.iinfo(name)
-    expected = np.clip(np.nan_to_num(np.rint(values.astype(np.float64)), posinf=1e30, neginf=-1e30), limits.min, limits.max)
+    expected = np.clip(
+        np.nan_to_num(np.rint(values.astype(np.float64)), posinf=1e30, neginf=-1e30), limits.min, limits.max
+    )
     got = cast(values.view(np.uint32), isa.F32, to).astype(np.uint32).view(np.int32)
     assert np.array_equal(got, expected.astype(np.int64))
 
 
 def test_int32_to_float_rounds_once() -> None:
     whole = RANDOM.integers(-(2**31), 2**31, 3200).astype(np.int32)
-    assert np.array_equal(cast(whole.view(np.uint32), isa.I32, isa.F32).view(np.float32), whole.astype(np.float32))
+    assert np.array_equal(
+        cast(whole.view(np.uint32), isa.I32, isa.F32).view(np.float32), whole.astype(np.float32)
+    )
     with np.errstate(over="ignore"):
         expected = whole.astype(np.float16).view(np.uint16)
     assert np.array_equal(cast(whole.view(np.uint32), isa.I32, isa.F16), expected)
@@ -103,7 +108,13 @@ def test_dot_products_are_summed_in_float64() -> None:
 
 def test_the_compiled_loop_and_the_isa_agree_on_numbers() -> None:
     assert set(codes.OPERATIONS) == set(isa.OPCODES)
-    assert [codes.I8, codes.I16, codes.I32, codes.F16, codes.F32] == [isa.I8, isa.I16, isa.I32, isa.F16, isa.F32]
+    assert [codes.I8, codes.I16, codes.I32, codes.F16, codes.F32] == [
+        isa.I8,
+        isa.I16,
+        isa.I32,
+        isa.F16,
+        isa.F32,
+    ]
     kinds = [codes.IMMEDIATE, codes.OUTER, codes.INNER, codes.ACC]
     assert kinds == [isa.IMMEDIATE, isa.OUTER, isa.INNER, isa.ACC]
     for name, number in (("vxm.add", codes.ADD), ("vxm.cast", codes.CAST), ("mxm.load", codes.LOAD)):

@@ -17,6 +17,7 @@ from mapper.ir.reference import evaluate
 from mapper.ir.types import TensorType
 from mapper.passes.pipeline import run
 from mapper.passes.serve import serve
+from mapper.passes.shorten import shorten
 from tests.ir.models import Sizes, gpt2, llama, run_inputs
 
 Array = npt.NDArray[Any]
@@ -67,6 +68,25 @@ def test_the_test_models_attend_unevenly() -> None:
     whole = evaluate(graph, run_inputs(graph, np.arange(12)[None] * 5 % 61))["logits"]
     swapped = evaluate(graph, run_inputs(graph, np.array([[5, 0, *range(10, 60, 5)]])))["logits"]
     assert np.abs(whole[0, -1] - swapped[0, -1]).max() > 0.02 * np.abs(whole[0, -1]).max()
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_many_layers_are_served_through_two_of_them(build: Callable[[Sizes], Graph], phase: str) -> None:
+    graph = run(build(Sizes(layers=5, groups=4)), "fold,cse,dce")
+    grouped = run(graph, "repeat")
+    short = shorten(grouped)
+    assert short is not None and [s.count for s in short.sections()] == [1, 2, 1]
+    assert shorten(graph) is None
+    whole = serve(graph, phase, 2, 4, 11)
+    assert [s.count for s in whole.sections()] == [1, 5, 1]
+    assert serve(grouped, phase, 2, 4, 11).print() == whole.print()
+
+
+def test_layers_that_differ_in_more_than_weights_are_not_shortened() -> None:
+    grouped = run(llama(Sizes(layers=4)), "repeat")  # shape operands of each layer its own: iterated values
+    assert shorten(grouped) is None
+    assert serve(grouped, context=9).layers == 4
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -176,6 +196,12 @@ def test_a_hidden_path_that_reads_positions_is_refused_by_name() -> None:
 def test_options_out_of_range_are_usage_errors(options: dict[str, Any], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         serve(llama(Sizes(layers=1)), **options)
+
+
+def test_more_context_than_learned_positions_is_a_usage_error() -> None:
+    assert serve(gpt2(), context=64).inputs[2][1].ints[2] == 64
+    with pytest.raises(UsageError, match="context 65: the model has 64 positions"):
+        serve(gpt2(), context=65)
 
 
 def test_a_fixed_batch_that_differs_is_refused() -> None:

@@ -160,14 +160,11 @@ def edit(folder: Path, **changes: Any) -> None:
         {"memories": [["mem", 4096], ["mem", 4096]]},
         {"units": ["alu0"]},
         {"opcodes": ["copy"]},
-        {"programs__decode__cycles": -1},
-        {"programs__decode__blocks": 7},
-        {
-            "programs__decode__blocks": [
-                {"name": "a", "start": 0, "repeat": 2**40, "period": 1, "bindings": False}
-            ]
-        },
-        {"programs": {"idle": {"blocks": [], "cycles": 0, "sequence": 1}}},
+        {"programs__0__cycles": -1},
+        {"programs__0__blocks": 7},
+        {"programs__0__blocks": [{"name": "a", "start": 0, "repeat": 2**40, "period": 1, "bindings": False}]},
+        {"programs": [{"phase": "idle", "blocks": [], "cycles": 0, "sequence": 1}]},
+        {"programs": [{"phase": "decode", "blocks": [], "cycles": 0, "sequence": 1}] * 2},
         {"ports__0__dtype": "object"},
         {"ports__0__shape": [-4]},
         {"ports__0__buffers": [99]},

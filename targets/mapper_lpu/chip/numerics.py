@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from mapper_kernels.jit import jit
 
+from mapper_kernels.jit import jit
 from mapper_lpu.chip.codes import (
     ADD,
     COPY,
@@ -39,6 +39,10 @@ F64s = npt.NDArray[np.float64]
 
 _WIDTH = 16
 PARTIALS = 4 * _WIDTH
+
+
+TANH_IN, TANH_OUT = 6.0 / 32767.0, 32767.0
+"""tanh takes int16 in units of 6/32767 and returns int16 in units of 1/32767."""
 
 
 @jit
@@ -154,7 +158,7 @@ def binary_lanes(operation: int, left: U32, right: U32, target: U32) -> None:
 
 @jit
 def unary_lanes(operation: int, source: U32, target: U32) -> None:
-    """Lane by lane on float32: neg, copy, relu (NaN stays NaN), exp2, rsqrt, tanh."""
+    """Lane by lane on float32: neg, copy, relu (NaN stays NaN), exp2, rsqrt; on int16: tanh."""
     a, out = source.view(np.float32), target.view(np.float32)
     if operation == NEG:
         for i in range(LANES):
@@ -173,7 +177,8 @@ def unary_lanes(operation: int, source: U32, target: U32) -> None:
             out[i] = inverse_root(a[i])
     else:
         for i in range(LANES):
-            out[i] = np.float32(math.tanh(np.float64(a[i])))
+            whole = np.float64(np.int16(source[i] & np.uint32(0xFFFF)))
+            target[i] = np.uint32(np.int64(np.rint(TANH_OUT * math.tanh(whole * TANH_IN))) & 0xFFFF)
 
 
 @jit

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from mapper_kernels.jit import entry, jit
-
 from mapper_lpu.chip import mxm, units, vxm
 from mapper_lpu.chip.codes import (
     ACTIVATE,

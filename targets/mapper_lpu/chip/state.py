@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from mapper_kernels.jit import jit
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mapper_kernels.jit import jit
 from mapper_lpu.chip.codes import (
     ALUS,
     LANES,
@@ -32,7 +32,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 def inline(function: F) -> F:
     """Compile into the caller: for functions that take the whole Chip, which would be costly to pass."""
     return cast(F, njit(forceinline=True)(function))
-
 
 
 class Timing(NamedTuple):
@@ -80,7 +79,9 @@ class Chip(NamedTuple):
     permutes: Array  # int64 [maps, 320]
 
 
-def empty_chip(timing: Timing, pool: int, units: int, permutes: Array, memories: tuple[Array, Array, Array]) -> Chip:
+def empty_chip(
+    timing: Timing, pool: int, units: int, permutes: Array, memories: tuple[Array, Array, Array]
+) -> Chip:
     """A chip with nothing valid in it. `memories`: addresses of data, of flags, and sizes in bytes."""
     tile = (PLANES, LANES, LANES)
     depth = timing.alu + 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from mapper_kernels.jit import jit
 
+from mapper_kernels.jit import jit
 from mapper_lpu.chip.codes import (
     ADDRESS,
     ARGS,

@@ -1,0 +1,1 @@
+"""Benchmarks and side-by-side comparisons; run as `python -m benchmarks.NAME`."""
