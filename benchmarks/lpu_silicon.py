@@ -2,11 +2,12 @@
 
     python -m benchmarks.lpu_silicon --hidden 512 --batch 1 --json
 
-Builds one step of an int8 LSTM (four products of [B, 2h] x [2h, h], scale and bias, gates, new cell and hidden state) directly in
-the IR, lowers it with the lpu backend, checks and executes the schedule, compares it with NumPy, and prints its cycles beside
-those that GroqView gave for Groq's own compiler (github.com/groq/GroqAPI, gapi/notebooks/lstm.ipynb, January 2023;
-h = 512). `low` and `high` are this schedule's cycles when each assumed machine constant goes to its bounds, deviations
-summed in quadrature. Nothing is fitted to the published numbers.
+Builds one step of an int8 LSTM (four products of [B, 2h] x [2h, h], scale and bias, gates, new cell and
+hidden state) directly in the IR, lowers it with the lpu backend, checks and executes the schedule, compares
+it with NumPy, and prints its cycles beside those that GroqView gave for Groq's own compiler
+(github.com/groq/GroqAPI, gapi/notebooks/lstm.ipynb, January 2023; h = 512). `low` and `high` are this
+schedule's cycles when each assumed machine constant goes to its bounds, deviations summed in quadrature.
+Nothing is fitted to the published numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def lstm(hidden: int, batch: int, seed: int = 0) -> Graph:
-    """One LSTM step with random int8 weights (fan-in scaled): inputs x, h (i8) and c (f32), outputs c and h."""
+    """One LSTM step with random int8 weights (fan-in scaled): inputs x, h (i8) and c (f32), outputs c and h.
+    """
     rng = np.random.default_rng(seed)
     b = GraphBuilder("lstm")
     x = b.input("x", TensorType.of([batch, hidden], "i8"))

@@ -60,7 +60,7 @@ class Backend(Protocol):
         """Lower bounds on the time of any schedule, per phase, from graph and machine alone."""
 
     def retime(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, float]:
-        """Seconds per program with another machine's constants: order and placement kept, starts recomputed."""
+        """Seconds per program with another machine's constants; order and placement are kept."""
 
     def artifacts(self, schedule: Schedule) -> Sequence[Artifact]:
         """Files generated from the schedule, written into its directory."""

@@ -26,7 +26,7 @@ _ONE: Any = np.int64(1)
 
 
 @jit
-def _unary_f(op: int, x: float) -> float:
+def _unary_f(op: int, x: float) -> Any:
     if op == NEG:
         return -x
     if op == ABS:
@@ -57,7 +57,7 @@ def _unary_f(op: int, x: float) -> float:
 
 
 @jit
-def _unary_f_more(op: int, x: float) -> float:
+def _unary_f_more(op: int, x: float) -> Any:
     if op == SIGMOID:
         return 1.0 / (1.0 + math.exp(-x))
     if op == SOFTPLUS:
@@ -82,7 +82,7 @@ def _unary_f_more(op: int, x: float) -> float:
 
 
 @jit
-def _unary_i(op: int, x: int) -> int:
+def _unary_i(op: int, x: int) -> Any:
     if op == NEG:
         return -x
     if op == ABS:
@@ -99,7 +99,7 @@ def _unary_i(op: int, x: int) -> int:
 
 
 @jit
-def _binary_f(op: int, a: float, b: float) -> float:
+def _binary_f(op: int, a: float, b: float) -> Any:
     if op == ADD:
         return a + b
     if op == SUB:
@@ -137,7 +137,7 @@ def _compare_f(op: int, a: float, b: float) -> bool:
 
 
 @jit
-def _binary_i(op: int, a: int, b: int) -> int:
+def _binary_i(op: int, a: int, b: int) -> Any:
     if op == ADD:
         return a + b
     if op == SUB:
@@ -166,7 +166,7 @@ def _binary_i(op: int, a: int, b: int) -> int:
 
 
 @jit
-def _truncated(a: int, b: int) -> int:
+def _truncated(a: int, b: int) -> Any:
     if b == 0:
         return 0
     size = abs(a) // abs(b)
@@ -174,7 +174,7 @@ def _truncated(a: int, b: int) -> int:
 
 
 @jit
-def _power(a: int, b: int) -> int:
+def _power(a: int, b: int) -> Any:
     if b < 0:
         return np.int64(np.float64(a) ** np.float64(b))
     result = np.int64(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba import extending
 
 F = TypeVar("F", bound=Callable[..., Any])
 SAFE = {"contract", "nsz", "arcp", "reassoc", "afn"}
@@ -27,8 +28,14 @@ def digest(folder: Path) -> str:
 def _compiled(function: F, **options: Any) -> F:
     # private functions are called from compiled code only: without wrappers they compile faster
     bare = function.__name__.startswith("_") or "forceinline" in options
-    wrappers = {"no_cpython_wrapper": bare, "no_cfunc_wrapper": True}
-    return cast(F, numba.njit(error_model="numpy", **wrappers, **options)(function))
+    options |= {"error_model": "numpy", "no_cpython_wrapper": bare, "no_cfunc_wrapper": True}
+    compiler: Any = numba.njit
+    return cast(F, compiler(**options)(function))
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """numba.extending.intrinsic: code for the compiler, called without the typing context."""
+    return extending.intrinsic(function)
 
 
 def jit(function: F) -> F:
@@ -51,7 +58,7 @@ def entry(*folders: Path) -> Callable[[F], F]:
     def wrap(function: F) -> F:
         compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
         stamp = tuple(digest(f) for f in (Path(__file__).parent, *folders))
-        file = getattr(compiled._cache, "_cache_file", None)
+        file: Any = getattr(compiled._cache, "_cache_file", None)
         if hasattr(file, "_source_stamp"):
             file._source_stamp = stamp
         return cast(F, compiled)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 
-from mapper_kernels.jit import inline, jit
+from mapper_kernels.jit import inline, intrinsic, jit
 
 F32, F64, F16, BF16, F8E4M3, F8E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL = range(15)
 CODES = {
@@ -163,7 +163,7 @@ def u64(address: int, n: int) -> Any:
 
 
 @jit
-def small_to_f64(bits: int, exponent_bits: int, mantissa_bits: int, finite: bool) -> float:
+def small_to_f64(bits: Any, exponent_bits: int, mantissa_bits: int, finite: bool) -> Any:
     """The value of a small float's bits: IEEE-like with subnormals; `finite` formats (e4m3fn) have no infinity."""
     top = (1 << exponent_bits) - 1
     mantissa = bits & ((1 << mantissa_bits) - 1)
@@ -208,7 +208,7 @@ def f64_to_small(value: float, exponent_bits: int, mantissa_bits: int, finite: b
 
 
 @jit
-def load_f(address: int, code: int, index: int) -> float:
+def load_f(address: int, code: int, index: int) -> Any:
     """Element `index` of an array of floating-point (or any) type `code`, as float64."""
     if code == F32:
         return np.float64(carray(_pointer(address), (index + 1,), np.float32)[index])
@@ -227,7 +227,7 @@ def load_f(address: int, code: int, index: int) -> float:
 
 
 @jit
-def load_i(address: int, code: int, index: int) -> int:
+def load_i(address: int, code: int, index: int) -> Any:
     """Element `index` of an array of integer or bool type `code`, as int64."""
     if code == I64 or code == U64:
         return carray(_pointer(address), (index + 1,), np.int64)[index]
@@ -266,7 +266,7 @@ def store_f(address: int, code: int, index: int, value: float) -> None:
 
 
 @jit
-def store_i(address: int, code: int, index: int, value: int) -> None:
+def store_i(address: int, code: int, index: int, value: Any) -> None:
     """Write an int64 as element `index` of integer or bool type `code`; integers wrap, bool is value != 0."""
     if code == I64 or code == U64:
         carray(_pointer(address), (index + 1,), np.int64)[index] = value

@@ -13,7 +13,7 @@ SUM, MEAN, MAX, MIN, PROD, SUM_SQUARE, L2, L1, LOG_SUM_EXP = range(9)
 
 
 @jit
-def offset_of(index: int, shape: Any, strides: Any) -> int:
+def offset_of(index: int, shape: Any, strides: Any) -> Any:
     """Element offset of flat row-major `index` in an array of `shape` with `strides` (in elements)."""
     offset = 0
     for d in range(shape.shape[0] - 1, -1, -1):
@@ -23,7 +23,7 @@ def offset_of(index: int, shape: Any, strides: Any) -> int:
 
 
 @jit
-def _total_f(kind: int, x: int, code: int, base: int, count: int, shape: Any, strides: Any) -> float:
+def _total_f(kind: int, x: int, code: int, base: int, count: int, shape: Any, strides: Any) -> Any:
     total = 1.0 if kind == PROD else 0.0
     if kind == MAX:
         total = -np.inf
@@ -59,7 +59,7 @@ def _total_f(kind: int, x: int, code: int, base: int, count: int, shape: Any, st
 
 
 @jit
-def _total_i(kind: int, x: int, code: int, base: int, count: int, shape: Any, strides: Any) -> int:
+def _total_i(kind: int, x: int, code: int, base: int, count: int, shape: Any, strides: Any) -> Any:
     total = load_i(x, code, base) if count > 0 and (kind == MAX or kind == MIN) else np.int64(kind == PROD)
     for i in range(count):
         v = load_i(x, code, base + offset_of(i, shape, strides))

@@ -8,7 +8,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from mapper_kernels.jit import intrinsic
 
 LANES = 8
 """Elements of one vector; the code generator splits or widens them to what the processor has."""
@@ -25,7 +26,8 @@ def _splat(builder: Any, scalar: Any) -> Any:
 def _emit(builder: Any, rows: int, vectors: int, args: Any) -> None:
     x, x_step, w, w_step, y, y_step, k = args
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    muladd = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    declare: Any = cgutils.get_or_insert_function
+    muladd = declare(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
 
     def element(address: Any, kind: Any) -> Any:
         return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)

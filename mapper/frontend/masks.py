@@ -103,11 +103,9 @@ def evaluate(probe: Probe, stored: Mapping[int, Array], new: int, past: int) -> 
     if values.ndim > 4 or (values.ndim == 4 and values.shape[0] != 1):
         return None
     values = values.reshape((1,) * (4 - values.ndim) + values.shape)[0]
-    return (
-        np.broadcast_to(values, (values.shape[0], new, values.shape[2]))
-        if values.shape[2] == past + new
-        else None
-    )
+    if values.shape[1] not in (1, new) or values.shape[2] not in (1, past + new):
+        return None
+    return np.broadcast_to(values, (values.shape[0], new, past + new))
 
 
 def read(values: Array, past: int) -> MaskKind | None:

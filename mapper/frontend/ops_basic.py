@@ -18,7 +18,7 @@ _UNARY = {
     "Not": "not", "IsNaN": "isnan", "IsInf": "isinf", "Atan": "atan",
 }  # fmt: skip
 _BINARY = {
-    "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Mod": "mod", "And": "and", "Or": "or",
+    "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "And": "and", "Or": "or",
     "Xor": "xor",
     "Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge",
     "BitwiseAnd": "bitwise_and", "BitwiseOr": "bitwise_or",
@@ -33,6 +33,13 @@ def _unary(c: Call) -> list[Value]:
 @lowers(*_BINARY)
 def _binary(c: Call) -> list[Value]:
     return [b.binary(c.net, _BINARY[c.node.op], c.x(0), c.x(1))]
+
+
+@lowers("Mod")
+def _mod(c: Call) -> list[Value]:
+    if c.integer("fmod"):
+        return [c.net.make("mod", [c.x(0), c.x(1)], {"fmod": True})]
+    return [b.binary(c.net, "mod", c.x(0), c.x(1))]
 
 
 @lowers("Pow")

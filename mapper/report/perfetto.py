@@ -84,12 +84,18 @@ def _block(schedule: Schedule, block: Block, pid: int, whole: bool) -> Iterator[
     for r in range(block.repeat if whole else min(block.repeat, 1)):
         base = block.start + r * block.period
         for start, duration, unit, opcode, op, moved, flops in zip(*columns, strict=True):
-            args = f'"op":{titles[op]}' + (f',"bytes":{moved}' * (moved > 0)) + (f',"flops":{flops}' * (flops > 0))
+            args = (
+                f'"op":{titles[op]}'
+                + (f',"bytes":{moved}' * (moved > 0))
+                + (f',"flops":{flops}' * (flops > 0))
+            )
             yield _slice(opcodes[opcode], base + start, duration, pid, unit, args)
 
 
 def _slice(name: str, start: int, duration: int, pid: int, tid: int, args: str = "") -> str:
-    return f'{{"ph":"X","name":{name},"ts":{start},"dur":{duration},"pid":{pid},"tid":{tid},"args":{{{args}}}}}'
+    return (
+        f'{{"ph":"X","name":{name},"ts":{start},"dur":{duration},"pid":{pid},"tid":{tid},"args":{{{args}}}}}'
+    )
 
 
 def _meta(kind: str, pid: int, tid: int, name: str) -> str:

@@ -104,20 +104,21 @@ def fields(record: Mapping[str, Any], title: str = "") -> Table:
     return made
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, depth: int = 0) -> str:
+    """Records of records and lists of records take a line each; what is inside of them stays on it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items()) or "none"
+        nested = depth == 0 and any(isinstance(v, Mapping) for v in value.values())
+        parts = [f"{k}{':' if nested else ''} {_cell(v, depth + 1)}" for k, v in value.items()]
+        return ("\n" if nested else ", ").join(parts) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(_cell(v) for v in value) or "none"
+        nested = depth == 0 and any(isinstance(v, Mapping) for v in value)
+        joined = ("\n" if nested else ", ").join(_cell(v, depth + 1) for v in value)
+        return (f"[{joined}]" if depth else joined) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
-    return (
-        significant(value)
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return significant(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -5,14 +5,15 @@ The runtime knows the tables; what opcodes and layouts mean comes from the targe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mapper.errors import ScheduleError, UsageError, WeightsMissingError
+from mapper.errors import ExecutionFault, MapperError, ScheduleError, UsageError, WeightsMissingError
 from mapper.runtime.interface import Semantics
 from mapper.runtime.memories import POISON, allocate, temporaries
 from mapper.runtime.weights import WeightFiles
@@ -61,7 +62,8 @@ class Session:
         self._place(port, array.astype(dtype(port.dtype), copy=False))
 
     def _place(self, port: Port, array: Array) -> None:
-        self._semantics.place(self.schedule, port, array, self._memories)
+        with _nonsense(f"port {port.name}", ScheduleError):
+            self._semantics.place(self.schedule, port, array, self._memories)
 
     def reset(self) -> None:
         """Bring every state port back to its initial value."""
@@ -92,13 +94,15 @@ class Session:
             self._memories.data(memory)[low:high] = POISON
         for name, port in wanted.items():
             self._place(port, _fitting(name, inputs[name], port))
-        self.cycles += self._semantics.run(self.schedule, phase, self._memories)
+        with _nonsense(f"program {phase}", ExecutionFault):
+            self.cycles += self._semantics.run(self.schedule, phase, self._memories)
         self.steps += sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
         self.runs += 1
         return {p.name: self._fetch(p) for p in self.ports("output", phase=phase)}
 
     def _fetch(self, port: Port) -> Array:
-        return self._semantics.fetch(self.schedule, port, self._memories)
+        with _nonsense(f"port {port.name}", ScheduleError):
+            return self._semantics.fetch(self.schedule, port, self._memories)
 
     def state(self, name: str) -> Array:
         """The array of state port `name`, now. Raises UsageError, ExecutionFault on unwritten bytes."""
@@ -114,6 +118,15 @@ class Session:
         if port is None or port.kind != "state":
             raise UsageError(f"the schedule has no state {name!r}")
         return port
+
+
+@contextmanager
+def _nonsense(what: str, kind: type[MapperError]) -> Iterator[None]:
+    """A schedule from disk may hold layouts and immediates that a target trips over: one line, no trace."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        raise kind(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _none(name: str) -> Array:

@@ -42,7 +42,15 @@ def run_checks(schedule: Schedule, extra: Sequence[Check] = ()) -> dict[str, lis
     memory, only `CapacityFits` runs, because the other checks rely on it."""
     found: dict[str, list[Violation]] = {}
     for check in (*SHARED, *extra):
-        found[check.name] = check.run(schedule)
+        found[check.name] = _run(check, schedule)
         if check.name == "CapacityFits" and found[check.name]:
             break
     return found
+
+
+def _run(check: Check, schedule: Schedule) -> list[Violation]:
+    try:
+        return check.run(schedule)
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        # a plan or immediates that a check cannot make sense of are no legal schedule
+        return [Violation(f"the schedule makes no sense to this check: {type(error).__name__}: {error}")]

@@ -54,6 +54,7 @@ def validate(schedule: Schedule) -> None:
             _block(schedule, block, f"{phase}, block {number}")
     _ports(schedule)
     _weights(schedule)
+    _plan(schedule)
 
 
 def _range(value: int, low: int, high: int, what: str) -> None:
@@ -246,3 +247,40 @@ def _weights(schedule: Schedule) -> None:
             raise ScheduleError(f"{what}: offset, bytes and shape must be whole numbers")
         if array_bytes(tuple(whole[2:]), entry.get("dtype", "")) != size:
             raise ScheduleError(f"{what}: {size} bytes is not what {entry.get('dtype')} {whole[2:]} takes")
+
+
+ARITHMETIC = ("matmul", "accumulate", "key_cache", "value_cache")
+
+
+def _plan(schedule: Schedule) -> None:
+    """The entries of a plan that mean the same for every target; all others belong to the target."""
+    plan: Any = schedule.plan
+    if plan is None:
+        return
+    if not isinstance(plan, dict):
+        raise ScheduleError("plan: not a table")
+    for name in ("gather", "commutative"):
+        if not (
+            isinstance(plan.get(name, []), list | tuple)
+            and all(isinstance(v, str) for v in plan.get(name, []))
+        ):
+            raise ScheduleError(f"plan.{name}: not a list of opcodes")
+    fused, timing, arithmetic = (plan.get(k) or {} for k in ("fused", "access_timing", "arithmetic"))
+    if not all(isinstance(v, dict) for v in (fused, timing, arithmetic)):
+        raise ScheduleError("plan: fused, access_timing and arithmetic are tables")
+    for op, by in fused.items():
+        if not (str(op).isdecimal() and _whole(by) and 0 <= int(op) < schedule.ops.num_rows > by >= 0):
+            raise ScheduleError(f"plan.fused: {op!r} by {by!r} are not two rows of ops")
+    for opcode, offsets in timing.items():
+        if not (isinstance(offsets, list | tuple) and len(offsets) == 2 and all(_whole(v) for v in offsets)):
+            raise ScheduleError(f"plan.access_timing.{opcode}: not [cycles, cycles]")
+        _column(np.array(offsets, np.int64), -1, MAX_CYCLE, f"plan.access_timing.{opcode}")
+    for name, kind in arithmetic.items():
+        if name not in ARITHMETIC:
+            raise ScheduleError(f"plan.arithmetic: unknown entry {str(name)[:40]!r}")
+        if kind is not None:
+            dtype(kind)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_CYCLE

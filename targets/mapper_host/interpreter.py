@@ -144,7 +144,7 @@ def _lookup(op: int, r: Any, a: Any) -> int:
 
 
 @jit
-def meet(barrier: Any, arrivals: int, fault: int) -> int:
+def meet(barrier: Any, arrivals: int, fault: int) -> Any:
     """Wait until `arrivals` threads have come; the first fault that any of them brought."""
     if fault != 0:
         atomic_max(barrier, 1, fault)
@@ -160,7 +160,7 @@ def meet(barrier: Any, arrivals: int, fault: int) -> int:
 @entry(Path(__file__).parent)
 def interpret(
     rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
-) -> int:
+) -> Any:
     """Run steps begin..end - 1 as thread `part` of `parts`; 0, or which step failed and how (see `unpack`).
 
     rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; barrier int64 [2], zero at first, shared by

@@ -174,7 +174,7 @@ def _alone(op: int, r: Any, a: Any, f: Any) -> int:
 @entry(Path(__file__).parent)
 def interpret_general(
     rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
-) -> int:
+) -> Any:
     """As `interpreter.interpret`, for the other opcodes."""
     arrivals = 0
     for i in range(begin, end):

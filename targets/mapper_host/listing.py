@@ -11,7 +11,7 @@ from mapper.schedule.tables import Block, Schedule
 def listing(schedule: Schedule) -> str:
     """All programs, block by block: start cycle, duration, opcode, operands (reads -> writes), bytes, operations."""
     lines = [f"host schedule on {schedule.machine}, {schedule.clock_hz:.0f} cycles per second"]
-    values = schedule.buffers.column("value").to_pylist()
+    values = [str(v) for v in schedule.buffers.column("value").to_pylist()]
     for phase, program in schedule.programs.items():
         lines += ["", f"program {phase}: {program.cycles} cycles"]
         for block in program.blocks:

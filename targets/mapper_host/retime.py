@@ -17,8 +17,7 @@ _STREAMED = (MEMORIES.index("weights"), MEMORIES.index("state"))
 def streamed(block: Block, memory: Int) -> Int:
     """Bytes of weights and state that each step of a block moves (no more than it moves in all)."""
     total = np.zeros(len(block.steps), np.int64)
-    for which in ("reads", "writes"):
-        offsets, buffer, _, count = block.steps.slices(which)  # type: ignore[arg-type]
+    for offsets, buffer, _, count in (block.steps.slices("reads"), block.steps.slices("writes")):
         owner = np.repeat(np.arange(len(block.steps)), np.diff(offsets))
         far = np.isin(memory[buffer], _STREAMED)
         total += np.bincount(owner[far], count[far], minlength=len(block.steps)).astype(np.int64)

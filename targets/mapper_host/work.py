@@ -31,7 +31,8 @@ def flops_of(graph: Graph, op: DataflowOp) -> int:
     if op.mnemonic == "moe":
         rows = math.prod(op.operand_shape(0)[:-1])
         gate = _shape(graph, op, "gate")
-        return 2 * rows * (_elements(graph, op, "router") + op.attr("top_k") * 3 * gate[1] * gate[2])
+        used: int = op.attr("top_k")
+        return 2 * rows * (_elements(graph, op, "router") + used * 3 * gate[1] * gate[2])
     return 0
 
 
@@ -40,10 +41,12 @@ def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
     if op.mnemonic in ("embed", "embed_at"):
         return 0 if not op.result_shape() else _ELEMENT * op.result_shape()[-1]
     if op.mnemonic == "rope_at":
-        return _ELEMENT * op.operand_shape(0)[2] * op.attr("rotary_dim")
+        width: int = op.attr("rotary_dim")
+        return _ELEMENT * op.operand_shape(0)[2] * width
     if op.mnemonic == "moe":
         gate = _shape(graph, op, "gate")
-        return _ELEMENT * (_elements(graph, op, "router") + op.attr("top_k") * 3 * gate[1] * gate[2])
+        chosen: int = op.attr("top_k")
+        return _ELEMENT * (_elements(graph, op, "router") + chosen * 3 * gate[1] * gate[2])
     if op.mnemonic in ("constant", "load"):
         return 0
     return sum(_ELEMENT * _elements(graph, op, name) for name in op.weights())

@@ -1,8 +1,9 @@
 """VXM assignment: which ALU runs each operation of a chain, and on which stream group each value travels.
 
-The wiring rule of the VXM (ISA.md) makes this a constraint problem: an ALU of row r sees the groups 2r..2r+3 (mod 8),
-a value passed on inside must flow from rank to rank in its direction, some operations need a large ALU. Solved by
-depth-first search with a node budget; other seeds give other solutions, so that chains may share the VXM in time.
+The wiring rule of the VXM (ISA.md) makes this a constraint problem: an ALU of row r sees the groups 2r..2r+3
+(mod 8), a value passed on inside must flow from rank to rank in its direction, some operations need a large
+ALU. Solved by depth-first search with a node budget; other seeds give other solutions, so that chains may
+share the VXM in time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ GROUPS = 8
 
 @dataclass(frozen=True)
 class Node:
-    """One operation to assign: offset and count give its issue cycles; operands by kind; where its result must go."""
+    """One operation to assign: offset and count give its issue cycles; operands by kind; where its result
+    must go.
+    """
 
     opcode: str
     offset: int
@@ -180,8 +183,8 @@ class _Search:
 def assign(nodes: tuple[Node, ...], entry: int, latency: int, seed: int) -> Assignment | None:
     """An assignment that meets the wiring rule, or None where the search finds none within its budget.
 
-    Many short searches from different orders find one sooner than a long one. `entry` and `latency` are the machine's
-    vxm.entry and vxm.alu in cycles.
+    Many short searches from different orders find one sooner than a long one. `entry` and `latency` are the
+    machine's vxm.entry and vxm.alu in cycles.
     """
     for attempt in range(_ATTEMPTS):
         found = _Search(nodes, entry, latency, seed * _ATTEMPTS + attempt).run()

@@ -1,7 +1,8 @@
 """Lower bounds on the time of any schedule on one TSP, from the serving form and the machine alone.
 
-Imports nothing of the lowering. What is assumed of every schedule: matrix products run on the MXM in fp16, and values
-are f32 on the VXM in between. Norm factors may be applied late and score maxima left out, so they count nothing.
+Imports nothing of the lowering. What is assumed of every schedule: matrix products run on the MXM in fp16,
+and values are f32 on the VXM in between. Norm factors may be applied late and score maxima left out, so they
+count nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def _latencies(machine: Machine) -> dict[str, int]:
 
 
 def critical_path(graph: Graph, machine: Machine) -> int:
-    """Cycles of the longest chain of dependent ops at minimum latencies; a repeat counts its body `count` times."""
+    """Cycles of the longest chain of dependent ops at minimum latencies; a repeat counts its body `count`
+    times.
+    """
     latency = _latencies(machine)
     return sum(_longest(s, latency) * s.count for s in graph.sections()) + machine.whole("chip.tiles")
 
@@ -74,7 +77,9 @@ def _per_token(graph: Graph, count: Callable[[DataflowOp], int]) -> int:
 
 
 def _cache_bytes(op: DataflowOp) -> int:
-    """Key and value bytes that attention must read: fp16 at least; in prefill the cache is written in the same run."""
+    """Key and value bytes that attention must read: fp16 at least; in prefill the cache is written in the
+    same run.
+    """
     if op.mnemonic != "cached_attention" or op.operand_shape(0)[2] > 1:
         return 0
     size = 0

@@ -1,10 +1,11 @@
 """The resource calendar of space-time scheduling: which queue and which stream diagonal is taken when.
 
-Every resource is a bitmap over cycles, kept as one Python integer, so a conflict test is a shift and an AND. A
-stream value occupies one diagonal; in the coordinate "cycle at which the diagonal passes x = 0" a diagonal is one
-bit, the same at every position, so a value is one bit per (zone of the chip, direction, stream). A zone is a range of
-positions: weights that are loaded from the outer slices leave the inner ones free for what the VXM writes there.
-With a period the calendar is a modulo reservation table (Rau, iterative modulo scheduling, MICRO-27, 1994).
+Every resource is a bitmap over cycles, kept as one Python integer, so a conflict test is a shift and an AND.
+A stream value occupies one diagonal; in the coordinate "cycle at which the diagonal passes x = 0" a diagonal
+is one bit, the same at every position, so a value is one bit per (zone of the chip, direction, stream). A
+zone is a range of positions: weights that are loaded from the outer slices leave the inner ones free for what
+the VXM writes there. With a period the calendar is a modulo reservation table (Rau, iterative modulo
+scheduling, MICRO-27, 1994).
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def centre(direction: int, stream: int) -> int:
 
 @dataclass(frozen=True)
 class Use:
-    """`key` is taken in the cycles t + offset + i for every set bit i of `mask`; t is where the user is placed."""
+    """`key` is taken in the cycles t + offset + i for every set bit i of `mask`; t is where the user is
+    placed.
+    """
 
     key: int
     offset: int

@@ -1,8 +1,9 @@
-"""Lowering of graphs without a cache: int8 matrix products and elementwise functions between inputs and outputs.
+"""Lowering of graphs without a cache: int8 matrix products and elementwise functions between inputs and
+outputs.
 
-Recurrent cells and quantised layers are such graphs. Every matrix product takes its K in tiles of 320, four at a time on
-the four MXM planes, which meet again in the VXM; what follows it elementwise runs in the same chain as far as the VXM's
-16 ALUs go, the rest by way of MEM.
+Recurrent cells and quantised layers are such graphs. Every matrix product takes its K in tiles of 320, four
+at a time on the four MXM planes, which meet again in the VXM; what follows it elementwise runs in the same
+chain as far as the VXM's 16 ALUs go, the rest by way of MEM.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Value:
 
 @dataclass(eq=False)
 class Tensor:
-    """A tensor [rows, columns] as tiles; or a number; or the weight symbol `weight`; or int8 parts joined along columns."""
+    """A tensor [rows, columns] as tiles; or a number; or the weight symbol `weight`; or int8 parts joined
+    along columns.
+    """
 
     tiles: list[Value] = field(default_factory=list)
     number: float | None = None
@@ -264,7 +267,8 @@ class Cell:
         return Tile(name, side, loads, self.number, (plane,))
 
     def _home(self, values: Sequence[Value]) -> Chain:
-        """The chain that an elementwise op joins: that of its latest operand, or a new one if that is full."""
+        """The chain that an elementwise op joins: that of its latest operand, or a new one if that is full.
+        """
         chains = [v.chain for v in values if v.chain is not None]
         if chains:
             latest = max(chains, key=self.chains.index)

@@ -1,8 +1,9 @@
-"""Chains: what is scheduled as one rigid piece. Vectors stream from MEM or the MXM through VXM ALUs back to MEM.
+"""Chains: what is scheduled as one rigid piece. Vectors stream from MEM or the MXM through VXM ALUs back to
+MEM.
 
-A chain handles `count` vectors, one per cycle. Its operations form a dataflow graph; an edge inside the VXM takes
-exactly one ALU latency, because a value on a stream passes an ALU in one cycle only. Operands from outside arrive
-just in time, since their reads are issued when needed.
+A chain handles `count` vectors, one per cycle. Its operations form a dataflow graph; an edge inside the VXM
+takes exactly one ALU latency, because a value on a stream passes an ALU in one cycle only. Operands from
+outside arrive just in time, since their reads are issued when needed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from mapper_lpu.isa import F32
 from mapper_lpu.storage import Stored
 
-
 _NEVER = 1 << 40
 
 
@@ -21,7 +21,8 @@ _NEVER = 1 << 40
 class Tile:
     """One use of an MXM: weights are loaded into hemisphere `hemisphere`, installed, and met by activations.
 
-    `loads[g]` lists what load group g reads: for each plane's 16 streams (value, row, byte plane), plane after plane.
+    `loads[g]` lists what load group g reads: for each plane's 16 streams (value, row, byte plane), plane
+    after plane.
     `installed` and `last_activation` are cycles, known once placed.
     """
 
@@ -77,7 +78,9 @@ class Res:
 
 @dataclass(frozen=True)
 class Hold:
-    """Operand: the result of operation `op`, still in the output register of the same ALU (single-vector chains)."""
+    """Operand: the result of operation `op`, still in the output register of the same ALU (single-vector
+    chains).
+    """
 
     op: int
 
@@ -112,7 +115,9 @@ class Op:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Where a result goes when its row is data: index vector `index` (row `index_row`), stored in the same half."""
+    """Where a result goes when its row is data: index vector `index` (row `index_row`), stored in the same
+    half.
+    """
 
     index: Stored
     index_row: int
@@ -148,7 +153,9 @@ class Chain:
         out: int = F32,
         count: int = 0,
     ) -> Res:
-        """Append an operation on the first `count` vectors (0: all); returns the operand that stands for its result."""
+        """Append an operation on the first `count` vectors (0: all); returns the operand that stands for its
+        result.
+        """
         self.ops.append(Op(opcode, a, b, type, out, self.ir, count))
         return Res(len(self.ops) - 1)
 

@@ -223,7 +223,8 @@ _COUNT = {
 
 
 def operand_types(code: Int, args: Int) -> tuple[Int, Int]:
-    """(type of the operands, type of the result) of VXM rows; i32 for iadd, i16 for tanh, as given for cast, else f32."""
+    """(type of the operands, type of the result) of VXM rows: i32 for iadd, i16 for tanh, as given for cast,
+    else f32."""
     integer, cast = code == CODE["vxm.iadd"], code == CAST
     plain = np.where(integer, isa.I32, np.where(code == CODE["vxm.tanh"], isa.I16, isa.F32))
     return np.where(cast, args[:, 5], plain), np.where(cast, args[:, 6], plain)

@@ -11,7 +11,17 @@ import numpy as np
 
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first, label
-from mapper_lpu.check_columns import ACTIVATE, GATHER, PERMUTE, READ, VXM, Bool, Columns, columns
+from mapper_lpu.check_columns import (
+    ACTIVATE,
+    GATHER,
+    PERMUTE,
+    READ,
+    VXM,
+    Bool,
+    Columns,
+    columns,
+    operand_types,
+)
 from mapper_lpu.check_flow import INDEX, Flow, Uses, flow
 from mapper_lpu.check_names import names, related
 
@@ -46,6 +56,7 @@ class StreamArrival:
       of one value: buffers `<value>#0`, `#1`, ... at the same row, and as many as the value has.
     - The 16 streams of a weight load come from MEM rows of one byte plane of one value, in the order of its
       ways.
+    - What an ALU has computed is taken as the type that it has.
     - The producer's op is the consumer's, or one that it depends on.
     """
 
@@ -106,6 +117,9 @@ def _mismatches(schedule: Schedule, table: Columns, edges: Flow) -> Iterator[tup
     yield typed & ~memory & (producer != head), "its bytes come from different instructions"
     yield typed & ~memory & (made.plane[source] != used.plane), "its bytes are not in order"
     yield exact & ~memory & (made.width[source] != used.width), "the element has another width"
+    results, wanted = _types(table)
+    differ = (results[producer] >= 0) & (wanted[used.step] >= 0) & (results[producer] != wanted[used.step])
+    yield exact & differ, "the element has another type"
     known, buffer = names(schedule), table.buffer[producer]
     first_buffer = buffer[start]
     same = (known.value[buffer] == known.value[first_buffer]) & (table.line[producer] == table.line[head])
@@ -124,6 +138,14 @@ def _mismatches(schedule: Schedule, table: Columns, edges: Flow) -> Iterator[tup
     same &= (code == code[start]) & (table.line[producer] == table.line[head])
     yield load & memory & ~same, "its weights are not one byte plane of consecutive rows of one value"
     yield ~related(schedule, table, producer, used.step), "the graph has no such edge"
+
+
+def _types(table: Columns) -> tuple[Int, Int]:
+    """Type codes of each step's result and operands where its instruction tells them, else -1."""
+    operand, result = operand_types(table.code, table.args)
+    alu = np.isin(table.code, VXM)
+    wanted = np.where(alu, operand, np.where(table.code == ACTIVATE, table.args[:, 0], -1))
+    return np.where(alu, result, -1)[table.row], wanted[table.row]
 
 
 def _index(table: Columns, edges: Flow) -> Int:

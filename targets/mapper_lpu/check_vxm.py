@@ -10,7 +10,7 @@ import numpy as np
 from mapper.schedule.tables import Schedule
 from mapper.schedule.violation import Violation, first, label
 from mapper_lpu import isa
-from mapper_lpu.check_columns import BINARY, CODE, VXM, WIDTH, Bool, Columns, columns, operand_types
+from mapper_lpu.check_columns import BINARY, CODE, VXM, Bool, Columns, columns, operand_types
 from mapper_lpu.check_flow import Flow, flow
 from mapper_lpu.check_names import related
 from mapper_lpu.check_streams import unit
@@ -29,7 +29,7 @@ class VxmWiring:
     - Operands of row r are on SG4 2r..2r+3 (mod 8); one ALU does not take an SG4 index from both directions.
     - An inner operand was produced at x = 0 in that very cycle by an ALU: of lower rank on E, of higher rank
       on W.
-    - An accumulator operand follows an instruction that the same ALU has completed, of the operand's width.
+    - An accumulator operand follows an instruction that the same ALU has completed, of the operand's type.
     """
 
     name: str = "VxmWiring"
@@ -104,7 +104,7 @@ def _acc(schedule: Schedule, table: Columns) -> Iterator[tuple[int, str, int]]:
     step, before = step[before >= 0], before[before >= 0]
     result = operand_types(table.code, table.args)[1][table.row[before]]
     wanted = operand_types(table.code, table.args)[0][table.row[step]]
-    for row in np.flatnonzero(WIDTH[result] != WIDTH[wanted]):
-        yield int(step[row]), "takes an accumulator of another width", int(before[row])
+    for row in np.flatnonzero(result != wanted):
+        yield int(step[row]), "takes an accumulator of another type", int(before[row])
     for row in np.flatnonzero(~related(schedule, table, before, step)):
         yield int(step[row]), "takes an accumulator that the graph has no edge for", int(before[row])

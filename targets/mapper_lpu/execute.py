@@ -1,7 +1,7 @@
 """Cycle-accurate execution of an lpu schedule: the meaning of its opcodes and layouts (ISA.md).
 
-Nothing here knows the scheduler or the checks. A program is expanded once, then run by compiled code in which every
-vector travels on stream registers from position to position; what the chip could not do is an ExecutionFault.
+Nothing here knows the scheduler or the checks. A program is expanded once, then run by compiled code in which
+every vector travels on stream registers from position to position; what the chip could not do is a fault.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Executor:
     def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
         """Execute one program. Returns its length in cycles.
 
-        Raises ExecutionFault naming cycle, unit, opcode and reason; also where the program claims to end before
-        its last instruction has passed all tiles.
+        Raises ExecutionFault naming cycle, unit, opcode and reason; also where the program claims to end
+        before its last instruction has passed all tiles.
         """
         program = self._program(schedule, phase)
         matrix = program.matrix
@@ -71,7 +71,7 @@ class Executor:
 
 
 def _addresses(arrays: list[Array]) -> Array:
-    """Where the bytes of each array are. Raises ExecutionFault for an array that compiled code cannot write."""
+    """Addresses of the arrays. Raises ExecutionFault for an array that compiled code cannot write."""
     for array in arrays:
         if array.itemsize != 1 or not (array.flags.c_contiguous and array.flags.writeable):
             raise ExecutionFault("a memory is not a writeable array of bytes")

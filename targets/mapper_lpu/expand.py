@@ -1,4 +1,4 @@
-"""A program as one matrix of instructions in time order, ready for the compiled loop; refused where it is malformed."""
+"""A program as one matrix of instructions in time order for the compiled loop; refused where malformed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mapper.errors import ExecutionFault, ScheduleError
+from mapper.errors import ExecutionFault, MachineError, ScheduleError
 from mapper.machine import Machine, parse
 from mapper.schedule.tables import Block, Int, Phase, Schedule
 from mapper_lpu import isa
@@ -41,7 +41,7 @@ _OPERATION_QUEUES = np.array([_QUEUES.get(n.split(".")[0]) or _QUEUES[n.split(".
 class Expanded:
     """matrix: int64 [n, codes.COLUMNS] sorted by (cycle, unit); order: rows that produce, by OUT_CYCLE.
 
-    `place` [n, 3]: block, row in its table, and repetition of every instruction. `pool`: rows that the pool needs.
+    `place` [n, 3]: block, row in its table, and repetition of every instruction. `pool`: rows of the pool.
     """
 
     matrix: Int
@@ -67,7 +67,11 @@ class Expanded:
 
 
 def expand(schedule: Schedule, phase: Phase) -> Expanded:
-    """Unroll the program of a phase. Raises ExecutionFault for an instruction that no chip could take."""
+    """Unroll the program of a phase.
+
+    Raises ExecutionFault for an instruction that no chip could take, ScheduleError for a name or map that
+    does not exist, MachineError for latencies below one cycle.
+    """
     program = schedule.programs[phase]
     machine = parse(schedule.machine_toml)
     parts = [_block(schedule, block, number) for number, block in enumerate(program.blocks)]
@@ -223,6 +227,10 @@ def _outputs(matrix: Int, machine: Machine) -> int:
     latency[codes.GATHER] = machine.whole("mem.gather")
     latency[codes.ADD : codes.LOAD] = machine.whole("vxm.alu")
     latency[codes.PERMUTE] = machine.whole("sxm.permute")
+    if (latency[[codes.READ, codes.GATHER, codes.ADD, codes.PERMUTE]] < 1).any() or machine.value(
+        "mxm.latency"
+    ) < 1:
+        raise MachineError(f"machine {machine.name!r}: a latency is below one cycle")
     matrix[:, codes.OUT_CYCLE] = matrix[:, codes.CYCLE] + latency[operation]
     out = matrix[:, codes.OUT_DIRECTION : codes.OUT_WIDTH + 1]
     simple = (operation == codes.READ) | (operation == codes.GATHER)
@@ -239,7 +247,7 @@ def _outputs(matrix: Int, machine: Machine) -> int:
 
 
 def _pool(matrix: Int, life: int) -> int:
-    """Give each produced vector its rows of a ring, and size the ring so that no row is reused within `life` cycles."""
+    """Give each produced vector its rows of a ring in which no row is reused within `life` cycles."""
     width = matrix[:, codes.OUT_WIDTH]
     ends = np.cumsum(width)
     cycle = matrix[:, codes.CYCLE]

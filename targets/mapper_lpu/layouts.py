@@ -85,7 +85,7 @@ def _parts(schedule: Schedule, port: Port) -> list[_Rows]:
 
 
 def _columns(port: Port) -> list[tuple[Port, int, int]]:
-    """The parts of a "columns" layout as ports of their own, with their column ranges; empty for other layouts."""
+    """The parts of a "columns" layout as ports with their column ranges; empty for other layouts."""
     layout = port.layout
     if not isinstance(layout, Mapping) or layout.get("kind") != "columns":
         return []
@@ -134,7 +134,7 @@ def place(schedule: Schedule, port: Port, array: Array, memories: Memories) -> N
 
 
 def fetch(schedule: Schedule, port: Port, memories: Memories) -> Array:
-    """The port's array of port.shape and port.dtype. Raises ExecutionFault where a needed byte was never written."""
+    """The port's array of its shape and dtype. Raises ExecutionFault on a byte that was never written."""
     columns = [fetch(schedule, part_port, memories) for part_port, _, _ in _columns(port)]
     if columns:
         return np.concatenate(columns, axis=1).reshape(port.shape)

@@ -1,4 +1,4 @@
-"""Lowering a decoder: storage, ports, both programs. The only module that sees the whole flow of the target."""
+"""Lowering a decoder: storage, ports, both programs. The one module that sees the whole flow."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mapper.errors import LoweringError
 from mapper.ir.weights import WeightSymbol
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase
+from mapper_lpu import attention, mlp, position
 from mapper_lpu.decoder import SIDES, Builder, Cache, Program
 from mapper_lpu.isa import EAST, F16, F32, LANES
 from mapper_lpu.program import Timed, schedule
@@ -110,17 +111,17 @@ def build(decoder: Decoder, phase: str, storage: Storage, weights: Weights, cach
     builder.embed(x, tokens)
     if phase == "decode":
         index_in, value_in = _position(storage, phase)
-        tables, index = builder.positional(index_in)
-        builder.mask = builder.masks(value_in)
-        position = [0] * builder.rows
+        tables, index = position.positional(builder, index_in)
+        builder.mask = position.masks(builder, value_in)
+        positions = [0] * builder.rows
     else:
-        tables, index = builder.rotary_tables(), {}
-        position = [r % decoder.tokens for r in range(builder.rows)]
+        tables, index = position.rotary_tables(builder), {}
+        positions = [r % decoder.tokens for r in range(builder.rows)]
     builder.chains = builder.program.body
     middle = builder.residual("middle", 1)
-    attended = builder.attention(x, tables, index, position)
-    builder.output(attended, x, middle)
-    builder.mlp(middle, x)
+    attended = attention.attention(builder, x, tables, index, positions)
+    attention.output(builder, attended, x, middle)
+    mlp.mlp(builder, middle, x)
     builder.program.carried = [s for part in x for s in (part.wide, *part.half.values())]
     builder.chains = builder.program.after
     logits = builder.head(x)

@@ -121,7 +121,7 @@ HUGE = 0x58000000
 INSTEAD = {
     "vxm.add": "vxm.sub", "vxm.sub": "vxm.add", "vxm.mul": "vxm.add", "vxm.max": "vxm.min",
     "vxm.min": "vxm.max", "vxm.iadd": "vxm.add", "vxm.neg": "vxm.copy", "vxm.copy": "vxm.neg",
-    "vxm.relu": "vxm.neg", "vxm.exp2": "vxm.tanh", "vxm.rsqrt": "vxm.exp2", "vxm.tanh": "vxm.exp2",
+    "vxm.relu": "vxm.neg", "vxm.exp2": "vxm.rsqrt", "vxm.rsqrt": "vxm.exp2",
 }  # fmt: skip
 """An opcode of the same form that computes something else."""
 

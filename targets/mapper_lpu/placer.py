@@ -1,6 +1,8 @@
-"""Placing chains and weight loads in time: each at the first cycle at which its operands exist and all is free.
+"""Placing chains and weight loads in time: each at the first cycle at which its operands exist and all is
+free.
 
-A placer works in one frame: a whole program (absolute calendar), or one iteration of a repeated body (modulo calendar).
+A placer works in one frame: a whole program (absolute calendar), or one iteration of a repeated body (modulo
+calendar).
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ LoadPiece = tuple[list[calendar.Use], list[Instruction]]
 class Placed:
     """One placed piece, for retiming and for explaining: its start may not be before start of piece p + lag.
 
-    `after` maps p (-1: cycle 0 of the frame, when x is ready) to (lag in cycles, form of the lag). A load's start
-    is its install. `end` is the cycle after its last effect.
+    `after` maps p (-1: cycle 0 of the frame, when x is ready) to (lag in cycles, form of the lag). A load's
+    start is its install. `end` is the cycle after its last effect.
     """
 
     name: str
@@ -186,7 +188,9 @@ class Placer:
             self.maker[(id(stored), row)] = (number, relative + 1, form_of)
 
     def load(self, tile: Tile) -> None:
-        """Place the loads of a tile after the tile before it on the same MXM, as early as possible, and install it."""
+        """Place the loads of a tile after the tile before it on the same MXM, as early as possible, and
+        install it.
+        """
         before = list(
             {id(t): t for t in (self.current.get(p) for p in planes(tile)) if t is not None}.values()
         )
@@ -212,7 +216,9 @@ class Placer:
             self._load_waits(tile, other)
 
     def _load_waits(self, tile: Tile, before: Tile) -> None:
-        """What the install of a tile waited for: the tile before it, its last activation, rows made by chains."""
+        """What the install of a tile waited for: the tile before it, its last activation, rows made by
+        chains.
+        """
         placed = self.placed[-1]
         groups = len(tile.loads)
         placed.wait(self.installer.get(id(before), -1), self.lat.install + groups, INSTALL)
@@ -228,7 +234,9 @@ class Placer:
                     placed.wait(piece, lag + travel + groups, plus(made, LOADED))
 
     def load_before(self, tile: Tile, deadline: int) -> None:
-        """Place the loads of the first tile of a frame as late as they can be for an activation at `deadline`."""
+        """Place the loads of the first tile of a frame as late as they can be for an activation at
+        `deadline`.
+        """
         uses = calendar.merge(self._install_raw(tile))
         assert uses is not None
         at = self.calendar.latest(uses, deadline - self.lat.install)
@@ -259,7 +267,9 @@ class Placer:
             yield 16 * tile.planes[index // 16] + index % 16, stored, row, byte
 
     def _load_piece(self, tile: Tile, group: int) -> LoadPiece:
-        """Uses and instructions of one load cycle, relative to the cycle of the load at the MXM; kept per tile."""
+        """Uses and instructions of one load cycle, relative to the cycle of the load at the MXM; kept per
+        tile.
+        """
         key = (id(tile), group)
         if key not in self.cache.loads:
             self.cache.loads[key] = self._make_load(tile, group)

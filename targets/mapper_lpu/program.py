@@ -1,7 +1,7 @@
 """From chains to a timed program: the repeated layer by iterative modulo scheduling, the rest around it.
 
-The layer body is placed once, on a modulo reservation table of period II; II grows from the body's own critical
-recurrence (x in -> x out) until every piece finds a place and every value lives shorter than II.
+The layer body is placed once, on a modulo reservation table of period II; II grows from the body's own
+critical recurrence (x in -> x out) until every piece finds a place and every value lives shorter than II.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from mapper.errors import LoweringError
 from mapper_lpu.calendar import Calendar
 from mapper_lpu.chain import Chain, Mxm, Tile
 from mapper_lpu.decoder import Program
-from mapper_lpu.template import Form, Instruction, Latencies
 from mapper_lpu.placer import PeriodTooShort, Placed, Placer, TemplateCache, planes
+from mapper_lpu.template import Form, Instruction, Latencies
 
 _TRIES = 200
 
 
 @dataclass
 class Timed:
-    """Placed blocks: instructions relative to the block's start. Absolute cycle = start + repetition * period + cycle."""
+    """Placed blocks: instructions relative to the block's start. Absolute cycle = start + repetition * period
+    + cycle.
+    """
 
     before: list[Instruction] = field(default_factory=list)
     body: list[Instruction] = field(default_factory=list)
@@ -30,7 +32,8 @@ class Timed:
     repeat: int = 0
     end: int = 0  # last effect
     placed: dict[str, list[Placed]] = field(default_factory=dict)
-    # x is ready for the next part: per part (piece, lag, form), lag counted to cycle 0 of the next part's frame
+    # x is ready for the next part: per part (piece, lag, form), lag counted to cycle 0 of the next part's
+    # frame
     ends: dict[str, list[tuple[int, int, Form]]] = field(default_factory=dict)
 
 
@@ -44,7 +47,8 @@ def _tiles(chain: Chain) -> list[Tile]:
 
 
 def place(placer: Placer, chains: list[Chain]) -> None:
-    """Place chains in order; a tile is loaded just before its first use, the first of a frame just in time."""
+    """Place chains in order; a tile is loaded just before its first use, the first of a frame just in time.
+    """
     for chain in chains:
         late: list[Tile] = []
         for tile in _tiles(chain):
@@ -80,7 +84,9 @@ def _body(
 
 
 def _recurrence(program: Program, placer: Placer, carried: dict[int, dict[int, int]]) -> int:
-    """The smallest period that this placement allows: x carried to the next iteration, MXM reuse, value lifetimes."""
+    """The smallest period that this placement allows: x carried to the next iteration, MXM reuse, value
+    lifetimes.
+    """
     low = 1
     for stored in program.carried:
         for row, ready in stored.ready.items():
@@ -99,7 +105,9 @@ def _recurrence(program: Program, placer: Placer, carried: dict[int, dict[int, i
 
 
 def _carried_zero(program: Program, ready: dict[int, dict[int, int]] | None) -> dict[int, dict[int, int]]:
-    """Cycles at which x is ready in the frame of an iteration: the latest row at 0, the others as much earlier as made."""
+    """Cycles at which x is ready in the frame of an iteration: the latest row at 0, the others as much
+    earlier as made.
+    """
     if ready is None:
         return {id(s): {r: 0 for r in range(s.rows)} for s in program.carried}
     top = max(c for rows in ready.values() for c in rows.values())
@@ -188,7 +196,9 @@ def _first_start(
     carried: dict[int, dict[int, int]],
     layers: int,
 ) -> int:
-    """The first start of the body at which x and all that is made before is ready and no resource is taken twice."""
+    """The first start of the body at which x and all that is made before is ready and no resource is taken
+    twice.
+    """
     low = -min(i.cycle for i in timed.body)
     for stored in program.carried:
         for row, ready in stored.ready.items():

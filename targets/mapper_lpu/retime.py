@@ -1,7 +1,8 @@
 """Retiming: how long a schedule takes when a machine constant has another value.
 
 The plan keeps every piece (chain or weight load) with what its start waits for, and how often each constant
-counts in every such wait. Order, placement and the waits for busy units stay as they are; starts are recomputed.
+counts in every such wait. Order, placement and the waits for busy units stay as they are; starts are
+recomputed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the lowering needs to know of a decoder: read from the serving form by `extract.py`, or built by hand."""
+"""What the lowering needs to know of a decoder: read from the serving form by `extract.py`, or built by hand.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Matrix:
-    """Columns begin..end of a weight matrix with `k` inputs. `slot`: a symbol, or a slot of the layers' table.
+    """Columns begin..end of a weight matrix with `k` inputs. `slot`: a symbol, or a slot of the layers'
+    table.
 
-    Stored [k, columns], or [columns, k] with `transposed`. `op` is the row of the ops table that it belongs to.
+    Stored [k, columns], or [columns, k] with `transposed`. `op` is the row of the ops table that it belongs
+    to.
     """
 
     slot: str
@@ -48,7 +51,8 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one layer. `rope` None: no rotary embedding. `append_op`: the op id of the cache append."""
+    """Attention of one layer. `rope` None: no rotary embedding. `append_op`: the op id of the cache append.
+    """
 
     heads: int
     kv_heads: int
@@ -81,7 +85,8 @@ class Mlp:
 class Decoder:
     """A pre-norm decoder: embed, layers x (norm, attention, +, norm, gated mlp, +), norm, head.
 
-    `table[slot][i]` is the symbol that stands for `slot` in layer i; a name outside the table is itself a symbol.
+    `table[slot][i]` is the symbol that stands for `slot` in layer i; a name outside the table is itself a
+    symbol.
     `norm_offset` is added to gains. Shapes: batch B, tokens per run S, cache rows L.
     """
 

@@ -1,4 +1,4 @@
-"""Where vectors live: allocation of MEM rows to values, and the buffers, ports and bindings that come of it."""
+"""Where vectors live: allocation of MEM rows, and the buffers and ports that come of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mapper.errors import CapacityError
 from mapper.schedule.tables import Port, PortKind
-from mapper_lpu.isa import LANES, ROWS, SLICES, TYPE_BYTES
+from mapper_lpu.isa import LANES, ROWS, SLICES, TYPE_BYTES, UNITS
 
 
 @dataclass(eq=False)
@@ -16,7 +16,8 @@ class Stored:
     """A value of `rows` vectors of type `type` in MEM: byte plane j in slice `units[j]`, rows base[j]...
 
     With `ways` = w > 1 row r is in slice units[(r % w) * bytes + j] at row r // w.
-    `ready[r]` is the first cycle (of the frame being scheduled) at which row r may be read; `last[r]` the last read.
+    `ready[r]` is the first cycle (of the frame being scheduled) at which row r may be read; `last[r]` the
+    last read.
     """
 
     name: str
@@ -64,7 +65,8 @@ class Storage:
         base = self.top[unit]
         if base + rows > ROWS:
             raise CapacityError(
-                f"{value} does not fit: MEM slice {unit} holds {ROWS} rows of {LANES} bytes, {base + rows} are needed"
+                f"{value} does not fit: MEM slice {UNITS[unit]} holds {ROWS} rows of {LANES} bytes, "
+                f"{base + rows} are needed"
             )
         self.top[unit] += rows
         self.memory.append(unit)

@@ -152,7 +152,9 @@ def number_ops(
 
 
 def _through(graph: Graph) -> dict[SSAValue, SSAValue]:
-    """Where values at the border of a repeat come from: inside from the first iteration's, outside from the last's."""
+    """Where values at the border of a repeat come from: inside from the first iteration's, outside from the
+    last's.
+    """
     found: dict[SSAValue, SSAValue] = {}
     for section in graph.sections():
         for carried in section.carried:

@@ -1,4 +1,5 @@
-"""From a chain to instructions with relative cycles: levels, inserted copies, the VXM assignment, reads and writes.
+"""From a chain to instructions with relative cycles: levels, inserted copies, the VXM assignment, reads and
+writes.
 
 Cycle 0 of a template is the issue of its first VXM level for vector 0.
 """
@@ -36,7 +37,9 @@ _UNIT = {name: number for number, name in enumerate(UNITS)}
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction at a relative cycle. mode 0: no memory operand, 1: reads, 2: writes `rows` rows of `buffer`."""
+    """One instruction at a relative cycle. mode 0: no memory operand, 1: reads, 2: writes `rows` rows of
+    `buffer`.
+    """
 
     cycle: int
     unit: int
@@ -101,7 +104,9 @@ def form(**counts: int) -> Form:
 
 @dataclass
 class Template:
-    """A chain made rigid. `uses` are calendar uses; the lists below hold (what, relative cycle, form of the cycle)."""
+    """A chain made rigid. `uses` are calendar uses; the lists below hold (what, relative cycle, form of the
+    cycle).
+    """
 
     chain: Chain
     instructions: list[Instruction] = field(default_factory=list)
@@ -217,7 +222,9 @@ def _nodes(chain: Chain, ops: list[Op], offsets: list[int], order: list[int], la
 
 
 def _rounded(nodes: list[Node]) -> tuple[Node, ...]:
-    """The same problem, or a stricter one, with vector counts rounded up, so that chains of many lengths share it."""
+    """The same problem, or a stricter one, with vector counts rounded up, so that chains of many lengths
+    share it.
+    """
     return tuple(replace(n, count=1 << (n.count - 1).bit_length(), result_from=0) for n in nodes)
 
 
@@ -397,7 +404,9 @@ class _Builder:
     def _outward(
         self, value: Stored, row: int, side: int, stream: int, departs: int, until: int, op: Op, read: Form
     ) -> None:
-        """Read a vector so that it moves outward, up to |x| = until, on the diagonal that leaves x = 0 at `departs`."""
+        """Read a vector so that it moves outward, up to |x| = until, on the diagonal that leaves x = 0 at
+        `departs`.
+        """
         for plane in range(value.planes):
             number, buffer, inside = value.place(row, plane)
             cycle = departs + distance(number) - self.lat.read
@@ -474,8 +483,8 @@ class _Builder:
                         self.template.writes.append((value, row, cycle, form(vxm_alu=self.level + 1)))
                 if output.scatter is not None:
                     self._scatter(output.scatter, value, direction, group, departs, op)
-        for (stream, departs), position in far.items():
-            self._travels(direction, direction, stream, departs, 1, position)
+        for (stream, departs), reach in far.items():
+            self._travels(direction, direction, stream, departs, 1, reach)
 
     def _scatter(self, how: Scatter, value: Stored, direction: int, group: int, departs: int, op: Op) -> None:
         index_stream = 4 * ((group + 4) % 8)

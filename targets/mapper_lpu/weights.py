@@ -35,7 +35,9 @@ def tiles_of(size: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Lanes of a vector that holds all heads: head h, column c in lane h * stride + c; stride is a multiple of 16."""
+    """Lanes of a vector that holds all heads: head h, column c in lane h * stride + c; stride is a multiple
+    of 16.
+    """
 
     heads: int
     dim: int
@@ -76,7 +78,8 @@ class Weights:
         return name
 
     def weight(self, name: str) -> Any:
-        """The value expression of a weight symbol: read from its file, or kept in the schedule if it is data."""
+        """The value expression of a weight symbol: read from its file, or kept in the schedule if it is data.
+        """
         symbol = self.declared[name]
         if symbol.data is not None:
             return ["const", self.constant(f"weight/{name}", symbol.data)]
@@ -95,7 +98,8 @@ class Weights:
         signs: Sequence[float] | None = None,
         norm: Norm | None = None,
     ) -> list[Stored]:
-        """One 320 x 320 fp16 tile per layer: output n is column rows[n] (-1: zero), lane l input lanes[l] (-1: zero).
+        """One 320 x 320 fp16 tile per layer: output n is column rows[n] (-1: zero), lane l input lanes[l]
+        (-1: zero).
 
         `norm`: its gain is folded into the weights. `signs` multiplies outputs. Returns a Stored per layer.
         """
@@ -204,7 +208,9 @@ class Weights:
 
 
 def rotated(columns: Sequence[int], rope: Rope, heads: HeadLayout) -> tuple[list[int], list[float]]:
-    """Columns and signs of the matrix that makes the rotated partner of every lane: rotation folded into weights."""
+    """Columns and signs of the matrix that makes the rotated partner of every lane: rotation folded into
+    weights.
+    """
     half = rope.rotary // 2
     rows, signs = [-1] * len(columns), [0.0] * len(columns)
     for h in range(heads.heads):

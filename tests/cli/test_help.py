@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.command import mapper
+
 HEAVY = [
     "numpy",
     "pyarrow",
@@ -32,13 +34,6 @@ HEAVY = [
     "mapper.schedule.tables",
 ]
 COMMANDS = ["compile", "verify", "check", "inspect", "run", "opt", "explain", "report", "targets", "machines"]
-
-
-def mapper(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mapper", *args], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"COLUMNS": "200"} | env, check=False,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

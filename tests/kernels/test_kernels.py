@@ -106,7 +106,9 @@ def test_cached_attention(past: int, seq: int, window: int, extras: bool) -> Non
     softcap = 1.5 if extras else 0.0
     y = _poison(2, 6, seq, dv)
     for part in range(3):
-        attention.cached_attention(q, k, v, sinks, slopes.astype(np.float64), y, past, 0.4, window, softcap, part, 3)
+        attention.cached_attention(
+            q, k, v, sinks, slopes.astype(np.float64), y, past, 0.4, window, softcap, part, 3
+        )
     position, t = past + np.arange(seq)[:, None], np.arange(past + seq)
     allowed = (t <= position) & ((t > position - window) | (window == 0))
     seen = slice(0, past + seq)
@@ -174,8 +176,9 @@ def test_small_floats_round_as_their_format_does(
         # casts through float32 would round twice
         exact = x.astype(np.float32).astype(kind).astype(np.float64)
     x = x.astype(np.float32).astype(np.float64)
-    rounded = [small_to_f64(int(f64_to_small(float(v), exponent, mantissa, finite)), exponent, mantissa, finite) for v in x]
-    np.testing.assert_array_equal(np.array(rounded), exact)
+    bits_of = [int(f64_to_small(float(v), exponent, mantissa, finite)) for v in x]
+    rounded = np.array([small_to_f64(b, exponent, mantissa, finite) for b in bits_of])
+    np.testing.assert_array_equal(rounded, exact)
     raw = np.zeros(2, word)
     store_f(raw.ctypes.data, code, 1, 1.5)
     assert load_f(raw.ctypes.data, code, 1) == 1.5 and raw[0] == 0
@@ -194,7 +197,7 @@ def test_route_and_experts() -> None:
     y = _poison(1, d)
     g, u, z = _poison(1, f), _poison(1, f), _poison(1, d)
     product.experts(x, chosen, weight, gates, ups, downs, ACTIVATIONS["relu"], g, u, z, y)
-    expected = sum(
-        w * ((np.maximum(x @ gates[c], 0) * (x @ ups[c])) @ downs[c]) for c, w in zip(chosen, weight, strict=True)
-    )
+    expected = np.zeros((1, d))
+    for c, w in zip(chosen, weight, strict=True):
+        expected += w * ((np.maximum(x @ gates[c], 0) * (x @ ups[c])) @ downs[c])
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

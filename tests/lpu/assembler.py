@@ -114,9 +114,10 @@ class Bench:
         spread = np.ascontiguousarray(values).view(np.uint8).reshape(320, -1)
         return [self.put(u, row, spread[:, i]) for i, u in enumerate(units)]
 
-    def numbers(self, units: Sequence[str], row: int, dtype: Any) -> npt.NDArray[Any]:
+    def numbers(self, units: Sequence[str], row: int, dtype: Any) -> Any:
         """320 numbers from their byte planes."""
-        return np.stack([self.row(u, row) for u in units], axis=1).copy().view(dtype)[:, 0]
+        stacked: Any = np.stack([self.row(u, row) for u in units], axis=1)
+        return stacked.copy().view(dtype)[:, 0]
 
     def schedule(
         self,
@@ -126,6 +127,7 @@ class Bench:
         plan: Any = None,
         ports: Sequence[Port] = (),
         constants: Mapping[str, npt.NDArray[Any]] | None = None,
+        machine: str = MACHINE,
     ) -> Schedule:
         """A one-program schedule over these buffers."""
         memory, offset, size = (
@@ -137,7 +139,7 @@ class Bench:
         return Schedule(
             target="lpu",
             machine="groq-lpu1",
-            machine_toml=MACHINE,
+            machine_toml=machine,
             chips=1,
             request=Request(),
             model=ModelRef("", ""),

@@ -123,6 +123,8 @@ CASES: list[tuple[str, str, Edit]] = [
     ("StreamArrival", "weights of another row", access("mem.read", "mem.e.12", "reads", offset=320 * 3)),
     ("StreamArrival", "ops without an edge", step(*ADD, op=3)),
     ("StreamArrival", "operand of another width", args("vxm.cast", {5: isa.F16, 6: isa.F32}, "vxm.00", 31)),
+    ("StreamArrival", "i32 taken as f32", step(*ADD, opcode=isa.OPCODES.index("vxm.iadd"))),
+    ("VxmWiring", "i32 accumulated as f32", step(*MUL, opcode=isa.OPCODES.index("vxm.iadd"))),
     ("ValueNames", "planes swapped", lambda a: swap_planes(a)),
     ("ValueNames", "a byte not stored", drop("mem.write", "mem.e.05", 211)),
     ("ValueNames", "buffer without a plane", rename("z#2", "z")),
@@ -269,7 +271,7 @@ def test_messages_name_step_unit_and_cycle() -> None:
 
 
 def test_no_check_stumbles_over_nonsense() -> None:
-    """Whatever numbers a validated schedule has, each check ends; and steps of nonsense are always rejected."""
+    """Whatever numbers a validated schedule has, each check ends, and steps of nonsense are rejected."""
     rng = np.random.default_rng(0)
     numbers = [-(1 << 40), -1, 0, 1, 2, 3, 7, 19, 31, 32, 100, 1 << 40]
     for _ in range(25):
@@ -288,13 +290,8 @@ def test_no_check_stumbles_over_nonsense() -> None:
             elif what == 4:
                 found["duration"] = int(rng.integers(4))
             else:
-                whole = [
-                    {
-                        "buffer": int(rng.integers(len(a.buffers))),
-                        "offset": 0,
-                        "bytes": int(rng.choice([0, 16, 320])),
-                    }
-                ]
+                size = int(rng.choice([0, 16, 320]))
+                whole = [{"buffer": int(rng.integers(len(a.buffers))), "offset": 0, "bytes": size}]
                 found["reads"], found["writes"] = (whole * int(rng.integers(3)) for _ in range(2))
         a.cycles = 1 << 46
         assert "QueueOrder" in broken(a.schedule())

@@ -140,7 +140,7 @@ def test_faults() -> None:
             broken.run(lines)
     during = Bench()
     late = [Line(41, "mxm.e.0.load", "mxm.load", (0, 0))]
-    with pytest.raises(ExecutionFault, match="cycle 41: mxm.e.0.load mxm.load: the queue is taken"):
+    with pytest.raises(ExecutionFault, match=r"cycle 41: mxm.e.0.load mxm.load: the queue is taken"):
         during.run(program(during) + late)
 
 

@@ -8,7 +8,7 @@ import pytest
 from mapper.errors import ExecutionFault
 from mapper.schedule.tables import Block
 from mapper_lpu.execute import Executor
-from tests.lpu.assembler import Bench, E, Line, W, bindings, table
+from tests.lpu.assembler import MACHINE, Bench, E, Line, W, bindings, table
 
 RANDOM = np.random.default_rng(7)
 
@@ -143,6 +143,17 @@ def test_malformed_instructions_are_refused() -> None:
             bench.run([line])
 
 
+def test_the_machine_file_decides_the_latencies() -> None:
+    slow = MACHINE.replace("[mem.read]\nvalue = 1", "[mem.read]\nvalue = 2")
+    slow = slow.replace("[sxm.crossing]\nvalue = 4", "[sxm.crossing]\nvalue = 6")
+    assert slow != MACHINE
+    bench = Bench()
+    sent = vector()
+    a, b = bench.put("mem.w.07", 0, sent), bench.buffer("mem.e.43")
+    bench.run([read(5, "mem.w.07", a, E, 9), write(20, "mem.e.43", b, E, 9)], machine=slow)
+    assert np.array_equal(bench.row("mem.e.43"), sent)
+
+
 def indices(values: list[int]) -> np.ndarray:
     """An index vector: one u16 per superlane, in its first lane; the other lanes hold noise."""
     lanes = RANDOM.integers(0, 65536, 320).astype(np.uint16)
@@ -169,6 +180,13 @@ def test_gather_takes_sixteen_bytes_per_superlane() -> None:
         ]
 
     bench.run(program(10))
+    hole = (3 + chosen[7]) * 320 + 16 * 7 + 4
+    bench.written(30)[hole] = False
+    with pytest.raises(
+        ExecutionFault, match=r"cycle 7: mem.e.30 mem.gather: reads bytes that nothing has written"
+    ):
+        bench.run(program(10))
+    bench.written(30)[hole] = True
     expected = rows[np.repeat(chosen, 16), np.arange(320)]
     assert np.array_equal(bench.row("mem.e.27"), expected)
     with pytest.raises(ExecutionFault, match="an index is outside the table"):

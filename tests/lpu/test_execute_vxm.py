@@ -195,7 +195,7 @@ def test_a_late_or_missing_byte_of_an_operand_is_a_fault() -> None:
         bench = Bench()
         lines = stream_in(bench, numbers(), 8, 0, 20)
         lines[missing].cycle += 1
-        with pytest.raises(ExecutionFault, match="cycle 23: vxm.00 vxm.neg: no valid vector"):
+        with pytest.raises(ExecutionFault, match=r"cycle 23: vxm.00 vxm.neg: no valid vector"):
             bench.run([*lines, Line(23, "vxm.00", "vxm.neg", (isa.OUTER, W, 0, E, 8))])
 
 

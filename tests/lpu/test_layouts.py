@@ -79,6 +79,23 @@ def test_multi_is_placed_in_every_part_and_fetched_from_the_first() -> None:
     assert np.array_equal(Executor().fetch(schedule, port, bench), array)
 
 
+def test_columns_are_spread_over_parts() -> None:
+    """Columns 0..319 in one buffer, 320..399 in another."""
+    array = RANDOM.integers(-128, 128, (2, 3, 400)).astype(np.int8)
+    bench = Bench()
+    a, b = bench.buffer("mem.e.00", 0, 6), bench.buffer("mem.e.05", 9, 6)
+    rows = {"kind": "rows", "dtype": "i8", "ways": 1}
+    parts = [{"layout": rows, "buffers": [a]}, {"layout": rows, "buffers": [b]}]
+    layout = {"kind": "columns", "parts": parts, "width": 320, "row_axes": 2}
+    port = Port("p", "weight", "int8", array.shape, (a, b), layout)
+    schedule = bench.schedule([])
+    Executor().place(schedule, port, array, bench)
+    for r, row in enumerate(array.reshape(6, 400)):
+        assert np.array_equal(bench.row("mem.e.00", r).view(np.int8), row[:320])
+        assert np.array_equal(bench.row("mem.e.05", 9 + r)[:80].view(np.int8), row[320:])
+    assert np.array_equal(Executor().fetch(schedule, port, bench), array)
+
+
 def test_unwritten_bytes_and_misfits_are_refused() -> None:
     array = np.ones((5, 320), np.float32)
     layout = {"kind": "rows", "dtype": "f32", "ways": 1}

