@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ ALLOWED = {
 SOURCES = sorted(p for top in ("mapper", "kernels", "targets") for p in (ROOT / top).rglob("*.py"))
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Top-level names of all packages that a file imports, anywhere in it."""
     found: set[str] = set()

@@ -19,7 +19,7 @@ from mapper.runtime.execute import Session
 from mapper.runtime.inputs import Decoder
 from mapper.runtime.interface import Semantics
 from mapper.schedule import equivalence, mutate
-from mapper.schedule.checks import Check, run_checks
+from mapper.schedule.checks import Check, each_check, run_checks
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.mutate import Flip, Mutation
 from mapper.schedule.tables import Schedule
@@ -142,7 +142,7 @@ class MutationTest:
 
     def _judge(self, kind: str, mutant: Schedule, description: str) -> Outcome:
         try:
-            for name, found in run_checks(mutant, self.checks).items():
+            for name, found in each_check(mutant, self.checks):
                 if found:
                     return Outcome(kind, description, "check", f"{name}: {found[0].message}")
         except MapperError as error:

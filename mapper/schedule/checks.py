@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mapper.schedule.check_cover import CoversGraph
 from mapper.schedule.check_dependence import DependenceHolds
@@ -22,6 +22,7 @@ __all__ = [
     "UnitExclusive",
     "Violation",
     "WeightsIntact",
+    "each_check",
     "run_checks",
 ]
 
@@ -40,12 +41,16 @@ SHARED: tuple[Check, ...] = (
 def run_checks(schedule: Schedule, extra: Sequence[Check] = ()) -> dict[str, list[Violation]]:
     """Violations by check name: the shared checks, then `extra`. Where something lies outside its buffer or
     memory, only `CapacityFits` runs, because the other checks rely on it."""
-    found: dict[str, list[Violation]] = {}
+    return dict(each_check(schedule, extra))
+
+
+def each_check(schedule: Schedule, extra: Sequence[Check] = ()) -> Iterator[tuple[str, list[Violation]]]:
+    """As `run_checks`, one check at a time, for whom the first failure is enough."""
     for check in (*SHARED, *extra):
-        found[check.name] = _run(check, schedule)
-        if check.name == "CapacityFits" and found[check.name]:
+        found = _run(check, schedule)
+        yield check.name, found
+        if check.name == "CapacityFits" and found:
             break
-    return found
 
 
 def _run(check: Check, schedule: Schedule) -> list[Violation]:

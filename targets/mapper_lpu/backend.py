@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mapper.backend import Artifact, Semantics
 from mapper.bounds import Bound
-from mapper.errors import LoweringError, UsageError
+from mapper.errors import CapacityError, LoweringError, UsageError
 from mapper.machine import Machine
 from mapper.schedule.tables import ModelRef, Phase, Request, Schedule
 
@@ -40,6 +40,7 @@ class LpuBackend:
         from mapper_lpu.retime import plan_of
 
         _check(request)
+        _check_capacity(graph, machine)
         graphs: dict[Phase, Graph] = {
             phase: serve(
                 graph, phase=phase, batch=request.batch, prompt=request.prompt, context=request.context
@@ -102,6 +103,17 @@ class LpuBackend:
         from mapper_lpu.artifacts import artifacts
 
         return artifacts(schedule)
+
+
+def _check_capacity(graph: Graph, machine: Machine) -> None:
+    """Refuse what cannot fit at all; the exact check, slice by slice, is made when values are placed."""
+    there = 2 * machine.whole("mem.slices") * machine.whole("mem.rows") * machine.whole("chip.lanes")
+    needed = 2 * graph.params
+    if needed > there:
+        raise CapacityError(
+            f"the model's {graph.params} parameters take {needed} bytes in fp16; "
+            f"one {machine.name} has {there} bytes of SRAM"
+        )
 
 
 def _check(request: Request) -> None:

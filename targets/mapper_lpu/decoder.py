@@ -31,6 +31,11 @@ def group(hemisphere: int, number: int) -> tuple[int, ...]:
     return mem(hemisphere, 4 * number, 4)
 
 
+def head_width(vocabulary: int) -> int:
+    """Words per tile of the head: a full vector, or half of a small vocabulary, so that both sides work."""
+    return LANES if vocabulary > LANES else -(-vocabulary // 2)
+
+
 @dataclass
 class Cache:
     """The KV cache of one layer slot: keys (fp16) and values (f32), rows b * context + position, even east,
@@ -202,11 +207,11 @@ class Builder:
         return self.matmul(chain, tiles[0], x[0].half[tiles[0].hemisphere], rows)
 
     def head(self, x: list[Residual]) -> list[Stored]:
-        """Final norm and logits, f32, one Stored per 320 of the vocabulary."""
+        """Final norm and logits, f32, one Stored per tile of the vocabulary."""
         d, rows = self.d, self.all_rows
         inverse: dict[int, Stored] = {}
         out = []
-        for t, (begin, end) in enumerate(tiles_of(d.vocabulary)):
+        for t, (begin, end) in enumerate(tiles_of(d.vocabulary, head_width(d.vocabulary))):
             side = t % 2
             stored = self.weights.matrix(
                 f"head.{t}", d.head, 1, side, range(begin, end), range(d.width), norm=d.final_norm

@@ -227,9 +227,7 @@ def _outputs(matrix: Int, machine: Machine) -> int:
     latency[codes.GATHER] = machine.whole("mem.gather")
     latency[codes.ADD : codes.LOAD] = machine.whole("vxm.alu")
     latency[codes.PERMUTE] = machine.whole("sxm.permute")
-    if (latency[[codes.READ, codes.GATHER, codes.ADD, codes.PERMUTE]] < 1).any() or machine.value(
-        "mxm.latency"
-    ) < 1:
+    if min(machine.value(k) for k in ("mem.read", "mem.gather", "vxm.alu", "sxm.permute", "mxm.latency")) < 1:
         raise MachineError(f"machine {machine.name!r}: a latency is below one cycle")
     matrix[:, codes.OUT_CYCLE] = matrix[:, codes.CYCLE] + latency[operation]
     out = matrix[:, codes.OUT_DIRECTION : codes.OUT_WIDTH + 1]

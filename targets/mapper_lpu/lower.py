@@ -14,7 +14,7 @@ from mapper.ir.weights import WeightSymbol
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase
 from mapper_lpu import attention, mlp, position
-from mapper_lpu.decoder import SIDES, Builder, Cache, Program
+from mapper_lpu.decoder import SIDES, Builder, Cache, Program, head_width
 from mapper_lpu.isa import EAST, F16, F32, LANES
 from mapper_lpu.program import Timed, schedule
 from mapper_lpu.spec import Decoder
@@ -131,7 +131,7 @@ def build(decoder: Decoder, phase: str, storage: Storage, weights: Weights, cach
     ]
     shape = (decoder.batch, decoder.tokens, decoder.vocabulary)
     every = Stored("logits", F32, builder.rows, (), (), tuple(b for s in logits for b in s.buffers))
-    layout = {"kind": "columns", "parts": parts, "width": LANES, "row_axes": 2}
+    layout = {"kind": "columns", "parts": parts, "width": head_width(decoder.vocabulary), "row_axes": 2}
     storage.port("logits", "output", "float32", shape, every, layout, programs=(phase,))
     return builder.program
 

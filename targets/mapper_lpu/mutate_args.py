@@ -181,8 +181,8 @@ def index_stream(schedule: Schedule, place: Place, row: Row, rng: np.random.Gene
 
 
 def immediate(schedule: Schedule, place: Place, row: Row, rng: np.random.Generator) -> Any:
-    """Another immediate: one bit of the upper mantissa or the exponent; 1.0 for zero and for huge numbers (a
-    bit of a number that only has to be huge changes nothing)."""
+    """Another immediate: one bit of the upper mantissa or the exponent; for zero and for numbers that only have
+    to be huge another number altogether."""
     binary = _code(schedule, row) in isa.BINARY_OPS
     places = [k + 1 for k in ((0, 3) if binary else (0,)) if row["args"][k] == isa.IMMEDIATE]
     if not places:
@@ -190,8 +190,9 @@ def immediate(schedule: Schedule, place: Place, row: Row, rng: np.random.Generat
     at = places[rng.integers(len(places))]
     old = row["args"][at]
     size = old & 0x7FFFFFFF
-    plain = 0 < size < HUGE
-    new = old ^ (1 << int(rng.integers(19, 30))) if plain else 0x3F800000
+    # adding a number to all scores of a softmax changes nothing, so a bound of zero must go far
+    instead = {"vxm.min": 0xFF61B1E6, "vxm.max": 0x7F61B1E6}.get(_code(schedule, row), 0x3F800000)
+    new = old ^ (1 << int(rng.integers(19, 30))) if 0 < size < HUGE else instead
     return _with_args(row, {at: new}), f"immediate {new & 0xFFFFFFFF:#x} instead of {old & 0xFFFFFFFF:#x}"
 
 

@@ -42,7 +42,7 @@ def index_rows(b: Builder, sequence: int, side: int) -> npt.NDArray[np.int16]:
 
 
 def rotary_tables(b: Builder) -> dict[str, Stored]:
-    """Tables of cosines (east) and sines (west) over all positions; those of the query carry the score scale."""
+    """Tables of cosines (east) and sines (west) of all positions; the score scale is in the query's."""
     a = b.d.attention
     if a.rope is None:
         return {}

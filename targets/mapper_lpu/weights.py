@@ -28,9 +28,9 @@ def weight_units(hemisphere: int) -> tuple[int, ...]:
     )
 
 
-def tiles_of(size: int) -> list[tuple[int, int]]:
-    """Ranges of at most 320 that cover `size`."""
-    return [(b, min(b + LANES, size)) for b in range(0, size, LANES)]
+def tiles_of(size: int, width: int = LANES) -> list[tuple[int, int]]:
+    """Ranges of at most `width` that cover `size`."""
+    return [(b, min(b + width, size)) for b in range(0, size, width)]
 
 
 @dataclass(frozen=True)

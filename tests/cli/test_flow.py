@@ -1,11 +1,10 @@
-"""The commands on the example model and the host: compile, check, verify, explain, report, run, and the same in Python."""
+"""The commands, and the Python API, on the example model and the host target."""
 
 from __future__ import annotations
 
 import filecmp
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import onnxruntime
 import pytest
 
 import mapper
-from tests.command import mapper as command
+from tests.command import fresh, inside
 
 PROMPT, CONTEXT = 5, 24
 
@@ -24,7 +23,7 @@ PROMPT, CONTEXT = 5, 24
 def compiled(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A schedule directory of the example model for the host."""
     folder = tmp_path_factory.mktemp("flow") / "made" / "host"
-    done = command(
+    done = fresh(
         "compile", str(example_model), "--target", "host", "--prompt", str(PROMPT), "--context", str(CONTEXT),
         "--out", str(folder), "--json",
     )  # fmt: skip
@@ -35,7 +34,7 @@ def compiled(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def said(*args: str, code: int = 0) -> Any:
     """The JSON that a command prints."""
-    done = command(*args, "--json")
+    done = inside(*args, "--json")
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == (0 if code == 0 else 1)
     return json.loads(done.stdout)
@@ -51,10 +50,17 @@ def test_compile_prints_the_stable_keys(compiled: Path) -> None:
     assert all(record["checks"].values())
     assert set(record["phases"]) == {"decode", "prefill"}
     for phase in record["phases"].values():
-        assert (
-            list(phase)
-            == ["time_s", "low_s", "high_s", "bound_s", "bound_name", "ratio", "tokens_per_s_per_user", "tokens_per_s", "steps"]
-        )
+        assert list(phase) == [
+            "time_s",
+            "low_s",
+            "high_s",
+            "bound_s",
+            "bound_name",
+            "ratio",
+            "tokens_per_s_per_user",
+            "tokens_per_s",
+            "steps",
+        ]
         assert phase["low_s"] <= phase["time_s"] <= phase["high_s"]
         assert phase["ratio"] == pytest.approx(phase["time_s"] / phase["bound_s"])
         assert phase["ratio"] >= 1
@@ -118,7 +124,7 @@ def test_verify_fails_with_1_where_results_differ(compiled: Path, tmp_path: Path
 def test_a_cut_file_is_bad_input(compiled: Path, tmp_path: Path) -> None:
     folder = damaged(compiled, tmp_path / "d", lambda data: data.clear())
     for name in ("check", "verify", "explain"):
-        done = command(name, str(folder))
+        done = inside(name, str(folder))
         assert done.returncode == 2
         assert done.stderr.startswith("mapper: ScheduleError:")
         assert len(done.stderr.splitlines()) == 1
@@ -132,11 +138,11 @@ def test_explain_names_constants_units_and_bound(compiled: Path) -> None:
         assert phase["bound"]["name"] == shown[name]["bound_name"]
         assert phase["constants"]
         assert phase["units"]
-    assert "constants that move the time most" in command("explain", str(compiled)).stdout
+    assert "constants that move the time most" in inside("explain", str(compiled)).stdout
 
 
 def test_report_links_the_trace(compiled: Path, tmp_path: Path) -> None:
-    done = command("report", str(compiled), "--out", str(tmp_path / "r.html"))
+    done = inside("report", str(compiled), "--out", str(tmp_path / "r.html"))
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "r.html"))
     assert "trace.json" in (tmp_path / "r.html").read_text()
     assert json.loads((compiled / "trace.json").read_text())["traceEvents"]
@@ -216,7 +222,7 @@ def test_run_decodes_as_onnxruntime_does(example_model: Path) -> None:
 
 
 def test_run_streams_text_with_figures_apart(example_model: Path) -> None:
-    done = command("run", str(example_model), "--prompt", "And the king said", "--tokens", "8")
+    done = inside("run", str(example_model), "--prompt", "And the king said", "--tokens", "8")
     assert done.returncode == 0
     assert done.stdout.startswith("And the king said")
     assert len(done.stdout) > len("And the king said\n")
@@ -227,12 +233,8 @@ def test_run_streams_text_with_figures_apart(example_model: Path) -> None:
 def test_inspect_and_opt(example_model: Path) -> None:
     record = said("inspect", str(example_model))
     assert (record["layers"], record["heads"], record["kv_heads"], record["head_dim"]) == (4, 8, 4, 32)
-    text = command("opt", str(example_model), "-p", "serve{phase=decode,context=32}").stdout
-    again = subprocess.run(
-        ["/bin/sh", "-c", 'exec "$0" -m mapper opt -', __import__("sys").executable],
-        input=text, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert again.stdout == text
+    text = inside("opt", str(example_model), "-p", "serve{phase=decode,context=32}").stdout
+    assert inside("opt", "-", stdin=text).stdout == text
 
 
 BAD = {
@@ -254,7 +256,7 @@ def written(path: Path, data: bytes) -> Path:
 def test_bad_models_are_named_and_leave_nothing(make: Callable[[Path], Path], tmp_path: Path) -> None:
     model = make(tmp_path)
     before = sorted(tmp_path.iterdir())
-    done = command("compile", str(model), "--target", "host", "--out", str(tmp_path / "made" / "it"))
+    done = inside("compile", str(model), "--target", "host", "--out", str(tmp_path / "made" / "it"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("mapper: ModelError:")
     assert len(done.stderr.splitlines()) == 1
@@ -263,6 +265,6 @@ def test_bad_models_are_named_and_leave_nothing(make: Callable[[Path], Path], tm
 
 def test_a_folder_with_other_things_is_not_replaced(example_model: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    done = command("compile", str(example_model), "--target", "host", "--out", str(tmp_path))
+    done = inside("compile", str(example_model), "--target", "host", "--out", str(tmp_path))
     assert done.returncode == 2
     assert (tmp_path / "letter.txt").read_text() == "dear"

@@ -139,7 +139,7 @@ def test_mutants_die(made: Made) -> None:
     # every position is used, so that no row of a table of positions is left out
     execute = decoder_case(backend.semantics(), CONTEXT - PROMPT)
     test = MutationTest(schedule, execute, backend.checks(), backend.mutations())
-    report = test.run(120 if steps < 5000 else 24)
+    report = test.run(60 if steps < 5000 else 12)
     print(f"{made.target}: kill rate {report.kill_rate():.3f}\n{report.table()}")
     assert report.kill_rate() >= 0.95, report.survivors
     assert report.equivalent_share <= 0.05, [o for o in report.outcomes if o.verdict == "equivalent"]
