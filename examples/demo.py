@@ -4,8 +4,8 @@ For each target: compile, then load the schedule from its directory alone and ex
 tokens of held-out text and 32 decoded ones. The tokens must be onnxruntime's; the logits must be within 1e-3
 of its largest one where the target computes in float32. The LPU multiplies in float16: its logits must be as
 near to a float64 forward pass as four times what NumPy reaches with the same storage formats, and a token may
-differ only where onnxruntime's first two choices are nearer to each other than that. Ends with a table; writes
-demo-out/.
+differ only where onnxruntime's first two choices are nearer to each other than that. Ends with a table;
+writes demo-out/.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mapper import driver
+from mapper.decode import stream
 from mapper.errors import MapperError
 from mapper.report.html import Entry, write
 from mapper.report.numbers import seconds
-from mapper.report.terminal import console, results, table
+from mapper.report.terminal import console, decoded, results, table
 from mapper.runtime.verify import Verification
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +45,7 @@ def main() -> int:
     screen = console()
     screen.print(*results([c.result for c in compiled.values()]), verified(found), sep="\n")
     entries = [Entry(c, found[t].record()) for t, c in compiled.items()]
+    print(written(prompt, tokenizer))
     for target in TARGETS:
         print(f"trace of {target} (open it in https://ui.perfetto.dev): {OUT / target / 'trace.json'}")
     print(f"report: {write(entries, OUT / 'report.html')}")
@@ -67,6 +69,13 @@ def demonstrate(target: str) -> tuple[driver.Compiled, Verification]:
     return compiled, found
 
 
+def written(prompt: list[int], tokenizer: Tokenizer) -> str:
+    """What the model makes of the prompt on this computer, and its speed beside the prediction."""
+    decoding = stream(MODEL, prompt, TOKENS)
+    text = tokenizer.decode([*prompt, *decoding])
+    return f"{text}\n{decoded(decoding.record())}"
+
+
 def verified(found: dict[str, Verification]) -> object:
     """What execution gave, a row per target."""
     numbers = ("tokens", "equal", "excused", "max error", "relative", "steps executed")
@@ -79,10 +88,10 @@ def verified(found: dict[str, Verification]) -> object:
         right=numbers,
     )
     for target, v in found.items():
-        made.add_row(
-            target, str(v.tokens), str(v.tokens - v.tokens_differing), str(v.tokens_excused), f"{v.max_abs_err:.2g}",
-            f"{v.max_rel_err:.2g}", f"{v.steps_executed:,}", "yes" if v.ok else f"no: {v.reason}", v.rule,
-        )  # fmt: skip
+        counts = v.tokens, v.tokens - v.tokens_differing, v.tokens_excused
+        errors = f"{v.max_abs_err:.2g}", f"{v.max_rel_err:.2g}"
+        agrees = "yes" if v.ok else f"no: {v.reason}"
+        made.add_row(target, *map(str, counts), *errors, f"{v.steps_executed:,}", agrees, v.rule)
     return made
 
 

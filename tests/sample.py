@@ -74,10 +74,11 @@ def schedule(target: str = "toy") -> Schedule:
     body = Block("layer", steps([0, 5], [5, 5], [0, 0]), start=0, repeat=2, period=15)
     tail = Block("head", steps([0], [10], [1]), start=30)
     program = Program("decode", (body, tail), 40, 1)
-    ops = pa.table(
-        [["decode"], [0], ["linear"], ["layers.0/mlp <down>"], [0], [1], [[-1]], [[1, 8]], [16], [32]],
-        schema=OP_SCHEMA,
-    )
+    op = {
+        "program": "decode", "id": 0, "kind": "linear", "name": "layers.0/mlp <down>", "repetition": 0,
+        "repeat": 1, "operands": [-1], "shape": [1, 8], "flops": 16, "weight_bytes": 32,
+    }  # fmt: skip
+    ops = pa.Table.from_pylist([op], schema=OP_SCHEMA)
     return Schedule(
         target=target,
         machine="toy",

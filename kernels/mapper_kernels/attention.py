@@ -1,4 +1,5 @@
-"""Attention in float32: one query row over a range of cached keys and values, and loops over heads and rows."""
+"""Attention in float32: one query row over a range of cached keys and values, and loops over heads and
+rows."""
 
 from __future__ import annotations
 
@@ -126,9 +127,9 @@ def masked_attention(
 ) -> None:  # fmt: skip
     """Attention over all T keys, with an explicit mask or the causal one.
 
-    Shapes as in `cached_attention` with L = T. `mask` is the address of elements of type `mask_code` (bool: false is
-    excluded; else added) with element strides for [B, H, S, T]; 0 where there is none, and then `causal` and
-    `window` mask by position (query s stands at T - S + s). Shares (batch, head, query) triples.
+    Shapes as in `cached_attention` with L = T. `mask` is the address of elements of type `mask_code` (bool:
+    false is excluded; else added) with element strides for [B, H, S, T]; 0 where there is none, and then
+    `causal` and `window` mask by position (query s stands at T - S + s). Shares (batch, head, query) triples.
     """
     batch, heads, seq = q.shape[0], q.shape[1], q.shape[2]
     keys = k.shape[2]
@@ -157,7 +158,8 @@ def masked_attention(
 
 @fast
 def add_mask(s: Any, mask: int, code: int, base: int, stride: int) -> None:
-    """Apply mask elements base, base + stride, ... to the scores s [T]: excluded where bool false, else added."""
+    """Apply mask elements base, base + stride, ... to the scores s [T]: excluded where bool false, else
+    added."""
     boolean = code == 14
     for t in range(s.shape[0]):
         at = base + t * stride

@@ -1,7 +1,7 @@
 """Elementwise operations over strided N-dimensional arrays of any element type, by operation number.
 
-Floating-point elements are computed in float64 and rounded once; integers in int64. Sums, differences, products and
-quotients of float32 rows have vector paths of their own.
+Floating-point elements are computed in float64 and rounded once; integers in int64. Sums, differences,
+products and quotients of float32 rows have vector paths of their own.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _unary_i(op: int, x: int) -> Any:
         return np.int64(x > 0) - np.int64(x < 0)
     if op == NOT:
         return np.int64(x == 0)
-    if op == ISNAN or op == ISINF:
+    if ISNAN <= op <= ISINF:
         return 0
     return x
 
@@ -232,8 +232,8 @@ def _vector_scalar(op: int, a: Any, b: Any, y: Any, low: int, high: int) -> None
 
 @jit
 def vector(op: int, a: int, b: int, y: int, n: int, scalar: bool, part: int, parts: int) -> None:
-    """y = a op b on n float32 at addresses a, b, y (b one number where `scalar`): 0 add, 1 subtract, 2 multiply,
-    3 divide; y may be a or b. Shares elements."""
+    """y = a op b on n float32 at addresses a, b, y (b one number where `scalar`): 0 add, 1 subtract, 2
+    multiply, 3 divide; y may be a or b. Shares elements."""
     low, high = share(n, 64, part, parts)
     if scalar:
         _vector_scalar(op, f32(a, n), f32(b, 1)[0], f32(y, n), low, high)
@@ -250,7 +250,9 @@ def _element(op: int, inputs: int, codes: Any, at: Any, i: Any, out: int, out_co
     elif inputs == 1:
         _element_unary(op, codes[0], at[0], i[0], out, out_code, to)
     elif codes[0] < FLOATS or codes[1] < FLOATS:
-        store_f(out, out_code, to, _binary_f(op, load_f(at[0], codes[0], i[0]), load_f(at[1], codes[1], i[1])))
+        store_f(
+            out, out_code, to, _binary_f(op, load_f(at[0], codes[0], i[0]), load_f(at[1], codes[1], i[1]))
+        )
     else:
         value = _binary_i(op, load_i(at[0], codes[0], i[0]), load_i(at[1], codes[1], i[1]))
         store_i(out, out_code, to, value)
@@ -275,8 +277,8 @@ def elementwise(
     """out = op(operands) over `shape` (at least one dimension; `out` is contiguous).
 
     codes [4]: element types of up to three operands, last that of the result; at[inputs]: addresses; strides
-    [inputs, ndim] in elements, 0 along broadcast dimensions. Shares rows of the last dimension, or that dimension
-    where there is one row.
+    [inputs, ndim] in elements, 0 along broadcast dimensions. Shares rows of the last dimension, or that
+    dimension where there is one row.
     """
     ndim = shape.shape[0]
     inner = shape[ndim - 1]
@@ -304,7 +306,9 @@ def _row(
     if inputs == 2 and ADD <= op <= DIV and codes[0] == F32 and codes[1] == F32:
         sa, sb = strides[0, last], strides[1, last]
         if sa == 1 and sb <= 1:
-            vector(op - ADD, at[0] + 4 * index[0], at[1] + 4 * index[1], out + 4 * to, n, sb == 0, _NONE, _ONE)
+            vector(
+                op - ADD, at[0] + 4 * index[0], at[1] + 4 * index[1], out + 4 * to, n, sb == 0, _NONE, _ONE
+            )
             return
     for i in range(n):
         _element(op, inputs, codes, at, index, out, codes[3], to + i)
@@ -314,11 +318,10 @@ def _row(
 
 @jit
 def trilu(x: Any, y: Any, upper: bool, k: int) -> None:
-    """y = triangle of the last two dimensions of x [B, M, N] (any item view): column - row >= k, or <= k if lower."""
+    """y = triangle of the last two dimensions of x [B, M, N] (any item view): column - row >= k, or <= k if
+    lower."""
     for b in range(x.shape[0]):
         for r in range(x.shape[1]):
             for c in range(x.shape[2]):
                 keep = c - r >= k if upper else c - r <= k
                 y[b, r, c] = x[b, r, c] if keep else 0
-
-

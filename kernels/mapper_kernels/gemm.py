@@ -1,7 +1,7 @@
 """Matrix products in float32: y = x W + bias, weights row-major as [N, K] (transposed) or [K, N].
 
-Accumulation is in float32, in several partial sums per output. One row of x streams the weights once: four weight
-rows at a time, so that four address streams are in flight. More rows of x reuse each loaded weight.
+Accumulation is in float32, in several partial sums per output. One row of x streams the weights once: four
+weight rows at a time, so that four address streams are in flight. More rows of x reuse each loaded weight.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def gemm_kn(x: Any, w: Any, y: Any, part: int, parts: int) -> None:
 
 @fast
 def add_bias(y: Any, bias: Any, part: int, parts: int, grain: int) -> None:
-    """y [M, N] += bias [N], on the columns that a gemm with the same shares wrote (grain 4 for nk, 16 for kn)."""
+    """y [M, N] += bias [N], on the columns that a gemm with the same shares wrote (grain 4 for nk, 16 for
+    kn)."""
     low, high = share(y.shape[1], grain, part, parts)
     for r in range(y.shape[0]):
         for j in range(low, high):

@@ -1,4 +1,5 @@
-"""Moving elements: strided copies, gathers, scatters, fills. Items are moved as words of their size (1, 2, 4, 8).
+"""Moving elements: strided copies, gathers, scatters, fills. Items are moved as words of their size (1, 2,
+4, 8).
 
 Functions that read indices from data return 0, or 1 + the position of the first index that is out of range.
 """
@@ -20,7 +21,8 @@ _ONE: Any = np.int64(1)
 
 @jit
 def _reversed(source: int, target: int, size: int, n: int, from_step: int, to_step: int) -> None:
-    """`move` with a negative step: byte by byte, because compiled code takes negative indices from the end."""
+    """`move` with a negative step: byte by byte, because compiled code takes negative indices from the
+    end."""
     for i in range(n):
         a, b = u8(source + i * from_step * size, size), u8(target + i * to_step * size, size)
         for j in range(size):
@@ -211,7 +213,15 @@ def _combine(target: int, code: int, at: int, source: int, i: int, how: int) -> 
 
 @jit
 def scatter_nd(
-    indices: int, index_code: int, updates: int, y: int, code: int, count: int, inner: int, dims: Any, how: int
+    indices: int,
+    index_code: int,
+    updates: int,
+    y: int,
+    code: int,
+    count: int,
+    inner: int,
+    dims: Any,
+    how: int,
 ) -> int:
     """y [dims..., inner] (already holding x) combined with updates [count, inner] at index vectors."""
     for i in range(count):
@@ -225,9 +235,18 @@ def scatter_nd(
 
 @jit
 def scatter_elements(
-    indices: int, index_code: int, updates: int, y: int, code: int, shape: Any, y_shape: Any, axis: int, how: int
+    indices: int,
+    index_code: int,
+    updates: int,
+    y: int,
+    code: int,
+    shape: Any,
+    y_shape: Any,
+    axis: int,
+    how: int,
 ) -> int:
-    """y (already holding x) combined with each update, at its own coordinates but `axis`, which the index gives."""
+    """y (already holding x) combined with each update, at its own coordinates but `axis`, which the index
+    gives."""
     total = 1
     for d in range(shape.shape[0]):
         total *= shape[d]

@@ -1,4 +1,5 @@
-"""The one way in which this package compiles: typed decorators around numba.njit with a cache that is never stale."""
+"""The one way in which this package compiles: typed decorators around numba.njit with a cache that is never
+stale."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ def fast(function: F) -> F:
 def entry(*folders: Path) -> Callable[[F], F]:
     """Compile a function that Python calls: releases the GIL, and is cached on disk for later processes.
 
-    The compiled form also depends on callees in other files, which Numba's own staleness test does not see; the
-    cache is therefore stamped with a hash of all sources in this package and in `folders`.
+    The compiled form also depends on callees in other files, which Numba's own staleness test does not see;
+    the cache is therefore stamped with a hash of all sources in this package and in `folders`.
     """
 
     def wrap(function: F) -> F:

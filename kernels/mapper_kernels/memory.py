@@ -18,7 +18,8 @@ from mapper_kernels.jit import inline, intrinsic, jit
 
 F32, F64, F16, BF16, F8E4M3, F8E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL = range(15)
 CODES = {
-    "f32": F32, "f64": F64, "f16": F16, "bf16": BF16, "f8e4m3": F8E4M3, "f8e5m2": F8E5M2, "i64": I64, "i32": I32,
+    "f32": F32, "f64": F64, "f16": F16, "bf16": BF16, "f8e4m3": F8E4M3, "f8e5m2": F8E5M2, "i64": I64,
+    "i32": I32,
     "i16": I16, "i8": I8, "u64": U64, "u32": U32, "u16": U16, "u8": U8, "bool": BOOL,
 }  # fmt: skip
 """Element type name -> code."""
@@ -88,7 +89,8 @@ def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def atomic_max(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index] = max(array[index], value) on a 1-d int64 array, sequentially consistent; the value before."""
+    """array[index] = max(array[index], value) on a 1-d int64 array, sequentially consistent; the value
+    before."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -164,7 +166,8 @@ def u64(address: int, n: int) -> Any:
 
 @jit
 def small_to_f64(bits: Any, exponent_bits: int, mantissa_bits: int, finite: bool) -> Any:
-    """The value of a small float's bits: IEEE-like with subnormals; `finite` formats (e4m3fn) have no infinity."""
+    """The value of a small float's bits: IEEE-like with subnormals; `finite` formats (e4m3fn) have no
+    infinity."""
     top = (1 << exponent_bits) - 1
     mantissa = bits & ((1 << mantissa_bits) - 1)
     exponent = (bits >> mantissa_bits) & top
@@ -182,7 +185,8 @@ def small_to_f64(bits: Any, exponent_bits: int, mantissa_bits: int, finite: bool
 
 @jit
 def f64_to_small(value: float, exponent_bits: int, mantissa_bits: int, finite: bool) -> int:
-    """The bits of the nearest small float (ties to even). Overflow gives infinity, NaN in `finite` formats."""
+    """The bits of the nearest small float (ties to even). Overflow gives infinity, NaN in `finite`
+    formats."""
     top = (1 << exponent_bits) - 1
     bias = top >> 1
     sign = 1 << (exponent_bits + mantissa_bits) if np.signbit(value) else 0
@@ -229,7 +233,7 @@ def load_f(address: int, code: int, index: int) -> Any:
 @jit
 def load_i(address: int, code: int, index: int) -> Any:
     """Element `index` of an array of integer or bool type `code`, as int64."""
-    if code == I64 or code == U64:
+    if code in (I64, U64):
         return carray(_pointer(address), (index + 1,), np.int64)[index]
     if code == I32:
         return np.int64(carray(_pointer(address), (index + 1,), np.int32)[index])
@@ -268,11 +272,11 @@ def store_f(address: int, code: int, index: int, value: float) -> None:
 @jit
 def store_i(address: int, code: int, index: int, value: Any) -> None:
     """Write an int64 as element `index` of integer or bool type `code`; integers wrap, bool is value != 0."""
-    if code == I64 or code == U64:
+    if code in (I64, U64):
         carray(_pointer(address), (index + 1,), np.int64)[index] = value
-    elif code == I32 or code == U32:
+    elif code in (I32, U32):
         u32(address, index + 1)[index] = np.uint32(value)
-    elif code == I16 or code == U16:
+    elif code in (I16, U16):
         u16(address, index + 1)[index] = np.uint16(value)
     elif code == BOOL:
         u8(address, index + 1)[index] = np.uint8(value != 0)

@@ -14,9 +14,12 @@ ELEMENTWISE = {
     name: number
     for number, name in enumerate(
         (
-            "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan", "tanh", "erf",
-            "sigmoid", "softplus", "relu", "floor", "ceil", "round", "sign", "not", "isnan", "isinf", "add", "sub",
-            "mul", "div", "pow", "min", "max", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge", "mod", "fmod",
+            "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan", "tanh",
+            "erf",
+            "sigmoid", "softplus", "relu", "floor", "ceil", "round", "sign", "not", "isnan", "isinf",
+            "add", "sub",
+            "mul", "div", "pow", "min", "max", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge",
+            "mod", "fmod",
             "cast", "select",
         )
     )

@@ -1,4 +1,5 @@
-"""Normalisation over the last axis, in float32 with float64 sums (the sums are exact enough to be order-free)."""
+"""Normalisation over the last axis, in float32 with float64 sums (the sums are exact enough to be
+order-free)."""
 
 from __future__ import annotations
 

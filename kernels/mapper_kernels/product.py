@@ -1,4 +1,5 @@
-"""Products that are off the decode path: batched matrix products of any type, convolution, mixtures of experts."""
+"""Products that are off the decode path: batched matrix products of any type, convolution, mixtures of
+experts."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def matmul(
 ) -> None:  # fmt: skip
     """y [batch..., M, N] = a [batch..., M, K] b [batch..., K, N], each matrix contiguous, of one type.
 
-    batch: leading dimensions; their strides in elements, 0 where broadcast. Floating-point sums in float32 for
-    float32, else in float64. Shares matrices, or columns where there is one.
+    batch: leading dimensions; their strides in elements, 0 where broadcast. Floating-point sums in float32
+    for float32, else in float64. Shares matrices, or columns where there is one.
     """
     count = 1
     for d in range(batch.shape[0]):
@@ -43,9 +44,7 @@ def matmul(
 
 
 @jit
-def _product(
-    a: int, pa: int, b: int, pb: int, y: int, py: int, code: int, m: int, n: int, k: int
-) -> None:
+def _product(a: int, pa: int, b: int, pb: int, y: int, py: int, code: int, m: int, n: int, k: int) -> None:
     for r in range(m):
         for c in range(n):
             if code < FLOATS:
@@ -62,9 +61,19 @@ def _product(
 
 @fast
 def conv(
-    x: Any, w: Any, bias: Any, y: Any, strides: Any, pads: Any, dilations: Any, group: int, part: int, parts: int
+    x: Any,
+    w: Any,
+    bias: Any,
+    y: Any,
+    strides: Any,
+    pads: Any,
+    dilations: Any,
+    group: int,
+    part: int,
+    parts: int,
 ) -> None:
-    """y [B, F, OH, OW] = correlation of x [B, C, H, W] with w [F, C/group, KH, KW] plus bias [F] (or length 0).
+    """y [B, F, OH, OW] = correlation of x [B, C, H, W] with w [F, C/group, KH, KW] plus bias [F] (or length
+    0).
 
     strides, dilations, pads (begins) [2]; float32. Shares output channels.
     """
@@ -149,7 +158,17 @@ def route(s: Any, chosen: Any, weight: Any, scoring: int, normalise: bool, scale
 
 @fast
 def experts(
-    x: Any, chosen: Any, weight: Any, gates: Any, ups: Any, downs: Any, act: int, g: Any, u: Any, z: Any, y: Any
+    x: Any,
+    chosen: Any,
+    weight: Any,
+    gates: Any,
+    ups: Any,
+    downs: Any,
+    act: int,
+    g: Any,
+    u: Any,
+    z: Any,
+    y: Any,
 ) -> None:
     """y [1, D] = sum over the chosen experts of weight * down(act(gate(x)) * up(x)).
 
@@ -165,5 +184,3 @@ def experts(
         gemm_kn(g, downs[e], z, _NONE, _ONE)
         for d in range(y.shape[1]):
             y[0, d] += weight[i] * z[0, d]
-
-

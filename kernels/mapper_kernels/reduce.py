@@ -37,7 +37,7 @@ def _total_f(kind: int, x: int, code: int, base: int, count: int, shape: Any, st
             return top
     for i in range(count):
         v = load_f(x, code, base + offset_of(i, shape, strides))
-        if kind == SUM or kind == MEAN:
+        if kind in (SUM, MEAN):
             total += v
         elif kind == MAX:
             total = np.maximum(total, v)
@@ -60,10 +60,10 @@ def _total_f(kind: int, x: int, code: int, base: int, count: int, shape: Any, st
 
 @jit
 def _total_i(kind: int, x: int, code: int, base: int, count: int, shape: Any, strides: Any) -> Any:
-    total = load_i(x, code, base) if count > 0 and (kind == MAX or kind == MIN) else np.int64(kind == PROD)
+    total = load_i(x, code, base) if count > 0 and kind in (MAX, MIN) else np.int64(kind == PROD)
     for i in range(count):
         v = load_i(x, code, base + offset_of(i, shape, strides))
-        if kind == SUM or kind == MEAN:
+        if kind in (SUM, MEAN):
             total += v
         elif kind == MAX:
             total = max(total, v)
@@ -118,9 +118,7 @@ def softmax(x: int, code: int, y: int, outer: int, n: int, inner: int, log: bool
 
 
 @jit
-def cumsum(
-    x: int, code: int, y: int, outer: int, n: int, inner: int, exclusive: bool, reverse: bool
-) -> None:
+def cumsum(x: int, code: int, y: int, outer: int, n: int, inner: int, exclusive: bool, reverse: bool) -> None:
     """y = running sums of x along the middle dimension of [outer, n, inner]."""
     for o in range(outer):
         for j in range(inner):
@@ -141,7 +139,8 @@ def cumsum(
 def topk(
     x: int, code: int, values: int, indices: int, outer: int, n: int, inner: int, k: int, largest: bool
 ) -> None:
-    """The k largest (or smallest) along the middle dimension of [outer, n, inner], in order; the lower index first.
+    """The k largest (or smallest) along the middle dimension of [outer, n, inner], in order; the lower
+    index first.
 
     values [outer, k, inner] of x's type (address 0: not wanted), indices int64 of the same shape.
     """

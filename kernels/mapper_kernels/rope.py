@@ -12,8 +12,8 @@ from mapper_kernels.split import share
 def rotate(x: Any, cos: Any, sin: Any, y: Any, rotary: int, interleaved: bool, angle_step: int) -> None:
     """Rotate one vector: pairs (a, b) of its first `rotary` columns become (a cos - b sin, b cos + a sin).
 
-    x, y [Dh]; the angle of pair i is at index i * angle_step of cos and sin. Pairs are columns (i, i + rotary/2), or
-    (2i, 2i + 1) where `interleaved`. The other columns are copied. y may be x.
+    x, y [Dh]; the angle of pair i is at index i * angle_step of cos and sin. Pairs are columns (i, i +
+    rotary/2), or (2i, 2i + 1) where `interleaved`. The other columns are copied. y may be x.
     """
     half = rotary // 2
     for i in range(half):

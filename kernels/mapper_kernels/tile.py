@@ -77,9 +77,7 @@ def _emit(builder: Any, rows: int, vectors: int, args: Any) -> None:
 
 def _tile(rows: int, vectors: int) -> Callable[..., None]:
     @intrinsic
-    def tile(
-        typingctx: Any, x: Any, x_step: Any, w: Any, w_step: Any, y: Any, y_step: Any, k: Any
-    ) -> Any:
+    def tile(typingctx: Any, x: Any, x_step: Any, w: Any, w_step: Any, y: Any, y_step: Any, k: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _emit(builder, rows, vectors, args)
             return context.get_dummy_value()

@@ -7,7 +7,7 @@ Stored weights are never read: random stand-ins take their place.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mapper.ir.weights import WeightSymbol
 
 SIZES = ({"batch": 2, "sequence": 3, "past": 4}, {"batch": 3, "sequence": 5, "past": 1})
 TOLERANCE = 1e-6
-MAX_ELEMENTS = 1 << 24  # of one value that is evaluated
+MAX_ELEMENTS = 1 << 22  # of one value that is evaluated
 Shapes = Mapping[int, tuple[int, ...]]
 
 
@@ -103,16 +103,27 @@ class Probe:
         extra: Sequence[Node] = (),
         shapes: Shapes | None = None,
     ) -> list[Array]:
-        """The roots, then the results of `extra` nodes. `arrays` gives leaves (by id); others are random."""
+        """The roots, then the results of `extra` nodes. `arrays` gives leaves (by id); others are random.
+
+        Raises ModelError where operands do not fit at these sizes.
+        """
+        try:
+            return self._evaluate(sizes, arrays, extra, shapes or {})
+        except (ValueError, IndexError, TypeError, ArithmeticError, MemoryError) as error:
+            raise ModelError(f"not to be evaluated at these sizes: {error}") from error
+
+    def _evaluate(
+        self, sizes: Mapping[str, int], arrays: Mapping[int, Array], extra: Sequence[Node], shapes: Shapes
+    ) -> list[Array]:
         rng = np.random.default_rng(7)
         env = sizes_for(self.leaves, [*self.nodes, *extra], sizes)
         builder = GraphBuilder("probe")
         stand_in: dict[int, WeightSymbol] = {}
         given: dict[str, Array] = {}
         emitter = Emitter(builder, env, stand_in)
-        self.check_size(env, shapes or {})
+        self.check_size(env, shapes)
         for index, leaf in enumerate(self.leaves):
-            shape = (shapes or {}).get(id(leaf)) or tuple(d.evaluate(env) for d in leaf.dims)
+            shape = shapes.get(id(leaf)) or tuple(d.evaluate(env) for d in leaf.dims)
             array = arrays[id(leaf)] if id(leaf) in arrays else random_array(leaf, shape, rng)
             array = array.astype(numpy_of(leaf.dtype))
             if leaf.weight is not None:
@@ -129,12 +140,21 @@ class Probe:
         return [made[f"y{i}"] for i in range(len(results))]
 
     def check_size(self, env: Mapping[str, int], shapes: Shapes) -> None:
-        """Raises ModelError where a value would be too large to evaluate."""
-        values = self.leaves if shapes else [*self.leaves, *(o for n in self.nodes for o in n.outputs)]
-        for value in values:
-            shape = shapes.get(id(value)) or [d.evaluate(env) for d in value.dims]
-            if math.prod(shape) > MAX_ELEMENTS:
-                raise ModelError("a value is too large to be verified numerically")
+        """Raises ModelError where the evaluation would take long or need much memory."""
+        work = 0
+        for leaf in self.leaves:
+            work = max(work, volume(shapes.get(id(leaf)) or [d.evaluate(env) for d in leaf.dims]))
+        for node in self.nodes:
+            size = sum(volume(d.evaluate(env) for d in o.dims) for o in node.outputs)
+            products = node.op == "matmul" and not shapes
+            work = max(work, size, size * node.inputs[0].dims[-1].evaluate(env) >> 6 if products else 0)
+        if work > MAX_ELEMENTS:
+            raise ModelError("a value is too large to be verified numerically")
+
+
+def volume(shape: Iterable[int]) -> int:
+    """Elements of a shape; empty dimensions count as one, for loops run over the others all the same."""
+    return math.prod(max(size, 1) for size in shape)
 
 
 def stored_array(leaf: Value, folder: Path, largest: int = 1 << 26) -> Array | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mapper.errors import MapperError
 from mapper.frontend import build
-from mapper.frontend.agree import Checker, Probe, stored_array
+from mapper.frontend.agree import MAX_ELEMENTS, Checker, Probe, stored_array, volume
 from mapper.frontend.cut import VIEWS, View
 from mapper.frontend.net import Array, Value
 from mapper.frontend.rewrite import Match
@@ -46,6 +46,8 @@ class Tables:
                 arrays[id(leaf)] = table
             if leaf.source and leaf.dtype[0] in "iu":
                 shape = [d.evaluate(_PROBE) if d.symbols <= set(_PROBE) else 6 for d in leaf.dims]
+                if volume(shape) > MAX_ELEMENTS:
+                    return None
                 arrays[id(leaf)] = np.broadcast_to(
                     np.arange(shape[-1]) if shape else np.array(0), shape
                 ).copy()
@@ -161,6 +163,8 @@ def _holds_doubled(checker: Checker, match: Match, pair: tuple[Value, Value], st
         for table in pair:
             shape = [d.value if d.is_const else 1 for d in table.dims]
             shape[-2] = 1
+            if volume(shape) > MAX_ELEMENTS:
+                return False
             part = rng.standard_normal((*shape[:-1], shape[-1] // 2))
             whole = np.concatenate([part, part], -1) if style == "half" else np.repeat(part, 2, -1)
             arrays[id(table)] = whole.astype(np.float32)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mapper.errors import MapperError
-from mapper.frontend.agree import MAX_ELEMENTS
+from mapper.frontend.agree import MAX_ELEMENTS, volume
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.reference import evaluate_values
@@ -255,7 +255,7 @@ def _one_token(graph: Graph) -> dict[str, Any]:
     for name, kind in graph.inputs:
         if all(d.symbols <= set(sizes) for d in kind.shape):
             shape = [d.evaluate(sizes) for d in kind.shape]
-            if math.prod(shape) > MAX_ELEMENTS:
+            if volume(shape) > MAX_ELEMENTS:
                 continue
             given[name] = np.ones(shape, kind.numpy)
     return given

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mapper.errors import MapperError
-from mapper.frontend.agree import Probe, stored_array
+from mapper.frontend.agree import MAX_ELEMENTS, Probe, stored_array, volume
 from mapper.frontend.net import Array, Net, Node, Value
 from mapper.frontend.rewrite import Match, rebuild, topological
 
@@ -91,6 +91,8 @@ def evaluate(probe: Probe, stored: Mapping[int, Array], new: int, past: int) -> 
     for leaf in probe.leaves:
         if leaf.source:
             shape = tuple(d.evaluate(sizes) if d.symbols <= set(sizes) else new for d in leaf.dims)
+            if volume(shape) > MAX_ELEMENTS:
+                return None
             positions = shape[-1:] == (new,) and past + new != new
             row = np.arange(past, past + new) if positions else np.ones(shape[-1:] or (), np.int64)
             arrays[id(leaf)] = np.broadcast_to(row, shape).copy()

@@ -92,8 +92,10 @@ def explanation(phase: str, e: Estimate, top: int = 10) -> list[RenderableType]:
 
 
 def _change(delta: float, time: float) -> str:
-    sign = "+" if delta >= 0 else "-"
-    return f"{sign}{seconds(abs(delta))} ({sign}{significant(100 * abs(delta) / time)} %)" if time else "0"
+    if not delta or not time:
+        return "0"
+    sign = "+" if delta > 0 else "-"
+    return f"{sign}{seconds(abs(delta))} ({sign}{significant(100 * abs(delta) / time)} %)"
 
 
 def fields(record: Mapping[str, Any], title: str = "") -> Table:

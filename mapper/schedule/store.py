@@ -37,8 +37,9 @@ from mapper.schedule.validate import array_bytes, inside, validate
 
 ALIGN = 64
 MAX_JSON = 256 << 20
-MAX_VALUES = 1 << 30
-"""Most values in one column of a table that is read from disk."""
+MAX_BYTES = 1 << 34
+"""Most bytes of one table that is read from disk, expanded."""
+BATCH = 1 << 16
 
 
 class Artifact(Protocol):
@@ -185,11 +186,6 @@ def _write_constants(schedule: Schedule, path: Path) -> dict[str, Any]:
     return index
 
 
-def is_schedule(folder: str | Path) -> bool:
-    """Whether `folder` looks like a schedule (it may still be damaged)."""
-    return (Path(folder) / "schedule.json").is_file()
-
-
 def load(folder: str | Path) -> Schedule:
     """The schedule in `folder`, validated. Constants are mapped, not read. Raises ScheduleError."""
     root = Path(folder)
@@ -263,22 +259,25 @@ def _read_table(root: Path, name: str, schema: pa.Schema) -> pa.Table:
     _regular(path)
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            _bounded(file.metadata, name)
             if not file.schema_arrow.remove_metadata().equals(schema):
                 raise ScheduleError(f"{name}: the table's columns are not those of this version")
-            return file.read(use_threads=False).cast(schema).replace_schema_metadata(None)
+            return _batches(file, name).cast(schema).replace_schema_metadata(None)
     except (pa.ArrowException, OSError, ValueError, MemoryError, UnicodeDecodeError) as error:
         raise ScheduleError(f"schedule file {path}: {error}") from error
 
 
-def _bounded(metadata: Any, name: str) -> None:
-    """A few compressed bytes may claim any number of values; refuse before they are expanded."""
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for column in range(row_group.num_columns):
-            part = row_group.column(column)
-            if part.num_values > MAX_VALUES or part.total_uncompressed_size > 16 * MAX_VALUES:
-                raise ScheduleError(f"{name}: more than {MAX_VALUES} values in a column")
+def _batches(file: pq.ParquetFile, name: str) -> pa.Table:
+    """The whole table, read in pieces: a few compressed bytes may claim any number of values.
+
+    Row groups' own metadata is not asked: on a damaged footer that ends the process instead of raising.
+    """
+    size, pieces = 0, []
+    for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+        size += batch.nbytes
+        if size > MAX_BYTES:
+            raise ScheduleError(f"{name}: holds more than {MAX_BYTES} bytes")
+        pieces.append(batch)
+    return pa.Table.from_batches(pieces, schema=file.schema_arrow).combine_chunks()
 
 
 def _read_constants(root: Path, index: dict[str, documents.ConstantMeta]) -> dict[str, Any]:

@@ -39,14 +39,16 @@ Span = tuple[int, int]
 
 @dataclass(eq=False)
 class _Buffers:
-    """Rows of the buffer table. A storage has one row, or, as a temporary of a repeated block, one per repetition."""
+    """Rows of the buffer table. A storage has one row, or, as a temporary of a repeated block, one per
+    repetition."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     of: dict[Storage, list[int]] = field(default_factory=dict)
     tops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEMORIES, 0))
 
     def add(self, storage: Storage, offset: int, program: str, lives: Sequence[Span] = ((-1, -1),)) -> None:
-        """The row or rows of a storage at `offset` of its memory, with the cycles (first, last) of each life."""
+        """The row or rows of a storage at `offset` of its memory, with the cycles (first, last) of each
+        life."""
         self.of[storage] = []
         for first, last in lives:
             self.of[storage].append(len(self.rows))
@@ -198,7 +200,8 @@ def _written_first(block: BlockSteps, storage: Storage) -> bool:
 
 
 def _span(blocks: list[BlockSteps], edges: list[Span], uses: list[int], homes: set[int], local: bool) -> Span:
-    """First and last position at which a storage is in use; all of a repeated block that it passes through."""
+    """First and last position at which a storage is in use; all of a repeated block that it passes
+    through."""
     first, last = min(uses), max(uses)
     if local:
         return first, last
@@ -311,10 +314,14 @@ def _weight_port(name: str, value: Value, weights: Weights, buffers: _Buffers) -
 def _weight_files(weights: Weights) -> dict[str, Any]:
     return {
         name: {
-            "file": w.file, "offset": w.offset, "bytes": w.bytes, "dtype": _name(w.dtype), "shape": list(w.shape),
+            "file": w.file,
+            "offset": w.offset,
+            "bytes": w.bytes,
+            "dtype": _name(w.dtype),
+            "shape": list(w.shape),
         }
         for name, w in sorted(weights.symbols.items())
-    }  # fmt: skip
+    }
 
 
 def _model(graph: Graph) -> ModelRef:

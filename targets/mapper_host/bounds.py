@@ -14,8 +14,9 @@ from mapper_host.work import graph_flops, graph_weight_bytes
 def bounds_of(graph: Graph, machine: Machine) -> Sequence[Bound]:
     """Bounds on one run of a static graph.
 
-    Every weight is read at least once, and so is every key and value that the step can see. Of all these bytes no
-    more than the last-level cache holds can still be there from the run before; the others come from memory.
+    Every weight is read at least once, and so is every key and value that the step can see. Of all these
+    bytes no more than the last-level cache holds can still be there from the run before; the others come
+    from memory.
     """
     weights = graph_weight_bytes(graph)
     names = graph.inputs_with_role("state")

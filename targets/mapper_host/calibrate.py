@@ -1,4 +1,5 @@
-"""Measuring this computer: the constants of the timing model, each as the median of several runs with its spread."""
+"""Measuring this computer: the constants of the timing model, each as the median of several runs with its
+spread."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Measured:
 
 
 def seconds(run: Callable[[], Any], times: int = 1) -> list[float]:
-    """Time of one call, up to RUNS times, each the mean over `times` calls; after one call that is not counted.
+    """Time of one call, up to RUNS times, each the mean over `times` calls; after one call that is not
+    counted.
 
     Runs that took more than CONTENDED times the shortest one were disturbed by other load, and are left out.
     """
@@ -60,7 +62,8 @@ def seconds(run: Callable[[], Any], times: int = 1) -> list[float]:
 
 
 def calibrated() -> str:
-    """TOML text of a machine "host" measured on this computer now. Takes some seconds; other load disturbs it."""
+    """TOML text of a machine "host" measured on this computer now. Takes some seconds; other load disturbs
+    it."""
     cache = cache_bytes()
     probe = Probe()
     constants = {
@@ -87,15 +90,15 @@ def calibrated() -> str:
     lines = [
         'name = "host"',
         'target = "host"',
-        f'summary = "{platform.machine()} processor, {probe.threads} thread(s), measured by mapper machines calibrate"',
+        f'summary = "{platform.machine()} processor, one thread, measured by mapper machines calibrate"',
         "",
-        f'cache.bytes = {{ value = {cache}, unit = "B", kind = "{_CACHE_KIND}", source = "last-level cache as the '
-        f'system reports it", low = {cache // 4}, high = {cache} }}',
+        f'cache.bytes = {{ value = {cache}, unit = "B", kind = "published", source = "{_CACHE_SOURCE}", '
+        f"low = {cache // 4}, high = {cache} }}",
     ]
     return "\n".join([*lines, *(f"{name} = {m.toml()}" for name, m in constants.items())]) + "\n"
 
 
-_CACHE_KIND = "published"
+_CACHE_SOURCE = "last-level cache as the system reports it; other cores may take their share"
 
 
 def cache_bytes() -> int:
@@ -112,9 +115,6 @@ def cache_bytes() -> int:
 
 class Probe:
     """Programs of single opcodes, timed in the interpreter itself."""
-
-    def __init__(self) -> None:
-        self.threads = 1
 
     def _steps(
         self, opcode: int, args: Sequence[int], addresses: Sequence[Sequence[int]]

@@ -19,7 +19,8 @@ _MOST = 16
 
 @dataclass(frozen=True)
 class OperandsFit:
-    """Every step has the operands that its opcode takes, each of exactly the size that its arguments imply."""
+    """Every step has the operands that its opcode takes, each of exactly the size that its arguments
+    imply."""
 
     name: str = "OperandsFit"
 
@@ -52,8 +53,8 @@ class OperandsFit:
 
 @dataclass(frozen=True)
 class RatesHold:
-    """No step moves bytes faster than the cache delivers them or computes faster than its kernel, and no program
-    starts before the interpreter has been entered."""
+    """No step moves bytes faster than the cache delivers them or computes faster than its kernel, and no
+    program starts before the interpreter has been entered."""
 
     name: str = "RatesHold"
 

@@ -20,27 +20,40 @@ from mapper_host.strides import broadcast, collapse
 from mapper_kernels.names import ELEMENTWISE as ELEMENTWISE_NUMBERS
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a weight is held: element type, and whether its two dimensions are exchanged."""
+
+    dtype: str
+    turned: bool = False
+
+
 @dataclass(eq=False)
 class Weights:
-    """Weights and constants that any program uses: one storage each, with the value expression that fills it."""
+    """Weights and constants that any program uses: one storage each, with the value expression that fills
+    it."""
 
     values: dict[str, Value] = field(default_factory=dict)
     sources: dict[Storage, Any] = field(default_factory=dict)
     symbols: dict[str, WeightSymbol] = field(default_factory=dict)
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
-    def symbol(self, weight: WeightSymbol, dtype: str) -> Value:
-        """The weight as elements of `dtype`, converted when it is loaded."""
-        key = weight.name if weight.dtype == dtype else f"{weight.name}:{dtype}"
+    def symbol(self, weight: WeightSymbol, form: Form) -> Value:
+        """The weight in another form, converted when it is loaded."""
+        key = weight.name if weight.dtype == form.dtype else f"{weight.name}:{form.dtype}"
+        key += ":transposed" if form.turned else ""
         if key not in self.values:
             source: Any = ["const" if weight.file is None else "weight", weight.name]
             if weight.file is None:
                 self.arrays[weight.name] = np.ascontiguousarray(weight.load())
             else:
                 self.symbols[weight.name] = weight
-            if weight.dtype != dtype:
-                source = ["cast", source, np.dtype(_numpy(dtype)).name]
-            self._add(key, tuple(weight.shape), dtype, source)
+            if weight.dtype != form.dtype:
+                source = ["cast", source, np.dtype(_numpy(form.dtype)).name]
+            if form.turned:
+                source = ["transpose", source, [1, 0]]
+            shape = tuple(weight.shape)
+            self._add(key, shape[::-1] if form.turned else shape, form.dtype, source)
         return self.values[key]
 
     def constant(self, array: npt.NDArray[Any], dtype: str) -> Value:
@@ -72,7 +85,8 @@ def _numpy(dtype: str) -> Any:
 class Context:
     """The program being lowered: the current block and op, and the value of every SSA value so far.
 
-    `slots` maps a weight slot of the repeat at hand to its symbol (of the first iteration, or of the one at hand).
+    `slots` maps a weight slot of the repeat at hand to its symbol (of the first iteration, or of the one at
+    hand).
     """
 
     graph: Graph
@@ -81,7 +95,8 @@ class Context:
     place: str
     values: dict[SSAValue, Value] = field(default_factory=dict)
     slots: Mapping[str, str] = field(default_factory=dict)
-    used_slots: dict[Storage, tuple[str, str]] = field(default_factory=dict)
+    used_slots: dict[Storage, tuple[str, Form]] = field(default_factory=dict)
+    serving: bool = False
     op: DataflowOp | None = None
     row: int = -1
 
@@ -108,7 +123,19 @@ class Context:
             self.fail(f"computes in f32, not in {value.dtype}")
         return value
 
-    def weight(self, attribute: str, dtype: str | None = "f32") -> Value | None:
+    def matrix(self, attribute: str, transposed: bool) -> tuple[Value, bool]:
+        """The matrix that an attribute names, and whether it is [N, K].
+
+        In a program that runs once per token it always is, turned round when it is loaded: rows are then read
+        as few long streams, at twice the speed.
+        """
+        turned = self.serving and not transposed
+        value = self.weight(attribute, "f32", turned)
+        if value is None:
+            self.fail(f"has no {attribute}")
+        return value, transposed or turned
+
+    def weight(self, attribute: str, dtype: str | None = "f32", turned: bool = False) -> Value | None:
         """The weight that an attribute of the op at hand names, as elements of `dtype` (None: as stored)."""
         assert self.op is not None
         name = self.op.attr(attribute)
@@ -118,8 +145,9 @@ class Context:
         wanted = dtype or symbol.dtype
         if wanted not in CODES:
             self.fail(f"weight {symbol.name} has element type {wanted}")
-        value = self.weights.symbol(symbol, wanted)
-        self._note_slot(value.storage, name if name in self.slots else "", wanted)
+        form = Form(wanted, turned)
+        value = self.weights.symbol(symbol, form)
+        self._note_slot(value.storage, name if name in self.slots else "", form)
         return value
 
     def need(self, attribute: str, dtype: str | None = "f32") -> Value:
@@ -129,9 +157,9 @@ class Context:
             self.fail(f"has no {attribute}")
         return value
 
-    def _note_slot(self, storage: Storage, slot: str, dtype: str) -> None:
-        known = self.used_slots.setdefault(storage, (slot, dtype))
-        if known != (slot, dtype):
+    def _note_slot(self, storage: Storage, slot: str, form: Form) -> None:
+        known = self.used_slots.setdefault(storage, (slot, form))
+        if known != (slot, form):
             raise SlotConflict
 
     def out(self, index: int = 0) -> Value:

@@ -1,8 +1,8 @@
 """The compiled interpreter: one call runs a whole serving program, step by step, on raw memory addresses.
 
-`rows` holds one line per step: opcode, first argument, addresses of the operands. `args` are the arguments of all
-steps, `floats` the same bytes as float64. The addresses and arguments must have been checked (see `packed.py`):
-nothing is checked here but what depends on data: positions, tokens and indices.
+`rows` holds one line per step: opcode, first argument, addresses of the operands. `args` are the arguments
+of all steps, `floats` the same bytes as float64. The addresses and arguments must have been checked (see
+`packed.py`): nothing is checked here but what depends on data: positions, tokens and indices.
 
 Opcodes that only other graphs need are in `interpreter_general.py`, so that decoding does not wait for their
 compilation.
@@ -42,7 +42,8 @@ FAULTS = {
 }
 """What each fault number means. See `unpack`."""
 SERVING = (
-    ACTIVATION, CACHE_APPEND, CACHED_ATTENTION, COPY, EMBED_AT, GATE, GATHER, LINEAR_KN, LINEAR_NK, NORM, ROPE_AT,
+    ACTIVATION, CACHE_APPEND, CACHED_ATTENTION, COPY, EMBED_AT, GATE, GATHER, LINEAR_KN, LINEAR_NK, NORM,
+    ROPE_AT,
     VECTOR,
 )  # fmt: skip
 """Opcodes that `interpret` runs."""
@@ -163,15 +164,15 @@ def interpret(
 ) -> Any:
     """Run steps begin..end - 1 as thread `part` of `parts`; 0, or which step failed and how (see `unpack`).
 
-    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; barrier int64 [2], zero at first, shared by
-    the threads: arrivals, and the first fault.
+    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; barrier int64 [2], zero at first,
+    shared by the threads: arrivals, and the first fault.
     """
     arrivals = 0
     for i in range(begin, end):
         first = rows[i, 1]
         op, r, a, f = rows[i, 0], rows[i, 2:], args[first:], floats[first:]
         fault = 0
-        if op == LINEAR_NK or op == LINEAR_KN:
+        if op in (LINEAR_NK, LINEAR_KN):
             _linear(op, r, a, part, parts)
         elif op == NORM:
             _norm(r, a, f, part, parts)

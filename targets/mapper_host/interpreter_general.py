@@ -113,7 +113,8 @@ def _reduce(r: Any, a: Any) -> None:
 def _matmul(r: Any, a: Any, part: int, parts: int) -> None:
     n = a[4]
     product.matmul(
-        r[0], r[1], r[2], a[0], a[1], a[2], a[3], a[5 : 5 + n], a[5 + n : 5 + 2 * n], a[5 + 2 * n : 5 + 3 * n],
+        r[0], r[1], r[2], a[0], a[1], a[2], a[3], a[5 : 5 + n], a[5 + n : 5 + 2 * n],
+        a[5 + 2 * n : 5 + 3 * n],
         part, parts,
     )  # fmt: skip
 

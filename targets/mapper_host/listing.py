@@ -9,7 +9,8 @@ from mapper.schedule.tables import Block, Schedule
 
 
 def listing(schedule: Schedule) -> str:
-    """All programs, block by block: start cycle, duration, opcode, operands (reads -> writes), bytes, operations."""
+    """All programs, block by block: start cycle, duration, opcode, operands (reads -> writes), bytes,
+    operations."""
     lines = [f"host schedule on {schedule.machine}, {schedule.clock_hz:.0f} cycles per second"]
     values = [str(v) for v in schedule.buffers.column("value").to_pylist()]
     for phase, program in schedule.programs.items():
@@ -34,7 +35,8 @@ def _steps(schedule: Schedule, block: Block, values: Sequence[str]) -> Iterator[
             for o, b, at, n in operands
         ]
         yield (
-            f"  {start[row]:>9} +{length[row]:<8} {schedule.opcodes[opcode[row]]:<16} {sides[0]} -> {sides[1]}"
+            f"  {start[row]:>9} +{length[row]:<8} {schedule.opcodes[opcode[row]]:<16} "
+            f"{sides[0]} -> {sides[1]}"
             f"  [{moved[row]} B, {flops[row]} op]"
         )
 

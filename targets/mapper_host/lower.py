@@ -1,8 +1,8 @@
 """Lowering: a graph with static shapes to a program of kernel steps.
 
-A graph in serving form (see mapper/passes/serve.py) keeps its repeat as one block with bindings; in any other graph
-repeats are unrolled. Values are contiguous; views that keep the order of elements are aliases; caches are updated in
-place.
+A graph in serving form (see mapper/passes/serve.py) keeps its repeat as one block with bindings; in any
+other graph repeats are unrolled. Values are contiguous; views that keep the order of elements are aliases;
+caches are updated in place.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class _Lowering:
 
     def context(self, block: BlockSteps, place: str) -> Context:
         """A context on the values so far; new values of a block stay its own."""
-        return Context(self.graph, self.weights, block, place, dict(self.values))
+        c = Context(self.graph, self.weights, block, place, dict(self.values))
+        c.serving = bool(self.graph.inputs_with_role("past_length"))
+        return c
 
     def run_ops(self, c: Context, ops: tuple[DataflowOp, ...], repeat: int) -> None:
         """Lower ops into the context's block."""
@@ -139,7 +141,8 @@ class _Lowering:
         return homes
 
     def _states(self, section: Section, c: Context) -> None:
-        """Iterated outputs are the caches that the iterated inputs were. Raises SlotConflict for any other."""
+        """Iterated outputs are the caches that the iterated inputs were. Raises SlotConflict for any
+        other."""
         for out in section.outputs:
             inside = c.values[out.yielded].storage
             match = [s for s in section.inputs if self.values[s.values[0]].storage is inside]
@@ -150,8 +153,8 @@ class _Lowering:
                 self.ops.same(result, out.yielded)
 
     def _fill(self, section: Section, homes: list[Value]) -> None:
-        """Bring the initial values into their homes: the ops before the repeat write them there where nothing else
-        uses the value, else a block of copies does."""
+        """Bring the initial values into their homes: the ops before the repeat write them there where
+        nothing else uses the value, else a block of copies does."""
         copies: list[Step] = []
         for carried, home in zip(section.carried, homes, strict=True):
             initial = self.values[carried.initial]
@@ -164,7 +167,8 @@ class _Lowering:
             self.blocks.append(BlockSteps("enter", 1, copies))
 
     def _only_entering(self, section: Section, storage: Storage) -> bool:
-        """Whether the values in a storage are used by lowered ops and, once, as a carried value of the repeat."""
+        """Whether the values in a storage are used by lowered ops and, once, as a carried value of the
+        repeat."""
         entering = 0
         for ssa, value in self.values.items():
             if value.storage is storage:
@@ -184,16 +188,17 @@ class _Lowering:
         return True
 
     def _bind_weights(self, section: Section, c: Context) -> None:
-        for storage, (slot, dtype) in c.used_slots.items():
+        for storage, (slot, form) in c.used_slots.items():
             if not slot:
                 continue
             symbols = [self.graph.weights[name] for name in section.table[slot]]
-            bind(c.block, [self.weights.symbol(s, dtype).storage for s in symbols])
+            bind(c.block, [self.weights.symbol(s, form).storage for s in symbols])
             assert c.block.bindings.get(storage) is not None or len({s.name for s in symbols}) == 1
 
 
 def bind(block: BlockSteps, storages: list[Storage]) -> None:
-    """In repetition i, storages[i] stands for storages[0]. Raises SlotConflict where that is bound already."""
+    """In repetition i, storages[i] stands for storages[0]. Raises SlotConflict where that is bound
+    already."""
     if all(s is storages[0] for s in storages):
         return
     if block.bindings.get(storages[0], tuple(storages)) != tuple(storages):
@@ -224,8 +229,8 @@ def _touching(steps: list[Step], storage: Storage) -> tuple[list[int], list[int]
 
 
 def carry(block: BlockSteps, made: Value, home: Value, c: Context) -> None:
-    """Bring the yielded value into its home at the end of the body: by writing it there, where nothing reads the
-    home later and the writing step may work in place; else by a copy."""
+    """Bring the yielded value into its home at the end of the body: by writing it there, where nothing
+    reads the home later and the writing step may work in place; else by a copy."""
     steps = block.steps
     old = made.storage
     reads_home, writes_home = _touching(steps, home.storage)
@@ -243,7 +248,8 @@ def carry(block: BlockSteps, made: Value, home: Value, c: Context) -> None:
 
 
 def lower_program(graph: Graph, phase: str, weights: Weights, states: dict[str, Value]) -> Lowered:
-    """The program of a static graph. `states` holds the caches by name; new ones are added, programs share them."""
+    """The program of a static graph. `states` holds the caches by name; new ones are added, programs share
+    them."""
     work = _Lowering(graph, weights, phase, states, OpList(graph, phase))
     roles = graph.roles["inputs"]
     inputs: dict[str, Value] = {}
@@ -270,7 +276,8 @@ def lower_program(graph: Graph, phase: str, weights: Weights, states: dict[str, 
 
 
 def _outputs(work: _Lowering, graph: Graph, states: dict[str, Value]) -> dict[str, Value]:
-    """Storage of every output that is no state: its own, in memory "io", written by a copy where it must be."""
+    """Storage of every output that is no state: its own, in memory "io", written by a copy where it must
+    be."""
     outputs: dict[str, Value] = {}
     last = BlockSteps("outputs")
     all_steps = [s for b in work.blocks for s in b.steps]

@@ -1,8 +1,8 @@
 """The host's instruction set: opcode numbers and names, and how many bytes each operand of a step must have.
 
-A step has its operands in order (reads, then writes; optional ones are left out as its arguments say) and 64-bit
-arguments; a floating-point argument is the bit pattern of a float64. The numbers are those that `interpreter.py`
-branches on.
+A step has its operands in order (reads, then writes; optional ones are left out as its arguments say) and
+64-bit arguments; a floating-point argument is the bit pattern of a float64. The numbers are those that
+`interpreter.py` branches on.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import struct
 from collections.abc import Callable, Sequence
 
 OPCODES = (
-    "linear_nk", "linear_kn", "norm", "rope_at", "rope", "cache_append", "cached_attention", "attention", "embed_at",
-    "gate", "activation", "elementwise", "copy", "fill", "arange", "one_hot", "trilu", "gather", "gather_elements",
-    "gather_nd", "scatter_nd", "scatter_elements", "reduce", "softmax", "cumsum", "topk", "argmax", "matmul", "conv",
+    "linear_nk", "linear_kn", "norm", "rope_at", "rope", "cache_append", "cached_attention", "attention",
+    "embed_at",
+    "gate", "activation", "elementwise", "copy", "fill", "arange", "one_hot", "trilu", "gather",
+    "gather_elements",
+    "gather_nd", "scatter_nd", "scatter_elements", "reduce", "softmax", "cumsum", "topk", "argmax",
+    "matmul", "conv",
     "moe", "vector",
 )  # fmt: skip
 """Opcode names; the position is the opcode."""

@@ -1,8 +1,8 @@
 """A program of a schedule as the interpreter takes it: one line per executed step, with raw addresses.
 
-Everything that does not depend on data is checked here, once: that each step has the operands its opcode takes, and
-that every operand lies inside its buffer and its memory. A schedule that passes cannot make the interpreter touch a
-byte outside of the memories.
+Everything that does not depend on data is checked here, once: that each step has the operands its opcode
+takes, and that every operand lies inside its buffer and its memory. A schedule that passes cannot make the
+interpreter touch a byte outside of the memories.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Block:
                 self.bound.setdefault(slot, {})[repetition] = to
         for row in range(len(steps)):
             self._check(row, length)
-        for _, buffer, offset, count in (self.reads, self.writes):
+        for _, buffer, _offset, _count in (self.reads, self.writes):
             reached = {
                 b for slot in np.unique(buffer) for b in (int(slot), *self.bound.get(int(slot), {}).values())
             }

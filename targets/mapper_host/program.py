@@ -1,7 +1,7 @@
 """A program while it is being built: storages, steps and blocks, with every operand a slice of a storage.
 
-Lifetimes are counted in step positions of the whole program (a repeated block counts once); `assemble.py` turns them
-into cycles and addresses.
+Lifetimes are counted in step positions of the whole program (a repeated block counts once); `assemble.py`
+turns them into cycles and addresses.
 """
 
 from __future__ import annotations

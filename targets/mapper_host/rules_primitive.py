@@ -35,11 +35,13 @@ from mapper_host.strides import around, broadcast, row_major
 from mapper_kernels.names import COMBINATIONS, ELEMENTWISE, REDUCTIONS
 
 _UNARY = (
-    "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan", "tanh", "erf", "sigmoid",
+    "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan", "tanh", "erf",
+    "sigmoid",
     "softplus", "relu", "floor", "ceil", "round", "sign", "not", "isnan", "isinf", "cast",
 )  # fmt: skip
 _BINARY = (
-    "add", "sub", "mul", "div", "pow", "min", "max", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge", "select",
+    "add", "sub", "mul", "div", "pow", "min", "max", "and", "or", "xor", "eq", "ne", "lt", "le", "gt",
+    "ge", "select",
 )  # fmt: skip
 
 
@@ -324,6 +326,7 @@ def _conv(c: Context, op: DataflowOp) -> None:
     rank = len(x.shape) - 2
     args = [
         *four(x.shape), *four(w.shape), *four(y.shape)[2:], *both(op.attr("strides"), 1),
-        *both(op.attr("pads")[:rank], 0), *both(op.attr("dilations"), 1), op.attr("group"), int(bias is not None),
+        *both(op.attr("pads")[:rank], 0), *both(op.attr("dilations"), 1), op.attr("group"),
+        int(bias is not None),
     ]  # fmt: skip
     c.emit(CONV, args, [v for v in (x, w, bias, y) if v is not None], 2 * y.items * math.prod(w.shape[1:]))

@@ -46,8 +46,9 @@ def _embed_at(c: Context, op: DataflowOp) -> None:
     c.emit(EMBED_AT, args, [table, past, y], y.items, bytes=2 * y.bytes)
 
 
-def linear(c: Context, x: Value, weight: Value, bias: Value | None, transposed: bool, y: Value) -> None:
-    """Emit y = x W + bias over the last axis."""
+def linear(c: Context, x: Value, matrix: tuple[Value, bool], bias: Value | None, y: Value) -> None:
+    """Emit y = x W + bias over the last axis; W as `Context.matrix` gives it."""
+    weight, transposed = matrix
     n, k = weight.shape if transposed else weight.shape[::-1]
     m = y.items // n if n else 0
     opcode = LINEAR_NK if transposed else LINEAR_KN
@@ -62,8 +63,8 @@ def linear(c: Context, x: Value, weight: Value, bias: Value | None, transposed: 
 
 @rule("linear", "lm_head")
 def _linear(c: Context, op: DataflowOp) -> None:
-    x, weight = c.f32(op.operands[0]), c.need("weight")
-    linear(c, x, weight, c.weight("bias"), op.attr("transposed"), c.out())
+    x, weight = c.f32(op.operands[0]), c.matrix("weight", op.attr("transposed"))
+    linear(c, x, weight, c.weight("bias"), c.out())
 
 
 @rule("norm")
@@ -217,24 +218,26 @@ def _activation(c: Context, op: DataflowOp) -> None:
 
 @rule("mlp")
 def _mlp(c: Context, op: DataflowOp) -> None:
-    x, up, down = c.f32(op.operands[0]), c.need("up"), c.need("down")
-    inner = up.shape[0 if op.attr("up_transposed") else 1]
-    h, a, y = c.temporary((*x.shape[:-1], inner), "f32"), c.temporary((*x.shape[:-1], inner), "f32"), c.out()
-    linear(c, x, up, c.weight("up_bias"), op.attr("up_transposed"), h)
+    x = c.f32(op.operands[0])
+    up, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("up", "down"))
+    inner = (*x.shape[:-1], up[0].shape[0 if up[1] else 1])
+    h, a, y = c.temporary(inner, "f32"), c.temporary(inner, "f32"), c.out()
+    linear(c, x, up, c.weight("up_bias"), h)
     c.emit(ACTIVATION, [h.items, ACTIVATIONS[op.attr("act")]], [h, a], 4 * h.items)
-    linear(c, a, down, c.weight("down_bias"), op.attr("down_transposed"), y)
+    linear(c, a, down, c.weight("down_bias"), y)
 
 
 @rule("gated_mlp")
 def _gated_mlp(c: Context, op: DataflowOp) -> None:
-    x, gate, up, down = c.f32(op.operands[0]), c.need("gate"), c.need("up"), c.need("down")
-    inner = gate.shape[0 if op.attr("gate_transposed") else 1]
-    g, u, a = (c.temporary((*x.shape[:-1], inner), "f32") for _ in range(3))
+    x = c.f32(op.operands[0])
+    gate, up, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("gate", "up", "down"))
+    inner = (*x.shape[:-1], gate[0].shape[0 if gate[1] else 1])
+    g, u, a = (c.temporary(inner, "f32") for _ in range(3))
     y = c.out()
-    linear(c, x, gate, c.weight("gate_bias"), op.attr("gate_transposed"), g)
-    linear(c, x, up, c.weight("up_bias"), op.attr("up_transposed"), u)
+    linear(c, x, gate, c.weight("gate_bias"), g)
+    linear(c, x, up, c.weight("up_bias"), u)
     c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
-    linear(c, a, down, c.weight("down_bias"), op.attr("down_transposed"), y)
+    linear(c, a, down, c.weight("down_bias"), y)
 
 
 @rule("moe")

@@ -1,7 +1,9 @@
-"""The executable meaning of the host's schedules: arrays are row-major bytes, programs run in the interpreter."""
+"""The executable meaning of the host's schedules: arrays are row-major bytes, programs run in the
+interpreter."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from dataclasses import dataclass, field
@@ -64,8 +66,9 @@ class HostSemantics:
         return ready.cycles
 
     def prepare(self, schedule: Schedule, phase: Phase, memories: Memories) -> Prepared:
-        """The tables of a program on these memories. Addresses are fixed, so what the steps read is known: the first
-        time, every read is checked to be of written bytes. Raises ExecutionFault naming the step."""
+        """The tables of a program on these memories. Addresses are fixed, so what the steps read is known:
+        the first time, every read is checked to be of written bytes. Raises ExecutionFault naming the
+        step."""
         key = (id(schedule), id(memories), phase)
         if (
             key not in self._known
@@ -87,7 +90,8 @@ class HostSemantics:
 
 
 def execute(ready: Prepared) -> None:
-    """Run prepared tables: a serving program is one call. Raises ExecutionFault where data leads out of range."""
+    """Run prepared tables: a serving program is one call. Raises ExecutionFault where data leads out of
+    range."""
     from mapper_host.interpreter import FAULTS, interpret, unpack
 
     packed = ready.packed
@@ -107,11 +111,12 @@ def _stretches(packed: Packed) -> list[tuple[int, int, bool]]:
 
     serving = np.isin(packed.rows[:, 0], SERVING)
     cuts = [0, *(np.flatnonzero(serving[1:] != serving[:-1]) + 1).tolist(), len(serving)]
-    return [(a, b, bool(serving[a])) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]
+    return [(a, b, bool(serving[a])) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 def _trace(packed: Packed, memories: Memories) -> None:
-    """Walk the steps over the "written" flags. Raises ExecutionFault at the first read of an unwritten byte."""
+    """Walk the steps over the "written" flags. Raises ExecutionFault at the first read of an unwritten
+    byte."""
     flags: dict[int, npt.NDArray[np.bool_]] = {}
     for i, (reads, writes) in enumerate(zip(packed.reads, packed.writes, strict=True)):
         for memory, low, high in reads:

@@ -1,10 +1,11 @@
 """How long a step takes: one formula, used by the lowering, by retiming and in no bound.
 
-time = step.overhead + max(streamed / stream rate + other bytes / cache.bandwidth, operations / rate of the opcode)
+time = step.overhead + max(streamed / stream rate + other bytes / cache.bandwidth, operations / rate of the
+opcode)
 
-Streamed bytes are those of weights and state. Their rate follows from the program's working set W (all weights and
-state that it reads once) and the last-level cache C: up to 3/4 C everything stays cached from run to run, from 3/2 C
-on a cyclic sweep finds nothing in the cache, in between the fraction of misses grows linearly.
+Streamed bytes are those of weights and state. Their rate follows from the program's working set W (all
+weights and state that it reads once) and the last-level cache C: up to 3/4 C everything stays cached from run
+to run, from 3/2 C on a cyclic sweep finds nothing in it, in between the share of misses grows linearly.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def miss_fraction(working_set: float, cache: float) -> float:
 def durations(
     machine: Machine, opcode: Int, streamed: Int, moved: Int, flops: Int, working_set: float
 ) -> Int:
-    """Nanoseconds of each step (at least 1). `moved` are all bytes of a step, `streamed` those of weights and state."""
+    """Nanoseconds of each step (at least 1). `moved` are all bytes of a step, `streamed` those of weights
+    and state."""
     miss = miss_fraction(working_set, machine.value("cache.bytes"))
     near = machine.value("cache.bandwidth")
     far = machine.value("memory.bandwidth")

@@ -232,17 +232,16 @@ class _Token:
         return scores, peaks
 
     def partial(self, name: str, side: int, number: int, count: int) -> Stored:
-        return self.b.temp(f"{name}.{self.token}", F32, min(3, count), group(side, number))
+        return self.b.temp(f"{name}.{self.token}", F32, min(self.b.lag, count), group(side, number))
 
-    @staticmethod
-    def last(count: int) -> list[int]:
-        """Rows of the partial results of an accumulation: those of its last three vectors."""
-        keep = min(3, count)
+    def last(self, count: int) -> list[int]:
+        """Rows of the partial results of an accumulation: those of its last vectors, one per ALU cycle."""
+        keep = min(self.b.lag, count)
         return [-1] * (count - keep) + list(range(keep))
 
     def fold(self, chain: Chain, opcode: str, parts: dict[int, Stored]) -> Res:
         """All partial results combined on one ALU, through its output register."""
-        operands = [Mem(p, (r,)) for r in range(3) for p in parts.values() if r < p.rows]
+        operands = [Mem(p, (r,)) for r in range(self.b.lag) for p in parts.values() if r < p.rows]
         if len(operands) == 1:
             return chain.add("vxm.copy", operands[0])
         result = chain.add(opcode, operands[0], operands[1])

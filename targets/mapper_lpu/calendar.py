@@ -114,22 +114,58 @@ class Calendar:
         for use in uses:
             self.busy[use.key] = self.busy.get(use.key, 0) | self._bits(use, cycle)
 
+    def _blocked(self, uses: Sequence[Use], low: int, span: int) -> int:
+        """Bit k is set where the uses (folded) do not all fit at cycle low + k, k < span."""
+        blocked = 0
+        for use in uses:
+            taken = self.busy.get(use.key)
+            if not taken:
+                continue
+            at = low + use.offset
+            if self.period is None:
+                at += _OFFSET
+            else:
+                at %= self.period
+                repeats = -(-(at + span + use.mask.bit_length()) // self.period)
+                have = 1
+                while have < repeats:
+                    taken |= taken << (self.period * have)
+                    have *= 2
+            blocked |= _smeared(taken, use.mask) >> at if at >= 0 else _smeared(taken, use.mask) << -at
+        return blocked & ((1 << span) - 1)
+
     def earliest(self, uses: Sequence[Use], low: int, limit: int = 4000) -> int | None:
         """The first cycle >= low at which the uses fit, within `limit` cycles; None where there is none."""
         folded = self.fold(uses)
         if folded is None:
             return None
-        for cycle in range(low, low + limit):
-            if self.fits(folded, cycle):
-                return cycle
-        return None
+        span = limit if self.period is None else min(limit, self.period)
+        free = ~self._blocked(folded, low, span) & ((1 << span) - 1)
+        return low + (free & -free).bit_length() - 1 if free else None
 
     def latest(self, uses: Sequence[Use], high: int, limit: int = 4000) -> int | None:
         """The last cycle <= high at which the uses fit, within `limit` cycles; None where there is none."""
         folded = self.fold(uses)
         if folded is None:
             return None
-        for cycle in range(high, high - limit, -1):
-            if self.fits(folded, cycle):
-                return cycle
-        return None
+        span = limit if self.period is None else min(limit, self.period)
+        low = high - span + 1
+        free = ~self._blocked(folded, low, span) & ((1 << span) - 1)
+        return low + free.bit_length() - 1 if free else None
+
+
+def _smeared(taken: int, mask: int) -> int:
+    """Bit t is set where taken & (mask << t) is not 0: `taken` moved down by every set bit of the mask."""
+    result, at = 0, 0
+    while mask:
+        skip = (mask & -mask).bit_length() - 1
+        mask, at = mask >> skip, at + skip
+        run = (~mask & (mask + 1)).bit_length() - 1  # length of the run of ones
+        part, have = taken >> at, 1
+        while have < run:
+            step = min(have, run - have)
+            part |= part >> step
+            have += step
+        result |= part
+        mask, at = mask >> run, at + run
+    return result

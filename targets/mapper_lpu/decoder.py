@@ -72,8 +72,15 @@ class Builder:
     """Builds the chains of one phase."""
 
     def __init__(
-        self, decoder: Decoder, phase: str, storage: Storage, weights: Weights, caches: list[Cache]
+        self,
+        decoder: Decoder,
+        phase: str,
+        storage: Storage,
+        weights: Weights,
+        caches: list[Cache],
+        lag: int,
     ) -> None:
+        self.lag = lag  # cycles of an ALU: accumulation over time makes as many interleaved partial sums
         self.d, self.phase, self.storage, self.weights = decoder, phase, storage, weights
         self.cache = caches[0]
         self.rows = decoder.batch * decoder.tokens
@@ -170,7 +177,7 @@ class Builder:
             part_sum = self.matmul(chain, ones, stored, self.all_rows)
             made = chain.add("vxm.add", chain.add("vxm.mul", part_sum, Imm(scale)), total)
             total = made
-            if rows > 3 and number + 1 < len(terms):
+            if rows > self.lag and number + 1 < len(terms):
                 # activations of one MXM are as far apart as VXM levels: longer streams go by way of MEM
                 partial = self.temp(f"{name}/sum.{number}", F32, rows, group(EAST, 2))
                 chain.write(made, partial, self.all_rows)

@@ -103,9 +103,11 @@ def _position(storage: Storage, phase: str) -> tuple[dict[int, Stored], dict[int
     return index, value
 
 
-def build(decoder: Decoder, phase: str, storage: Storage, weights: Weights, caches: list[Cache]) -> Program:
+def build(
+    decoder: Decoder, phase: str, storage: Storage, weights: Weights, caches: list[Cache], lag: int
+) -> Program:
     """The chains of one phase."""
-    builder = Builder(decoder, phase, storage, weights, caches)
+    builder = Builder(decoder, phase, storage, weights, caches, lag)
     tokens = _input(storage, phase, decoder)
     x = builder.residual("x", 0)
     builder.embed(x, tokens)
@@ -148,7 +150,7 @@ def lower(
     caches = _caches(first, storage, weights)
     timed: dict[Phase, Timed] = {}
     for phase, decoder in decoders.items():
-        program = build(decoder, phase, storage, weights, caches)
+        program = build(decoder, phase, storage, weights, caches, latencies.alu)
         timed[phase] = schedule(program, latencies, decoder.layers, machine.whole("chip.tiles"))
     tokens = {phase: decoder.tokens for phase, decoder in decoders.items()}
     return Lowered(storage, timed, _bindings(weights, caches), weights.constants, weights.symbols, tokens)

@@ -181,8 +181,8 @@ def index_stream(schedule: Schedule, place: Place, row: Row, rng: np.random.Gene
 
 
 def immediate(schedule: Schedule, place: Place, row: Row, rng: np.random.Generator) -> Any:
-    """Another immediate: one bit of the upper mantissa or the exponent; for zero and for numbers that only have
-    to be huge another number altogether."""
+    """Another immediate: one bit of the upper mantissa or the exponent; for zero and for numbers that only
+    have to be huge another number altogether."""
     binary = _code(schedule, row) in isa.BINARY_OPS
     places = [k + 1 for k in ((0, 3) if binary else (0,)) if row["args"][k] == isa.IMMEDIATE]
     if not places:

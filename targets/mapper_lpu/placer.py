@@ -8,7 +8,7 @@ calendar).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from mapper.errors import LoweringError
 from mapper_lpu import calendar
@@ -121,7 +121,7 @@ class Placer:
     @property
     def instructions(self) -> list[Instruction]:
         """All instructions at the cycles of the frame."""
-        return [replace(i, cycle=i.cycle + cycle) for made, cycle in self.pieces for i in made]
+        return [i.at(cycle) for made, cycle in self.pieces for i in made]
 
     def take(self, uses: list[calendar.Use], cycle: int) -> None:
         """Reserve the uses at `cycle`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from mapper.errors import LoweringError
 from mapper.machine import Machine
@@ -35,8 +36,7 @@ FIRST_ALU = UNITS.index("vxm.00")
 _UNIT = {name: number for number, name in enumerate(UNITS)}
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One instruction at a relative cycle. mode 0: no memory operand, 1: reads, 2: writes `rows` rows of
     `buffer`.
     """
@@ -52,6 +52,10 @@ class Instruction:
     rows: int = 1
     duration: int = 1
     flops: int = 0
+
+    def at(self, cycle: int) -> Instruction:
+        """The same instruction, `cycle` cycles later."""
+        return Instruction(self[0] + cycle, *self[1:])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import mapper
 from tests.command import fresh, inside
 
 PROMPT, CONTEXT = 5, 24
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama-op18.onnx"
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,6 @@ BAD = {
     "no file": lambda folder: folder / "none.onnx",
     "text": lambda folder: written(folder / "text.onnx", b"hello world, this is no model\n" * 9),
 }
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama-op18.onnx"
 
 
 def written(path: Path, data: bytes) -> Path:

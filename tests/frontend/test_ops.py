@@ -180,10 +180,13 @@ CASES: dict[str, Case] = {
     "MS SkipSimplified": Case(
         "SkipSimplifiedLayerNormalization", [X, f(2, 3, 4), f(4), f(4)], {"epsilon": 1e-3}, domain=MS
     ),
-    "SimplifiedLayerNormalization": Case("SimplifiedLayerNormalization", [X, f(4)], {"epsilon": 1e-3, "axis": -1}),
+    "SimplifiedLayerNormalization": Case(
+        "SimplifiedLayerNormalization", [X, f(4)], {"epsilon": 1e-3, "axis": -1}
+    ),
     "MS EmbedLayerNormalization": Case(
         "EmbedLayerNormalization",
-        [np.array([[1, 2, 3], [4, 0, 2]], np.int32), np.array([[0, 0, 1], [1, 1, 0]], np.int32), f(5, 8), f(3, 8),
+        [np.array([[1, 2, 3], [4, 0, 2]], np.int32), np.array([[0, 0, 1], [1, 1, 0]], np.int32), f(5, 8),
+         f(3, 8),
          f(2, 8), f(8), f(8), np.array([[1, 1, 1], [1, 1, 0]], np.int32)],
         {"epsilon": 1e-3}, outputs=2, domain=MS,
     ),
@@ -200,7 +203,8 @@ CASES: dict[str, Case] = {
     "MS GroupQueryAttention packed": Case(
         "GroupQueryAttention",
         [f(2, 5, 128), None, None, f(2, 2, 0, 16), f(2, 2, 0, 16), *ENDS, WIDE_COS, WIDE_SIN],
-        {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "local_window_size": 2, "softcap": 3.0, "scale": 0.5,
+        {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "local_window_size": 2, "softcap": 3.0,
+         "scale": 0.5,
          "rotary_interleaved": 1},
         outputs=3, domain=MS,
     ),
@@ -210,7 +214,8 @@ CASES: dict[str, Case] = {
     ),
     "MS MultiHeadAttention past": Case(
         "MultiHeadAttention",
-        [f(2, 3, 32), f(2, 3, 32), f(2, 3, 32), None, np.array([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]], np.int32), None,
+        [f(2, 3, 32), f(2, 3, 32), f(2, 3, 32), None,
+         np.array([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]], np.int32), None,
          f(2, 4, 2, 8), f(2, 4, 2, 8)], {"num_heads": 4, "unidirectional": 1}, outputs=3, domain=MS,
     ),
     "MS Attention": Case(
@@ -221,7 +226,8 @@ CASES: dict[str, Case] = {
         "Attention", [f(2, 3, 16), f(16, 48), f(48), np.array([3, 2], np.int32)], {"num_heads": 2}, domain=MS
     ),
     "MS Attention past": Case(
-        "Attention", [f(2, 3, 16), f(16, 48), f(48), None, f(2, 2, 2, 4, 8)], {"num_heads": 2, "unidirectional": 1},
+        "Attention", [f(2, 3, 16), f(16, 48), f(48), None, f(2, 2, 2, 4, 8)],
+        {"num_heads": 2, "unidirectional": 1},
         outputs=2, domain=MS,
     ),
     "MS MatMulNBits": Case(

@@ -41,10 +41,12 @@ def ints(low: int, high: int, *shape: int, dtype: Any = np.int64) -> Array:
 Function = Callable[..., Any]
 
 UNARY: dict[str, Function] = {
-    "neg": np.negative, "abs": np.abs, "exp": np.exp, "sin": np.sin, "cos": np.cos, "tan": np.tan, "atan": np.arctan,
+    "neg": np.negative, "abs": np.abs, "exp": np.exp, "sin": np.sin, "cos": np.cos, "tan": np.tan,
+    "atan": np.arctan,
     "tanh": np.tanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "softplus": lambda x: np.log1p(np.exp(x)),
     "relu": lambda x: np.maximum(x, 0), "floor": np.floor, "ceil": np.ceil, "round": np.rint, "sign": np.sign,
-    "isnan": np.isnan, "isinf": np.isinf, "log": lambda x: np.log(np.abs(x)), "sqrt": lambda x: np.sqrt(np.abs(x)),
+    "isnan": np.isnan, "isinf": np.isinf, "log": lambda x: np.log(np.abs(x)),
+    "sqrt": lambda x: np.sqrt(np.abs(x)),
     "rsqrt": lambda x: 1 / np.sqrt(np.abs(x)), "reciprocal": lambda x: 1 / x,
 }  # fmt: skip
 
@@ -66,18 +68,26 @@ def test_special_values() -> None:
     assert apply("isnan", [x])[0].tolist() == [True, False, False, False, False, False]
     assert apply("isinf", [x])[0].tolist() == [False, True, True, False, False, False]
     with np.errstate(all="ignore"):
-        special: dict[str, Function] = {"exp": np.exp, "sqrt": np.sqrt, "log": np.log, "reciprocal": np.reciprocal}
+        special: dict[str, Function] = {
+            "exp": np.exp,
+            "sqrt": np.sqrt,
+            "log": np.log,
+            "reciprocal": np.reciprocal,
+        }
         for name, function in special.items():
             np.testing.assert_allclose(apply(name, [x])[0], function(x), rtol=1e-6)
         np.testing.assert_array_equal(apply("max", [x, x[::-1].copy()])[0], np.maximum(x, x[::-1]))
         np.testing.assert_array_equal(apply("div", [x, np.zeros(1, np.float32)])[0], x / np.float32(0))
 
 
-@pytest.mark.parametrize("shapes", [((3, 4), (3, 4)), ((3, 4), (4,)), ((4, 1), (3, 1, 5)), ((), (2, 2)), ((2, 3), ())])
+@pytest.mark.parametrize(
+    "shapes", [((3, 4), (3, 4)), ((3, 4), (4,)), ((4, 1), (3, 1, 5)), ((), (2, 2)), ((2, 3), ())]
+)
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "div", "min", "max"])
 def test_binary_broadcasts(name: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     functions: dict[str, Function] = {
-        "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.minimum, "max": np.maximum,
+        "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.minimum,
+        "max": np.maximum,
     }  # fmt: skip
     a, b = (floats(*s) for s in shapes)
     np.testing.assert_allclose(apply(name, [a, b])[0], functions[name](a, b), rtol=1e-6)
@@ -127,7 +137,9 @@ def test_views_and_moves() -> None:
     np.testing.assert_array_equal(wide, np.broadcast_to(x[:, :1], (2, 3, 4)))
     np.testing.assert_array_equal(apply("tile", [x], {"repeats": (2, 1, 3)})[0], np.tile(x, (2, 1, 3)))
     for axis in (0, 1, -1):
-        np.testing.assert_array_equal(apply("concat", [x, x, x], {"axis": axis})[0], np.concatenate([x] * 3, axis))
+        np.testing.assert_array_equal(
+            apply("concat", [x, x, x], {"axis": axis})[0], np.concatenate([x] * 3, axis)
+        )
     a, b = apply("split", [x], {"axis": -1, "sizes": (1, 3)})
     np.testing.assert_array_equal(a, x[..., :1])
     np.testing.assert_array_equal(b, x[..., 1:])
@@ -149,7 +161,9 @@ def test_gathers() -> None:
     for axis in (0, 1, 2):
         np.testing.assert_array_equal(apply("gather", [x, i], {"axis": axis})[0], np.take(x, i, axis))
     j = ints(0, 4, 3, 2, 5, dtype=np.int32)
-    np.testing.assert_array_equal(apply("gather_elements", [x, j], {"axis": 1})[0], np.take_along_axis(x, j, 1))
+    np.testing.assert_array_equal(
+        apply("gather_elements", [x, j], {"axis": 1})[0], np.take_along_axis(x, j, 1)
+    )
     k = np.array([[0, 1], [2, -1]])
     np.testing.assert_array_equal(apply("gather_nd", [x, k])[0], x[k[:, 0], k[:, 1]])
     with pytest.raises(ExecutionFault, match="out of range"):
@@ -165,7 +179,9 @@ def test_scatters(reduction: str) -> None:
     x, i, u = floats(4, 3), np.array([[3], [1]]), floats(2, 3)
     expected = x.copy()
     expected[[3, 1]] = combine(x[[3, 1]], u)
-    np.testing.assert_allclose(apply("scatter_nd", [x, i, u], {"reduction": reduction})[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        apply("scatter_nd", [x, i, u], {"reduction": reduction})[0], expected, rtol=1e-6
+    )
     j = np.array([[1, 2, 0], [0, 0, 3]])
     expected = x.copy()
     for r in range(2):
@@ -187,14 +203,18 @@ def test_reduce(axes: tuple[int, ...] | None, keepdims: bool) -> None:
     }  # fmt: skip
     for kind, function in expected.items():
         (y,) = apply("reduce", [x], {"kind": kind, "axes": axes, "keepdims": keepdims})
-        np.testing.assert_allclose(y, function(axis=axes, keepdims=keepdims), rtol=1e-6, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(
+            y, function(axis=axes, keepdims=keepdims), rtol=1e-6, atol=1e-6, err_msg=kind
+        )
 
 
 def test_scans_and_sorts() -> None:
     x = floats(3, 6, 2)
     soft = np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(1, keepdims=True)
     np.testing.assert_allclose(apply("softmax", [x], {"axis": 1})[0], soft, rtol=1e-6)
-    np.testing.assert_allclose(apply("softmax", [x], {"axis": 1, "log": True})[0], np.log(soft), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        apply("softmax", [x], {"axis": 1, "log": True})[0], np.log(soft), rtol=1e-6, atol=1e-6
+    )
     np.testing.assert_allclose(apply("cumsum", [x], {"axis": 1})[0], np.cumsum(x, 1), rtol=1e-5, atol=1e-6)
     i = ints(0, 9, 3, 6)
     (back,) = apply("cumsum", [i], {"axis": -1, "reverse": True, "exclusive": True})
@@ -221,13 +241,16 @@ def test_makers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [((3, 4), (4, 5)), ((2, 1, 3, 4), (6, 4, 5)), ((4,), (4, 5)), ((2, 3, 4), (4,)), ((2, 7, 33), (33, 65))]
+    ("a", "b"),
+    [((3, 4), (4, 5)), ((2, 1, 3, 4), (6, 4, 5)), ((4,), (4, 5)), ((2, 3, 4), (4,)), ((2, 7, 33), (33, 65))],
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.float16])
 def test_matmul(a: tuple[int, ...], b: tuple[int, ...], dtype: Any) -> None:
     x, w = ((floats(*shape) * 3).astype(dtype) for shape in (a, b))
     exact = np.matmul(x.astype(np.float64), w.astype(np.float64))
-    np.testing.assert_allclose(apply("matmul", [x, w])[0], exact, rtol=2e-3 if dtype == np.float16 else 1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        apply("matmul", [x, w])[0], exact, rtol=2e-3 if dtype == np.float16 else 1e-5, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("group", [1, 2])

@@ -1,4 +1,5 @@
-"""Every kernel of the decode path against float64 NumPy: fresh random inputs, poisoned outputs, odd sizes, shares."""
+"""Every kernel of the decode path against float64 NumPy: fresh random inputs, poisoned outputs, odd sizes,
+shares."""
 
 from __future__ import annotations
 
@@ -72,7 +73,14 @@ def test_rope(interleaved: bool, d: int, rotary: int) -> None:
 
 
 def _attention(
-    q: F32, k: F32, v: F32, allowed: npt.NDArray[np.bool_], scale: float, softcap: float, sinks: F32, slopes: F32
+    q: F32,
+    k: F32,
+    v: F32,
+    allowed: npt.NDArray[np.bool_],
+    scale: float,
+    softcap: float,
+    sinks: F32,
+    slopes: F32,
 ) -> npt.NDArray[np.float64]:
     """allowed [S, T]; slopes and sinks [H] or empty. Positions count back from the last key of each query."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]

@@ -142,7 +142,7 @@ def test_what_the_chip_cannot_hold_is_named(example_model: Path) -> None:
 
 
 def test_other_architectures_are_refused_by_name() -> None:
-    with pytest.raises(LoweringError, match="layer norm"):
+    with pytest.raises(LoweringError, match="lpu does not map"):
         BACKEND.lower(gpt2(), MACHINE, Request(("decode",), context=16))
 
 

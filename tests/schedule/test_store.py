@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mapper.errors import MapperError, ScheduleError, UsageError
+from mapper.runtime.execute import Session
 from mapper.schedule import store
+from mapper.schedule.checks import run_checks
 from mapper.schedule.tables import Schedule, StepTable
 from tests.schedule import toy
 
@@ -269,8 +271,8 @@ def test_a_plan_that_json_cannot_hold_is_refused(tmp_path: Path, plan: Any) -> N
 
 def test_a_table_that_claims_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.save(toy.schedule(), tmp_path / "s")
-    monkeypatch.setattr(store, "MAX_VALUES", 3)
-    with pytest.raises(ScheduleError, match="more than 3 values"):
+    monkeypatch.setattr(store, "MAX_BYTES", 30)
+    with pytest.raises(ScheduleError, match="more than 30 bytes"):
         store.load(tmp_path / "s")
 
 
@@ -284,3 +286,26 @@ def test_plans_and_programs_keep_their_order_and_extended_types_are_kept(tmp_pat
     assert list(read.programs) == ["prefill", "decode"]
     for name, array in constants.items():
         assert read.constants[name].dtype == array.dtype and np.array_equal(read.constants[name], array)
+
+
+def test_flipped_bytes_never_give_more_than_one_line(tmp_path: Path) -> None:
+    store.save(toy.schedule(), tmp_path / "s")
+    whole = files(tmp_path / "s")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        name = sorted(whole)[rng.integers(len(whole))]
+        broken = bytearray(whole[name])
+        broken[rng.integers(len(broken))] ^= 1 << rng.integers(8)
+        (tmp_path / "s" / name).write_bytes(broken)
+        try:
+            made = store.load(tmp_path / "s")
+            refused += any(run_checks(made).values())
+            Session(made, toy.ToySemantics(), weights=lambda _: np.ones(4, np.float32)).run(
+                "decode", {"x": np.ones(4)}
+            )
+        except MapperError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        (tmp_path / "s" / name).write_bytes(whole[name])
+    assert refused > 100

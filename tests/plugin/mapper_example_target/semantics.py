@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from mapper.errors import ExecutionFault
 from mapper.runtime.interface import Memories
+from mapper.runtime.memories import require_written
 from mapper.schedule.tables import Phase, Port, Schedule
 
 from .opcodes import OPCODES, SIZES
@@ -50,8 +51,7 @@ def _extent(schedule: Schedule, buffer: int) -> tuple[int, int]:
 
 
 def _read(memories: Memories, low: int, high: int, what: str) -> npt.NDArray[np.uint8]:
-    if not memories.written(0)[low:high].all():
-        raise ExecutionFault(f"{what} reads bytes {low}..{high} of ram, not all of which were written")
+    require_written(memories.written(0), low, high, what)
     return memories.data(0)[low:high]
 
 
