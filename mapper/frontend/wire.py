@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mapper.errors import ModelError
 
 VARINT, FIXED64, SPAN, FIXED32 = 0, 1, 2, 5
-MAX_FIELDS = 1_300_000  # bounds time and memory on files made of millions of empty messages
+MAX_FIELDS = 1_000_000  # bounds time and memory on files made of millions of empty messages
 MAX_TEXT = 1 << 16
 
 Field = tuple[int, int, int, int]  # field number, wire type, value or first byte, one past the last byte

@@ -56,6 +56,7 @@ class LpuBackend:
         plan = {
             "arithmetic": {"matmul": "float16", "accumulate": "float32", "key_cache": "float16"},
             "access_timing": tables.ACCESS_TIMING,
+            "exact_time": True,
             "permutes": [],
             **plan_of(lowered),
         }

@@ -343,6 +343,7 @@ def lower_cell(graph: Graph, machine: Machine) -> Schedule:
     plan = {
         "arithmetic": {"matmul": "int8", "accumulate": "int32"},
         "access_timing": tables.ACCESS_TIMING,
+        "exact_time": True,
         "permutes": [],
         **plan_of(lowered),
     }

