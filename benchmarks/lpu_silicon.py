@@ -45,8 +45,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def lstm(hidden: int, batch: int, seed: int = 0) -> Graph:
-    """One LSTM step with random int8 weights (fan-in scaled): inputs x, h (i8) and c (f32), outputs c and h.
-    """
+    """One LSTM step with random int8 weights: inputs x, h (i8) and c (f32), outputs c and h."""
     rng = np.random.default_rng(seed)
     b = GraphBuilder("lstm")
     x = b.input("x", TensorType.of([batch, hidden], "i8"))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bound:
-    """No schedule of this graph on this machine is faster than `seconds`. `why` names the resource and its figures."""
+    """No schedule of this graph on this machine is faster than `seconds`. `why` names the resource and its
+    figures.
+    """
 
     name: str
     seconds: float

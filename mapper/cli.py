@@ -7,7 +7,6 @@ Exit codes: 0 ok; 1 does not match, or a check fails; 2 bad input or usage; 70 a
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ import typer
 
 from mapper import __version__
 from mapper.errors import MapperError, MismatchError, UsageError
+from mapper.exits import run_app
 
 if TYPE_CHECKING:
     from mapper.cost.estimate import Result
-
-BUG, INTERRUPTED = 70, 130
 
 app = typer.Typer(
     name="mapper",
@@ -388,50 +386,4 @@ def _working(what: str) -> Iterator[None]:
 
 def main() -> None:
     """The command `mapper`. Exits with the codes that the module's text lists."""
-    import signal
-    import warnings
-
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mapper ... | head` ends quietly
-    if not os.environ.get("MAPPER_DEBUG"):
-        warnings.simplefilter("ignore")
-    if len(sys.argv) == 1:
-        sys.argv.append("--help")
-    sys.exit(_guarded())
-
-
-def _guarded() -> int:
-    try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
-        return _complain("interrupted", INTERRUPTED) if code == INTERRUPTED else int(code or 0)
-    except MapperError as error:
-        return _complain(f"{type(error).__name__}: {error}", error.exit_code)
-    except typer.TyperException as error:
-        return _complain(f"{error.format_message().rstrip('.')}. See {_help_for(error)}.", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", INTERRUPTED)
-    except Exception as error:
-        if os.environ.get("MAPPER_DEBUG"):
-            raise
-        where = _place(error)
-        return _complain(
-            f"bug: {type(error).__name__}: {error} ({where}); MAPPER_DEBUG=1 shows the traceback", BUG
-        )
-
-
-def _help_for(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"{context.command_path} --help" if context is not None else "mapper --help"
-
-
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "no place"
-
-
-def _complain(message: str, code: int) -> int:
-    print(f"mapper: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    run_app(app)

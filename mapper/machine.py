@@ -11,8 +11,8 @@
     low = 20
     high = 64
 
-Constants are grouped in tables for the reader's sake ([constants.x] or [memory.hbm.bandwidth]); a constant's key is
-its dotted path. Decimal units (GB = 1e9 bytes).
+Constants are grouped in tables for the reader's sake ([constants.x] or [memory.hbm.bandwidth]); a constant's
+key is its dotted path. Decimal units (GB = 1e9 bytes).
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Machine(BaseModel):
         new = dict(self.constants)
         for key, value in values.items():
             old = self.get(key)
-            new[key] = old.model_copy(update={"value": value, "low": min(old.low, value), "high": max(old.high, value)})
+            span = {"low": min(old.low, value), "high": max(old.high, value)}
+            new[key] = old.model_copy(update={"value": value, **span})
         return self.model_copy(update={"constants": new})
 
     def ranged(self) -> list[str]:
@@ -130,7 +131,7 @@ def _flatten(data: Mapping[str, Any], prefix: str, out: dict[str, Any], where: s
 
 
 def user_folder() -> Path:
-    """Where calibrated machine files go: $MAPPER_CONFIG, else $XDG_CONFIG_HOME/mapper, else ~/.config/mapper."""
+    """Where calibrated files go: $MAPPER_CONFIG, else $XDG_CONFIG_HOME/mapper, else ~/.config/mapper."""
     if "MAPPER_CONFIG" in os.environ:
         return Path(os.environ["MAPPER_CONFIG"]) / "machines"
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mapper" / "machines"

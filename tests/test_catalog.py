@@ -31,7 +31,7 @@ def test_the_calibrated_machine_stands_before_the_default() -> None:
 
 def test_a_machine_of_another_target_is_refused() -> None:
     with pytest.raises(UsageError, match="is for target 'lpu'"):
-        catalog.machine_for(backend.load("host"), "groq-lpu1")
+        catalog.machine_for(backend.load("host"), catalog.machine("groq-lpu1"))
 
 
 def test_unknown_machines_are_listed() -> None:

@@ -18,7 +18,7 @@ ALLOWED = {
     "onnxruntime": ("mapper/runtime/oracle.py",),
     "mapper_kernels": ("kernels/", "targets/", "mapper/runtime/"),
     "rich": ("mapper/report/terminal.py", "mapper/cli.py"),
-    "typer": ("mapper/cli.py",),
+    "typer": ("mapper/cli.py", "mapper/exits.py"),
     "jinja2": ("mapper/report/html.py", "targets/"),
     "tokenizers": ("mapper/decode.py",),
     "torch": ("targets/mapper_gpu/",),

@@ -1,4 +1,4 @@
-"""The judge of narrow arithmetic: float64 agrees with onnxruntime; the error allowed is that of the format."""
+"""The judge of narrow arithmetic: float64 agrees with onnxruntime; the error allowed is the format's."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ SAFE = {"contract", "nsz", "arcp", "reassoc", "afn"}
 
 
 @cache
-def digest(folder: Path) -> str:
-    """Hash of the sources of a package's folder."""
+def digest(source: Path) -> str:
+    """Hash of a source file, or of all sources of a package's folder."""
     state = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(source.glob("*.py")) if source.is_dir() else [source]:
         state.update(path.name.encode() + b"\0" + path.read_bytes())
     return state.hexdigest()
 
@@ -49,16 +49,16 @@ def fast(function: F) -> F:
     return _compiled(function, fastmath=SAFE)
 
 
-def entry(*folders: Path) -> Callable[[F], F]:
+def entry(*sources: Path) -> Callable[[F], F]:
     """Compile a function that Python calls: releases the GIL, and is cached on disk for later processes.
 
     The compiled form also depends on callees in other files, which Numba's own staleness test does not see;
-    the cache is therefore stamped with a hash of all sources in this package and in `folders`.
+    the cache is therefore stamped with a hash of all sources in this package and of `sources`.
     """
 
     def wrap(function: F) -> F:
         compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-        stamp = tuple(digest(f) for f in (Path(__file__).parent, *folders))
+        stamp = tuple(digest(f) for f in (Path(__file__).parent, *sources))
         file: Any = getattr(compiled._cache, "_cache_file", None)
         if hasattr(file, "_source_stamp"):
             file._source_stamp = stamp

@@ -155,7 +155,7 @@ def lower(call: Call) -> list[Value]:
     call.net.name = node.name or next(iter(node.outputs), "")
     try:
         return found(call)
-    except (IndexError, ValueError, OverflowError, TypeError, KeyError) as error:
+    except (IndexError, ValueError, ArithmeticError, TypeError, KeyError, StopIteration) as error:
         raise ModelError(f"{label(node)}: operands do not fit the operator ({error})") from error
 
 

@@ -156,6 +156,8 @@ def _unsqueeze(c: Call) -> list[Value]:
         raise ModelError(f"{c.net.origin}: no axes")
     rank = x.rank + len(axes)
     places = {a % rank for a in axes}
+    if len(places) != len(axes):
+        raise ModelError(f"{c.net.origin}: axes {axes} name one place twice")
     rest = iter(x.dims)
     return [b.reshape(c.net, x, [ONE if i in places else next(rest) for i in range(rank)])]
 

@@ -44,18 +44,28 @@ def _caches(net: Net, nodes: Sequence[Node]) -> list[tuple[Value, str, str]]:
     for node in nodes:
         for value in node.inputs:
             users.setdefault(id(value), []).append(node)
-    counts = {"key": 0, "value": 0}
-    found = []
+    found: list[tuple[Value, str, str]] = []
     for node in nodes:
-        joins = node.op == "kv_append" or (
-            node.op == "concat" and node.attrs["axis"] == 2 and len(node.inputs) == 2
-        )
+        joins = node.op == "kv_append" or (node.op == "concat" and node.attrs["axis"] == 2)
         out = node.outputs[0]
-        if joins and node.inputs[0].source and id(out) in names and out.rank == 4:
-            kind = "value" if _is_value(users, out) else "key"
-            found.append((node.inputs[0], names[id(out)], f"{kind}.{counts[kind]}"))
-            counts[kind] += 1
-    return found
+        if joins and len(node.inputs) == 2 and node.inputs[0].source and id(out) in names and out.rank == 4:
+            found.append((node.inputs[0], names[id(out)], "value" if _is_value(users, out) else "key"))
+    return _numbered(net, found)
+
+
+def _numbered(net: Net, found: list[tuple[Value, str, str]]) -> list[tuple[Value, str, str]]:
+    """The caches with their layer. Latent caches, which feed keys and values alike, come in pairs per layer:
+    the first input of a pair counts as the key."""
+    if len(found) % 2 == 0 and not any(kind == "value" for _, _, kind in found):
+        order = {id(v): i for i, v in enumerate(net.inputs)}
+        pairs = [sorted(found[i : i + 2], key=lambda c: order[id(c[0])]) for i in range(0, len(found), 2)]
+        found = [(v, n, ("key", "value")[i]) for pair in pairs for i, (v, n, _) in enumerate(pair)]
+    counts = {"key": 0, "value": 0}
+    out = []
+    for value, name, kind in found:
+        out.append((value, name, f"{kind}.{counts[kind]}"))
+        counts[kind] += 1
+    return out
 
 
 def _is_value(users: dict[int, list[Node]], cache: Value) -> bool:

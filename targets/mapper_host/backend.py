@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from mapper.backend import Artifact, Semantics
 from mapper.bounds import Bound
 from mapper.errors import UsageError
-from mapper.ir.graph import Graph
 from mapper.machine import Machine
 
 if TYPE_CHECKING:
+    from mapper.ir.graph import Graph
     from mapper.schedule.checks import Check
     from mapper.schedule.mutate import Mutation
     from mapper.schedule.tables import Phase, Request, Schedule
 
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _MACHINES = Path(__file__).parent / "machines"
 
 
@@ -104,15 +106,25 @@ def is_static(graph: Graph) -> bool:
     return all(kind.is_static for _, kind in graph.inputs)
 
 
+_forms: WeakKeyDictionary[Graph, dict[tuple[Any, ...], Graph]] = WeakKeyDictionary()
+
+
 def serving_forms(graph: Graph, request: Request) -> dict[Phase, Graph]:
-    """The serving form per requested phase. Raises UnsupportedModelError, UsageError."""
+    """The serving form per requested phase; made once per graph, because lowering and bounds both need it.
+
+    Raises UnsupportedModelError, UsageError.
+    """
     from mapper.passes.serve import serve
 
-    return {
-        phase: serve(graph, phase, request.batch, request.prompt, request.context)
-        for phase in ("prefill", "decode")
-        if phase in request.phases
-    }
+    known = _forms.setdefault(graph, {})
+    found: dict[Phase, Graph] = {}
+    for phase in PHASES:
+        if phase in request.phases:
+            key = (phase, request.batch, request.prompt, request.context)
+            if key not in known:
+                known[key] = serve(graph, *key)
+            found[phase] = known[key]
+    return found
 
 
 def _supported(request: Request) -> None:

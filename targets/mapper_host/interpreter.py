@@ -47,6 +47,10 @@ SERVING = (
     VECTOR,
 )  # fmt: skip
 """Opcodes that `interpret` runs."""
+SOURCES = [
+    Path(__file__).with_name(f"{name}.py") for name in ("interpreter", "interpreter_general", "opcodes")
+]
+"""What the compiled interpreters are made from, besides the kernels."""
 # typed numbers: a literal argument would compile the callee once more for that literal
 _ONE: Any = np.int64(1)
 _FOUR: Any = np.int64(4)
@@ -158,7 +162,7 @@ def meet(barrier: Any, arrivals: int, fault: int) -> Any:
     return atomic_load(barrier, 1)
 
 
-@entry(Path(__file__).parent)
+@entry(*SOURCES)
 def interpret(
     rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
 ) -> Any:

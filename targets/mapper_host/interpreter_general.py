@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mapper_host.interpreter import BAD_INDEX, BAD_OPCODE, meet
+from mapper_host.interpreter import BAD_INDEX, BAD_OPCODE, SOURCES, meet
 from mapper_host.opcodes import (
     ARANGE,
     ARGMAX,
@@ -172,7 +171,7 @@ def _alone(op: int, r: Any, a: Any, f: Any) -> int:
     return 0
 
 
-@entry(Path(__file__).parent)
+@entry(*SOURCES)
 def interpret_general(
     rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
 ) -> Any:

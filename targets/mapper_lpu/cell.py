@@ -267,8 +267,7 @@ class Cell:
         return Tile(name, side, loads, self.number, (plane,))
 
     def _home(self, values: Sequence[Value]) -> Chain:
-        """The chain that an elementwise op joins: that of its latest operand, or a new one if that is full.
-        """
+        """The chain that an elementwise op joins: that of its latest operand, or a new one."""
         chains = [v.chain for v in values if v.chain is not None]
         if chains:
             latest = max(chains, key=self.chains.index)

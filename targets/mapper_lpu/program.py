@@ -47,8 +47,7 @@ def _tiles(chain: Chain) -> list[Tile]:
 
 
 def place(placer: Placer, chains: list[Chain]) -> None:
-    """Place chains in order; a tile is loaded just before its first use, the first of a frame just in time.
-    """
+    """Place chains in order; a tile loads just before its first use, the first of a frame in time."""
     for chain in chains:
         late: list[Tile] = []
         for tile in _tiles(chain):

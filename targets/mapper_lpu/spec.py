@@ -1,5 +1,4 @@
-"""What the lowering needs to know of a decoder: read from the serving form by `extract.py`, or built by hand.
-"""
+"""What the lowering needs to know of a decoder: read from the serving form by `extract.py`."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one layer. `rope` None: no rotary embedding. `append_op`: the op id of the cache append.
-    """
+    """Attention of one layer. `rope` None: no rotary embedding."""
 
     heads: int
     kv_heads: int

@@ -78,8 +78,7 @@ class Weights:
         return name
 
     def weight(self, name: str) -> Any:
-        """The value expression of a weight symbol: read from its file, or kept in the schedule if it is data.
-        """
+        """The value expression of a weight symbol: read from its file, or kept in the schedule."""
         symbol = self.declared[name]
         if symbol.data is not None:
             return ["const", self.constant(f"weight/{name}", symbol.data)]

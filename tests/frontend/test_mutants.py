@@ -1,4 +1,4 @@
-"""Well-formed files with nonsense in them: wrong attributes, operands, operators and sizes never crash or hang."""
+"""Well-formed files with nonsense in them (attributes, operands, operators, sizes) never crash or hang."""
 
 from __future__ import annotations
 

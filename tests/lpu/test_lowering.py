@@ -47,9 +47,7 @@ class Reference:
 
     def __init__(self, graph: Graph, batch: int, prompt: int, context: int) -> None:
         phases: tuple[Phase, ...] = ("prefill", "decode")
-        self.forms = {
-            p: serve(graph, phase=p, batch=batch, prompt=prompt, context=context) for p in phases
-        }
+        self.forms = {p: serve(graph, phase=p, batch=batch, prompt=prompt, context=context) for p in phases}
         self.caches = {
             name: np.zeros(kind.ints, np.float32)
             for name, kind in self.forms["decode"].inputs
@@ -79,9 +77,9 @@ def test_odd_decoders_run_and_agree(shape: str) -> None:
     got = session.run("prefill", {"input_ids": ids[:, :prompt]})["logits"]
     assert worst(got, beside.run("prefill", ids[:, :prompt], 0)) < FP16_ERROR
     for past in range(prompt, context):
-        step = {"input_ids": ids[:, past : past + 1], "past_length": np.int64(past)}
-        got = session.run("decode", step)["logits"]
-        assert worst(got, beside.run("decode", step["input_ids"], past)) < FP16_ERROR
+        token = ids[:, past : past + 1]
+        got = session.run("decode", {"input_ids": token, "past_length": np.array(past)})["logits"]
+        assert worst(got, beside.run("decode", token, past)) < FP16_ERROR
     for name, cache in beside.caches.items():
         assert worst(session.state(name), cache) < FP16_ERROR, name
 

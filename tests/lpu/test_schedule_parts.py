@@ -44,9 +44,7 @@ def test_calendar_finds_the_first_free_cycle(period: int | None) -> None:
         if len({(k, wrapped(c)) for k, c in raw}) < len(raw):
             assert grid.fold(uses) is None
             continue
-        free = [
-            t for t in range(60) if not any((key, wrapped(cycle + t)) in taken for key, cycle in raw)
-        ]
+        free = [t for t in range(60) if not any((key, wrapped(cycle + t)) in taken for key, cycle in raw)]
         found = grid.earliest(uses, 0, 60)
         assert found == (free[0] if free else None)
         if found is not None:
