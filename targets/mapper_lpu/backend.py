@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +54,8 @@ class LpuBackend:
             phase: extract(served, phase, ids[phase], request.context) for phase, served in graphs.items()
         }
         declared = {name: symbol for g in graphs.values() for name, symbol in g.weights.items()}
-        lowered = lower(decoders, machine, declared)
+        with _without_collector():  # millions of small objects, none of them in cycles
+            lowered = lower(decoders, machine, declared)
         plan = {
             "arithmetic": {"matmul": "float16", "accumulate": "float32", "key_cache": "float16"},
             "access_timing": tables.ACCESS_TIMING,
@@ -104,6 +107,18 @@ class LpuBackend:
         from mapper_lpu.artifacts import artifacts
 
         return artifacts(schedule)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Runs its body without Python's cyclic garbage collector."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _check_capacity(graph: Graph, machine: Machine) -> None:
