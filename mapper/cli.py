@@ -6,6 +6,7 @@ Exit codes: 0 ok; 1 does not match, or a check fails; 2 bad input or usage; 70 a
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -386,4 +387,5 @@ def _working(what: str) -> Iterator[None]:
 
 def main() -> None:
     """The command `mapper`. Exits with the codes that the module's text lists."""
+    gc.set_threshold(200_000, 20, 50)  # a compiler allocates much and makes few cycles
     run_app(app)

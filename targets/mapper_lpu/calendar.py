@@ -75,20 +75,27 @@ class Calendar:
     def __init__(self, period: int | None = None) -> None:
         self.period = period
         self.busy: dict[int, int] = {}
+        self._folded: dict[int, tuple[Sequence[Use], list[Use] | None]] = {}
 
-    def fold(self, uses: Sequence[Use]) -> list[Use] | None:
+    def fold(self, uses: Sequence[Use]) -> Sequence[Use] | None:
         """Uses with masks folded to the period; None where a use meets itself in another iteration."""
         if self.period is None:
-            return list(uses)
-        full = (1 << self.period) - 1
+            return uses
+        if id(uses) not in self._folded:
+            self._folded[id(uses)] = (uses, self._fold(uses, self.period))
+        return self._folded[id(uses)][1]
+
+    @staticmethod
+    def _fold(uses: Sequence[Use], period: int) -> list[Use] | None:
+        full = (1 << period) - 1
         folded = []
         for use in uses:
-            mask, rest = use.mask & full, use.mask >> self.period
+            mask, rest = use.mask & full, use.mask >> period
             while rest:
                 if mask & rest & full:
                     return None
                 mask |= rest & full
-                rest >>= self.period
+                rest >>= period
             folded.append(Use(use.key, use.offset, mask))
         return folded
 

@@ -72,6 +72,7 @@ class Compressed:
 
 
 _CACHE = Cache()
+_TEXTS = Cache()
 
 
 def compressed(schedule: Schedule, phase: str) -> Compressed:
@@ -139,6 +140,10 @@ def _fold(link: np.typing.NDArray[np.bool_], dt: Int, da: Int) -> tuple[Int, Int
 
 def listing(schedule: Schedule, phase: str) -> str:
     """The text of program `phase`. Raises ScheduleError for steps that no listing can state."""
+    return _TEXTS.get(schedule, phase, _listing)
+
+
+def _listing(schedule: Schedule, phase: str) -> str:
     table, parts = columns(schedule, phase), compressed(schedule, phase)
     if not len(table.times):
         return f".program {phase} cycles {schedule.programs[phase].cycles}\n"

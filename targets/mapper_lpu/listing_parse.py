@@ -38,53 +38,46 @@ class Instructions:
     rows: Int
 
 
-@dataclass
-class _Line:
-    """One instruction of the text: as in Instructions, and its repetitions."""
-
-    unit: int
-    cycle: int
-    opcode: int
-    args: tuple[int, ...]
-    row: int
-    rows: int
-    times: int = 0
-    distance: int = 0
-    stride: int = 0
+Line = list[int]
+"""One line: unit, cycle, text (row of the list of distinct instructions), times, distance, stride."""
 
 
 def parse(text: str, install: int) -> Instructions:
     """The instructions of one program. `install`: cycles that `install` takes. Raises ScheduleError."""
-    lines: list[_Line] = []
+    lines: list[Line] = []
     unit, cycle, cycles = -1, 0, 0
-    known: dict[str, tuple[int, tuple[int, ...], int, int]] = {}
+    known: dict[str, int] = {}
+    texts: list[tuple[int, tuple[int, ...], int, int]] = []
     for number, raw in enumerate(text.split("\n"), 1):
-        words = raw.split(";", 1)[0].split()
         try:
-            if not words:
-                continue
-            if words[0] == ".program":
-                cycles = int(words[words.index("cycles") + 1])
-            elif words[0] == ".queue":
-                unit, cycle = _UNIT[words[1]], 0
-            elif words[0] == "nop":
-                cycle += int(words[1])
-            elif words[0] == "repeat":
-                last = lines[-1]
-                last.times, last.distance = int(words[1]), int(words[2])
-                last.stride = int(words[3]) if len(words) > 3 else 0
-                cycle += last.times * last.distance
-            else:
-                if unit < 0:
-                    raise ValueError("no queue")
-                found = known.get(raw)
-                if found is None:
-                    found = known[raw] = _instruction(words)
-                lines.append(_Line(unit, cycle, *found))
-                cycle += install if words[0] == "install" else 1
+            found = known.get(raw)
+            if found is None:
+                words = raw.split(";", 1)[0].split()
+                if not words:
+                    continue
+                if words[0] == ".program":
+                    cycles = int(words[words.index("cycles") + 1])
+                    continue
+                if words[0] == ".queue":
+                    unit, cycle = _UNIT[words[1]], 0
+                    continue
+                if words[0] == "nop":
+                    cycle += int(words[1])
+                    continue
+                if words[0] == "repeat":
+                    times, distance = int(words[1]), int(words[2])
+                    lines[-1][3:] = times, distance, int(words[3]) if len(words) > 3 else 0
+                    cycle += times * distance
+                    continue
+                texts.append(_instruction(words))
+                found = known[raw] = len(texts) - 1
+            if unit < 0:
+                raise ValueError("no queue")
+            lines.append([unit, cycle, found, 0, 0, 0])
+            cycle += install if texts[found][0] == _OPCODE["install"] else 1
         except (ValueError, KeyError, IndexError) as error:
             raise ScheduleError(f"listing line {number}: {raw[:80]!r}: {error}") from error
-    return _expand(lines, cycles)
+    return _expand(lines, texts, cycles)
 
 
 def _instruction(words: list[str]) -> tuple[int, tuple[int, ...], int, int]:
@@ -136,21 +129,23 @@ def _result(word: str) -> tuple[int, int]:
     return _stream(word)
 
 
-def _expand(lines: list[_Line], cycles: int) -> Instructions:
-    fields = ("unit", "cycle", "opcode", "row", "rows", "times", "distance", "stride")
-    column = {f: np.array([getattr(line, f) for line in lines], np.int64) for f in fields}
-    if (column["times"] < 0).any() or int(column["times"].sum()) + len(lines) > _LIMIT:
+def _expand(
+    lines: list[Line], texts: list[tuple[int, tuple[int, ...], int, int]], cycles: int
+) -> Instructions:
+    unit, cycle, text, times, distance, stride = np.array(lines, np.int64).reshape(-1, 6).T
+    if (times < 0).any() or int(times.sum()) + len(lines) > _LIMIT:
         raise ScheduleError("the listing repeats an instruction too often")
-    args = np.zeros((len(lines), _MOST), np.int64)
-    for number, line in enumerate(lines):
-        args[number, : len(line.args)] = line.args
-    count = column["times"] + 1
+    distinct = np.zeros((len(texts), _MOST + 3), np.int64)
+    for number, (code, arguments, first, rows_of) in enumerate(texts):
+        distinct[number, : len(arguments)] = arguments
+        distinct[number, _MOST:] = code, first, rows_of
+    count = times + 1
     owner = np.repeat(np.arange(len(lines)), count)
     turn: Int = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
-    cycle = column["cycle"][owner] + turn * column["distance"][owner]
-    row = column["row"][owner] + turn * column["stride"][owner]
-    opcode, args = column["opcode"][owner], args[owner]
+    found = distinct[text[owner]]
+    args, opcode, rows = found[:, :_MOST], found[:, _MOST], found[:, _MOST + 2]
+    row = found[:, _MOST + 1] + turn * stride[owner]
     load = opcode == _OPCODE["load"]
     args[load, 0] = row[load]
     row[load] = 0
-    return Instructions(cycles, column["unit"][owner], cycle, opcode, args, row, column["rows"][owner])
+    return Instructions(cycles, unit[owner], cycle[owner] + turn * distance[owner], opcode, args, row, rows)

@@ -55,7 +55,8 @@ def planes(tile: Tile) -> list[Plane]:
     return [(tile.hemisphere, plane) for plane in tile.planes]
 
 
-LoadPiece = tuple[list[calendar.Use], list[Instruction]]
+LoadPiece = tuple[list[calendar.Use], list[Instruction], list[tuple[Stored, int, int]]]
+"""One load cycle: uses, instructions, and (value, row, byte plane) of what chains have made."""
 
 
 @dataclass
@@ -225,8 +226,8 @@ class Placer:
         if id(before) in self.last_use:
             piece, lag, made = self.last_use[id(before)]
             placed.wait(piece, lag - self.lat.install + 1, minus(made, INSTALL))
-        for group in tile.loads:
-            for stored, row, byte in group:
+        for group in range(groups):
+            for stored, row, byte in self._load_piece(tile, group)[2]:
                 if (id(stored), row) in self.maker:
                     piece, lag, made = self.maker[(id(stored), row)]
                     number, _, _ = stored.place(row, byte)
@@ -255,7 +256,7 @@ class Placer:
 
     def _rows_ready(self, tile: Tile, group: int) -> int:
         low = _LONG_AGO
-        for stored, row, plane in tile.loads[group]:
+        for stored, row, plane in self._load_piece(tile, group)[2]:
             if row in stored.ready:
                 number, _, _ = stored.place(row, plane)
                 low = max(low, stored.ready[row] + self.lat.read + self.lat.edge - distance(number))
@@ -294,13 +295,13 @@ class Placer:
         uses = calendar.merge(raw)
         if uses is None:
             raise LoweringError(f"{tile.name}: two weight streams read one slice")
-        return uses, made
+        return uses, made, [part for part in tile.loads[group] if part[0].temporary]
 
     def _load_group(self, tile: Tile, group: int, piece: LoadPiece, cycle: int) -> None:
-        uses, made = piece
+        uses, made, rows = piece
         self.take(uses, cycle)
         self.pieces.append((made, cycle))
-        for _, stored, row, byte in self._streams(tile, group):
+        for stored, row, byte in rows:
             number, _, _ = stored.place(row, byte)
             at = cycle + distance(number) - self.lat.edge - self.lat.read
             stored.last[row] = max(stored.last.get(row, _LONG_AGO), at)

@@ -27,6 +27,7 @@ class Stored:
     base: tuple[int, ...]
     buffers: tuple[int, ...]
     ways: int = 1
+    temporary: bool = False
     ready: dict[int, int] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Storage:
             number, base = self.buffer(unit, per, f"{name}{way}#{plane}", program, temporary)
             buffers.append(number)
             bases.append(base)
-        return Stored(name, type, rows, tuple(units), tuple(bases), tuple(buffers), ways)
+        return Stored(name, type, rows, tuple(units), tuple(bases), tuple(buffers), ways, temporary)
 
     def port(
         self,
