@@ -10,6 +10,7 @@ writes demo-out/.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from mapper.report.numbers import seconds
 from mapper.report.terminal import console, decoded, results, table
 from mapper.runtime.verify import Verification
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))  # schedules name the model by the path given
 MODEL = HERE / "tiny-llama-op18.onnx"
 OUT = Path("demo-out")
 TARGETS = ("lpu", "host")

@@ -71,7 +71,7 @@ def queries(
         b, chain, x, "q", a.q, b.heads.columns(1), rows, tables, at, a.rope.op if a.rope else a.q.op
     )
     chain.ir = a.op
-    masks = np.zeros((heads, LANES), np.float32)
+    masks = np.zeros((heads, b.heads.lanes), np.float32)
     for h in range(heads):
         masks[h, h * b.heads.stride : h * b.heads.stride + b.heads.dim] = 1.0 if a.rope else a.scale * LOG2E
     mask = b.weights.array("head_masks", EAST, 0, masks)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from mapper_lpu.chain import Chain, Gather, Imm, Mem
 from mapper_lpu.decoder import LOG2E, MASKED, SIDES, Builder, group
-from mapper_lpu.isa import EAST, F32, I16, LANES, NO_INDEX, WEST
+from mapper_lpu.isa import EAST, F32, I16, NO_INDEX, SUPERLANE, WEST
 from mapper_lpu.storage import Stored, mem
 
 
@@ -23,11 +23,13 @@ def positional(b: Builder, position: dict[int, Stored]) -> tuple[dict[str, Store
         chain.write(chain.add("vxm.copy", Gather(table, position[side], (0,))), made, (0,))
         rows[name] = made
     index: dict[int, Stored] = {}
+    # a superlane takes its index from its first lane
+    lanes = [lane // SUPERLANE if lane % SUPERLANE == 0 else -1 for lane in range(b.heads.lanes)]
     for side in SIDES:
         index[side] = b.temp("cache_index", I16, d.batch, mem(side, 4, 2))
         for sequence in range(d.batch):
             rows_of = index_rows(b, sequence, side)
-            table = b.weights.array(f"cache_index.{sequence}", side, 28, rows_of, I16)
+            table = b.weights.array(f"cache_index.{sequence}", side, 28, rows_of, I16, lanes)
             chain = b.chain(f"position/index.{sequence}", 1, -1)  # for keys and values alike
             number = chain.cast(Gather(table, position[side], (0,)), F32, I16)
             chain.write(chain.cast(number, I16, F32), index[side], [sequence])
@@ -38,7 +40,12 @@ def index_rows(b: Builder, sequence: int, side: int) -> npt.NDArray[np.int16]:
     """Per position the cache row of this side, or 65535 (-1) where the position belongs to the other side."""
     rows = sequence * b.d.context + np.arange(b.d.context)
     index = np.where(rows % 2 == side, rows // 2, NO_INDEX).astype(np.uint16).view(np.int16)
-    return np.repeat(index[:, None], LANES, axis=1)
+    return np.repeat(index[:, None], superlanes(b), axis=1)
+
+
+def superlanes(b: Builder) -> int:
+    """Superlanes that the heads fill."""
+    return -(-b.heads.lanes // SUPERLANE)
 
 
 def rotary_tables(b: Builder) -> dict[str, Stored]:
@@ -67,7 +74,7 @@ def masks(b: Builder, position: dict[int, Stored]) -> dict[int, Stored]:
         count = len(numbers)
         if chain is None:
             chain = b.chain("position/mask", count, b.d.attention.op)
-        table = b.weights.array("row_position", side, 12, np.repeat(numbers[:, None], LANES, axis=1))
+        table = b.weights.array("row_position", side, 12, np.repeat(numbers[:, None], b.heads.lanes, axis=1))
         behind = chain.add(
             "vxm.sub", Mem(position[side], (0,) * count), Mem(table, tuple(range(count))), count=count
         )

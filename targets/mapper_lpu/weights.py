@@ -159,14 +159,24 @@ class Weights:
         return self.stored[name][0]
 
     def array(
-        self, key: str, hemisphere: int, first: int, array: npt.NDArray[Any], type: int = F32
+        self,
+        key: str,
+        hemisphere: int,
+        first: int,
+        array: npt.NDArray[Any],
+        type: int = F32,
+        lanes: Sequence[int] | None = None,
     ) -> Stored:
-        """A table from an array [rows, lanes] kept in the schedule: f32 or i16, as `type` says."""
+        """A table from an array [rows, columns] kept in the schedule: f32 or i16, as `type` says.
+
+        `lanes` gives the column of each lane (-1: zero); without it column c is lane c.
+        """
         name = (key, hemisphere, first)
         if name not in self.stored:
             stored = self.storage.store(key, type, array.shape[0], mem(hemisphere, first, TYPE_BYTES[type]))
+            take = None if lanes is None else self.constant(f"lanes/{key}", np.array(lanes, np.int64))
             kind, dtype = ("i16", "int16") if type == I16 else ("f32", "float32")
-            layout = {"kind": "rows", "dtype": kind, "ways": 1, "axes": None, "row_axes": 1, "take": None}
+            layout = {"kind": "rows", "dtype": kind, "ways": 1, "axes": None, "row_axes": 1, "take": take}
             source = ["const", self.constant(f"{key}@{'ew'[hemisphere]}", array)]
             self.storage.port(
                 f"{key}@{'ew'[hemisphere]}{first}", "constant", dtype, array.shape, stored, layout, source

@@ -17,7 +17,7 @@ from mapper_lpu.chain import Chain, Hold, Imm, Mem, Res
 from mapper_lpu.isa import EAST, F32, LARGE_ALUS, SMALL_OPS, WEST
 from mapper_lpu.storage import Stored, mem
 from mapper_lpu.template import Latencies, build, levelled
-from tests.ir.models import Sizes, gpt2, llama
+from tests.ir.models import gpt2, llama
 
 MACHINE = machine.read(BACKEND.machine_files()[0])
 LATENCIES = Latencies.of(MACHINE)
@@ -145,6 +145,6 @@ def test_other_architectures_are_refused_by_name() -> None:
 
 
 def test_a_model_larger_than_the_chip_is_refused() -> None:
-    big = llama(Sizes(layers=1, vocab=120_000, width=1200, inner=16))
+    small = MACHINE.replace({"mem.rows": 1})
     with pytest.raises(CapacityError, match="of SRAM"):
-        BACKEND.lower(big, MACHINE, Request(("decode",), context=16))
+        BACKEND.lower(llama(), small, Request(("decode",), context=16))
