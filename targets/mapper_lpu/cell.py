@@ -24,13 +24,13 @@ from mapper_lpu import tables
 from mapper_lpu.calendar import Calendar
 from mapper_lpu.chain import Chain, Imm, Mem, Mxm, Operand, Res, Tile
 from mapper_lpu.decoder import LOG2E
+from mapper_lpu.instruction import Latencies
 from mapper_lpu.isa import F32, I8, I16, I32, LANES, TYPE_BYTES
 from mapper_lpu.lower import Lowered
 from mapper_lpu.placer import Placer, TemplateCache
 from mapper_lpu.program import Timed, place
 from mapper_lpu.retime import plan_of
 from mapper_lpu.storage import Storage, Stored, mem
-from mapper_lpu.template import Latencies
 from mapper_lpu.weights import FIRST_WEIGHT_SLICE, LOAD_GROUPS, tiles_of
 
 MAX_OPS = 13  # of 16 ALUs: copies for values that wait take the rest

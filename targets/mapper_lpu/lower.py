@@ -15,11 +15,11 @@ from mapper.machine import Machine
 from mapper.schedule.tables import Phase
 from mapper_lpu import attention, mlp, position
 from mapper_lpu.decoder import SIDES, Builder, Cache, Program, head_width
+from mapper_lpu.instruction import Latencies
 from mapper_lpu.isa import EAST, F16, F32, LANES
 from mapper_lpu.program import Timed, schedule
 from mapper_lpu.spec import Decoder
 from mapper_lpu.storage import Storage, Stored, mem
-from mapper_lpu.template import Latencies
 from mapper_lpu.weights import HeadLayout, Weights
 
 U16_TYPE = F16  # an index vector is two byte planes, like fp16

@@ -14,18 +14,9 @@ from mapper.errors import LoweringError
 from mapper_lpu import calendar
 from mapper_lpu.calendar import Calendar
 from mapper_lpu.chain import Chain, Tile
+from mapper_lpu.instruction import CONSTANTS, Form, Instruction, Latencies, Template, distance, form, unit
 from mapper_lpu.storage import Stored
-from mapper_lpu.template import (
-    CONSTANTS,
-    Form,
-    Instruction,
-    Latencies,
-    Template,
-    build,
-    distance,
-    form,
-    unit,
-)
+from mapper_lpu.template import build
 
 ALTERNATIVES = 3
 _LONG_AGO = -(1 << 40)

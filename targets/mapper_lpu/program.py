@@ -12,8 +12,8 @@ from mapper.errors import LoweringError
 from mapper_lpu.calendar import Calendar
 from mapper_lpu.chain import Chain, Mxm, Tile
 from mapper_lpu.decoder import Program
+from mapper_lpu.instruction import Form, Instruction, Latencies
 from mapper_lpu.placer import PeriodTooShort, Placed, Placer, TemplateCache, planes
-from mapper_lpu.template import Form, Instruction, Latencies
 
 _TRIES = 200
 

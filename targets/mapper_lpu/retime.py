@@ -12,9 +12,9 @@ from typing import Any
 
 from mapper.machine import Machine, parse
 from mapper.schedule.tables import Phase, Schedule
+from mapper_lpu.instruction import CONSTANTS
 from mapper_lpu.lower import Lowered
 from mapper_lpu.placer import Placed
-from mapper_lpu.template import CONSTANTS
 
 PARTS = ("before", "body", "after")
 

@@ -28,11 +28,11 @@ from mapper.schedule.tables import (
     StepTable,
     step_table,
 )
+from mapper_lpu.instruction import Instruction
 from mapper_lpu.isa import LANES, OPCODES, ROWS, UNITS
 from mapper_lpu.lower import Lowered
 from mapper_lpu.program import Timed
 from mapper_lpu.storage import Storage
-from mapper_lpu.template import Instruction
 
 _OPCODE = {name: number for number, name in enumerate(OPCODES)}
 _MEM_UNITS = 88

@@ -14,9 +14,10 @@ from mapper_lpu import BACKEND
 from mapper_lpu.assign import assign, window
 from mapper_lpu.calendar import Calendar, Use, merge, span
 from mapper_lpu.chain import Chain, Hold, Imm, Mem, Res
+from mapper_lpu.instruction import Latencies
 from mapper_lpu.isa import EAST, F32, LARGE_ALUS, SMALL_OPS, WEST
 from mapper_lpu.storage import Stored, mem
-from mapper_lpu.template import Latencies, build, levelled
+from mapper_lpu.template import build, levelled
 from tests.ir.models import gpt2, llama
 
 MACHINE = machine.read(BACKEND.machine_files()[0])
