@@ -3,6 +3,7 @@ stale."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 from numba import extending
+from numba.core import caching
 
 F = TypeVar("F", bound=Callable[..., Any])
 SAFE = {"contract", "nsz", "arcp", "reassoc", "afn"}
@@ -58,13 +60,36 @@ def entry(*sources: Path) -> Callable[[F], F]:
 
     def wrap(function: F) -> F:
         compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-        stamp = tuple(digest(f) for f in (Path(__file__).parent, *sources))
-        file: Any = getattr(compiled._cache, "_cache_file", None)
-        if hasattr(file, "_source_stamp"):
-            file._source_stamp = stamp
+        _separate(compiled, tuple(digest(f) for f in (Path(__file__).parent, *sources)))
         return cast(F, compiled)
 
     return wrap
+
+
+def _separate(compiled: Any, stamp: tuple[str, ...]) -> None:
+    """Give the disk cache of a function files of its own per version of the sources, and one writer at once.
+
+    Numba numbers the data files of a function. Two processes that save at the same time, or that run other
+    versions of the sources, would take the same number, and a third would run machine code that is not
+    what it asked for.
+    """
+    known = compiled._cache
+    if not hasattr(known, "_cache_file"):
+        return  # no folder to cache in
+    version = hashlib.sha256("".join(stamp).encode()).hexdigest()[:16]
+    base = f"{known._impl.filename_base}-{version}"
+    cache_file: Any = caching.IndexDataCacheFile
+    file = cache_file(known._cache_path, base, stamp)
+    save = file.save
+
+    def save_alone(key: Any, data: Any) -> None:
+        Path(known._cache_path).mkdir(parents=True, exist_ok=True)
+        with (Path(known._cache_path) / f"{base}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            save(key, data)
+
+    file.save = save_alone
+    known._cache_file = file
 
 
 def inline(function: F) -> F:

@@ -20,6 +20,7 @@ from mapper.ir.dialect import context
 from mapper.ir.op import DataflowOp, parent_op, tensor_type
 from mapper.ir.params import parameters
 from mapper.ir.sections import Section, sections_of
+from mapper.ir.strings import check_strings
 from mapper.ir.structure import GraphOp, OutputOp, RepeatOp, WeightOp
 from mapper.ir.types import TensorType
 from mapper.ir.weights import WeightSymbol
@@ -180,6 +181,7 @@ class Graph:
     @staticmethod
     def parse(text: str, path: Path | None = None, folder: Path | None = None) -> Graph:
         """The graph of a printed module, verified. Raises ModelError."""
+        check_strings(text)
         try:
             module = Parser(context(), text).parse_module()
         except (ParseError, VerifyException, ValueError, RecursionError) as error:

@@ -216,6 +216,13 @@ def test_mutilated_text_is_a_model_error_or_a_graph(data: st.DataObject) -> None
     assert Graph.parse(graph.print()).print() == graph.print()
 
 
+@pytest.mark.parametrize("broken", ['"', '\\x"', "\n"])
+def test_a_long_string_that_is_not_closed_is_answered(broken: str) -> None:
+    # quantifiers inside quantifiers would take 2^2000 steps
+    with pytest.raises(ModelError, match="string"):
+        Graph.parse(TEXT + ' "' + "a\\n" * 2000 + broken.replace('"', "", 1) + "\n")
+
+
 def test_a_repeat_reads_nothing_from_outside_but_its_operands() -> None:
     grouped = Repeat().apply(run(llama(Sizes(layers=2, width=8, vocab=5)), "fold,cse,dce")).clone()
     _, body, _ = grouped.sections()
