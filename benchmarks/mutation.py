@@ -10,6 +10,7 @@ hole.
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,20 +21,26 @@ from mapper.backend import load
 from mapper.runtime.mutation import MutationTest, decoder_case
 
 
+class Phases(StrEnum):
+    """Which programs are compiled."""
+
+    decode = "decode"
+    prefill = "prefill"
+    both = "both"
+
+
 def main(
     model: Annotated[Path, typer.Argument(help="an ONNX decoder")],
     target: Annotated[str, typer.Option(help="target")] = "lpu",
     count: Annotated[int, typer.Option(min=1, help="mutants")] = 220,
     seed: Annotated[int, typer.Option(help="seed of the mutants")] = 0,
     context: Annotated[int, typer.Option(min=2, help="rows of the cache")] = 128,
-    phase: Annotated[str, typer.Option(help="decode, prefill or both")] = "decode",
+    phase: Annotated[Phases, typer.Option(help="programs to break")] = Phases.decode,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Mutation test of one schedule."""
-    if phase not in ("decode", "prefill", "both"):
-        raise typer.BadParameter("phase is decode, prefill or both")
     backend = load(target)
-    schedule = driver.compile(model, target, context=context, phase=phase)  # type: ignore[arg-type]
+    schedule = driver.compile(model, target, context=context, phase=phase.value)
     test = MutationTest(
         schedule,
         decoder_case(backend.semantics()),

@@ -164,10 +164,10 @@ class Cell:
     def _op(self, op: DataflowOp) -> Tensor:
         match op.mnemonic:
             case "constant":
-                array = np.frombuffer(op.attr("value"), np.dtype("<f4"))
-                if op.results[0].type != tensor_type(op.results[0]) or array.size != 1:
-                    raise LoweringError("lpu: constants of a cell are f32 numbers")
-                return Tensor(number=float(array[0]))
+                kind = tensor_type(op.results[0])
+                if kind.dtype != "f32" or kind.elements.value != 1:
+                    raise LoweringError(f"lpu: a constant of a cell is {kind}, not one f32 number")
+                return Tensor(number=float(np.frombuffer(op.attr("value"), np.dtype("<f4"))[0]))
             case "load":
                 return Tensor(weight=op.attr("weight"))
             case "concat":
