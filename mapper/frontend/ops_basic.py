@@ -7,7 +7,7 @@ import numpy as np
 from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
-from mapper.frontend.net import Value, numpy_of
+from mapper.frontend.net import Value
 from mapper.frontend.proto import TensorRecord
 from mapper.ir.dims import ONE, Dim
 
@@ -346,8 +346,3 @@ def _eye_like(c: Call) -> list[Value]:
         c.net, "sub", b.iota(c.net, Dim.of(0), cols, 1), c.net.constant(np.array(c.integer("k")), "i64")
     )
     return [b.cast(c.net, b.binary(c.net, "eq", row, column), dtype)]
-
-
-def float_scalar(c: Call, number: float, like: Value) -> Value:
-    """A scalar of the operand's type."""
-    return c.net.constant(np.asarray(number, numpy_of(like.dtype)), like.dtype)

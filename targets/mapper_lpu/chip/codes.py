@@ -6,7 +6,6 @@ LANES = 320
 STREAMS = 32
 PLANES = 4  # MXM planes: east 0, east 1, west 0, west 1
 ALUS = 16
-FAR = 1 << 60
 
 I8, I16, I32, F16, F32 = range(5)
 IMMEDIATE, OUTER, INNER, ACC = range(4)
