@@ -137,16 +137,19 @@ def _mlp(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
 
 
 def _moe(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
-    rows, chosen = _rows(op), op.attr("top_k")
-    experts = weights(op.attr("gate")).shape[0]
-    inner = weights(op.attr("gate")).shape[2]
-    kinds = [weights(op.attr(n)) for n in ("gate", "up", "down")]
-    one = sum((k.elements // experts * 2 for k in kinds), start=inner * 6)
+    """Only chosen experts are read: at most all, at least those that one token chooses."""
+    rows, chosen = _rows(op), tensor_type(op.operands[1]).shape[-1]
+    names = [n for n in ("gate", "up", "down") if op.attr(n) is not None]
+    experts = weights(op.attr("up")).shape[0]
+    inner = weights(op.attr("down")).elements // experts // tensor_type(op.results[0]).shape[-1]
+    one = sum((weights(op.attr(n)).elements // experts * 2 for n in names), start=inner * 6)
     used = Dim.min(experts, rows * chosen)
-    read = sum((k.bytes // experts for k in kinds), start=ZERO) * used
-    router = weights(op.attr("router"))
-    flops = rows * (router.elements * 2 + one * chosen)
-    return Cost(flops, base.read, base.written, read + router.bytes)
+    read = sum((weights(s).bytes // experts for s in op.weights().values()), start=ZERO) * used
+    return Cost(rows * chosen * one, base.read, base.written, read)
+
+
+def _route(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    return Cost(tensor_type(op.operands[0]).elements * 6, base.read, base.written, base.weights)
 
 
 def _matmul(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
@@ -212,6 +215,7 @@ _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "mlp": _mlp,
     "gated_mlp": _mlp,
     "moe": _moe,
+    "route": _route,
     "matmul": _matmul,
     "conv": _conv,
     "norm": _norm,

@@ -17,7 +17,6 @@ from mapper.ir.transformer import (
     LinearOp,
     LmHeadOp,
     MlpOp,
-    MoeOp,
     NormOp,
     RopeOp,
     SampleOp,
@@ -142,19 +141,6 @@ def _mlp(call: Call) -> Types:
     same(call, inner, inputs, "inner dimensions of down differ")
     _vector(call, "down_bias", outputs)
     return [TensorType.of([*x.shape[:-1], outputs], x.dtype)]
-
-
-@rule(MoeOp)
-def _moe(call: Call) -> Types:
-    x, router, down = call.type("x"), call.weight("router"), call.weight("down")
-    call.need(router.rank == 2 and down.rank == 3, f"router {router}, down {down}")
-    for name in ("gate", "up"):
-        weight = call.weight(name)
-        call.need(weight.rank == 3, f"{name} is {weight}")
-        same(call, weight.shape[0], router.shape[1], f"{name} has another number of experts")
-        same(call, weight.shape[1], x.shape[-1], f"{name} has another width")
-    call.need(call.attrs["top_k"] > 0, "top_k is not positive")
-    return [TensorType.of([*x.shape[:-1], down.shape[2]], x.dtype)]
 
 
 @rule(SampleOp)

@@ -190,32 +190,6 @@ class GatedMlpOp(DataflowOp):
     down_transposed = opt_attr_def(BOOL, _FALSE)
 
 
-SCORING = TextKind(("softmax", "sigmoid", "topk_softmax"))
-
-
-@irdl_op_definition
-class MoeOp(DataflowOp):
-    """Mixture of gated MLPs: each token of x [..., D] goes to the `top_k` experts with the largest router
-    scores.
-
-    router [D, E]; gate and up [E, D, F]; down [E, F, D]. `scoring`: softmax over all experts, sigmoid of
-    each, or topk_softmax (softmax over the chosen ones only). `normalise` divides the chosen scores by
-    their sum. The result is the score-weighted sum of the experts' outputs, times `scale`."""
-
-    name = "dataflow.moe"
-    x = operand_def(TensorType)
-    y = result_def(TensorType)
-    act = attr_def(ACTIVATION)
-    top_k = attr_def(INT)
-    router = attr_def(WEIGHT)
-    gate = attr_def(WEIGHT)
-    up = attr_def(WEIGHT)
-    down = attr_def(WEIGHT)
-    scoring = opt_attr_def(SCORING, SCORING.encode("softmax"))
-    normalise = opt_attr_def(BOOL, _TRUE)
-    scale = opt_attr_def(FLOAT, FLOAT.encode(1.0))
-
-
 @irdl_op_definition
 class SampleOp(DataflowOp):
     """The greedy token: index (i64) of the largest logit along the last axis."""

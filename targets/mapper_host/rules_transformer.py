@@ -15,7 +15,6 @@ from mapper_host.opcodes import (
     GATHER,
     LINEAR_KN,
     LINEAR_NK,
-    MOE,
     NORM,
     ROPE,
     ROPE_AT,
@@ -26,8 +25,6 @@ from mapper_host.opcodes import (
 from mapper_host.program import Slice, Value
 from mapper_host.strides import broadcast, collapse, row_major
 from mapper_kernels.names import ACTIVATIONS
-
-SCORINGS = ("softmax", "sigmoid", "topk_softmax")
 
 
 @rule("embed")
@@ -238,19 +235,3 @@ def _gated_mlp(c: Context, op: DataflowOp) -> None:
     linear(c, x, up, c.weight("up_bias"), u)
     c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
     linear(c, a, down, c.weight("down_bias"), y)
-
-
-@rule("moe")
-def _moe(c: Context, op: DataflowOp) -> None:
-    x, router = c.f32(op.operands[0]), c.need("router")
-    gate, up, down = c.need("gate"), c.need("up"), c.need("down")
-    d, e = router.shape
-    inner, rows, k = gate.shape[2], x.items // d, op.attr("top_k")
-    y = c.out()
-    args = [
-        rows, d, e, inner, k, ACTIVATIONS[op.attr("act")], SCORINGS.index(op.attr("scoring")),
-        int(op.attr("normalise")), bits(op.attr("scale")),
-    ]  # fmt: skip
-    flops = rows * (2 * d * e + k * (6 * d * inner + 5 * inner + 2 * d))
-    moved = router.bytes + min(rows * k, e) * 12 * d * inner + x.bytes + y.bytes
-    c.emit(MOE, args, [x, router, gate, up, down, y], flops, bytes=moved)
