@@ -82,8 +82,8 @@ def embeds(view: View, checker: Checker) -> list[Match]:
         ):
             continue
         table, ids = node.inputs
-        if ids.const is not None and ids.rank == 0:
-            continue
+        if (ids.const is not None and ids.rank == 0) or view.is_data(ids):
+            continue  # a row picked once, or picked by what was computed: routing
         added = any(n.op == "add" for v in _same(view, node.outputs[0]) for n in view.next_nodes(v))
         if id(strip_views(ids)) in tokens or added:
             match = Match(node.outputs[0], "embed", ("ids", "table"), (ids, table))

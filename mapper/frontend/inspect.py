@@ -86,7 +86,7 @@ def primitives_left(graph: Graph) -> Counter[str]:
 
 _RECOGNISED = frozenset(
     {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "activation", "mlp", "gated_mlp"}
-    | {"moe", "sample", "repeat"}
+    | {"moe", "route", "sample", "repeat"}
 )
 
 
@@ -139,7 +139,7 @@ def _norm(op: DataflowOp) -> dict[str, Any]:
 
 def _mlp(graph: Graph, op: DataflowOp, iteration: int, count: int) -> dict[str, Any]:
     down = graph.weight(op, "down", iteration)
-    transposed = op.mnemonic != "moe" and op.attr("down_transposed")
+    transposed = op.attr("down_transposed")
     inner = None if down is None else down.shape[-1 if transposed else -2]
     return {"op": op.mnemonic, "act": op.attr("act"), "inner": inner}
 

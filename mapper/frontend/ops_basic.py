@@ -6,6 +6,7 @@ import numpy as np
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
+from mapper.frontend import build_index
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
 from mapper.frontend.net import Value
 from mapper.frontend.proto import TensorRecord
@@ -242,12 +243,12 @@ def _gather_elements(c: Call) -> list[Value]:
 
 @lowers("GatherND")
 def _gather_nd(c: Call) -> list[Value]:
-    return [c.net.make("gather_nd", [c.x(), c.x(1)], {"batch_dims": c.integer("batch_dims")})]
+    return [build_index.gather_nd(c.net, c.x(), c.x(1), c.integer("batch_dims"))]
 
 
 @lowers("ScatterND")
 def _scatter_nd(c: Call) -> list[Value]:
-    return [c.net.make("scatter_nd", [c.x(i) for i in range(3)], {"reduction": c.text("reduction", "none")})]
+    return [build_index.scatter_nd(c.net, c.x(0), c.x(1), c.x(2), c.text("reduction", "none"))]
 
 
 @lowers("ScatterElements", "Scatter")
