@@ -59,7 +59,7 @@ def inspect(graph: Graph) -> dict[str, Any]:
     }
 
 
-_MLPS = ("gated_mlp", "mlp", "moe")
+_MLPS = ("gated_mlp", "packed_mlp", "mlp", "moe")
 
 
 def walk(graph: Graph) -> Iterator[tuple[DataflowOp, int, int]]:
@@ -86,7 +86,7 @@ def primitives_left(graph: Graph) -> Counter[str]:
 
 _RECOGNISED = frozenset(
     {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "activation", "mlp", "gated_mlp"}
-    | {"moe", "route", "sample", "repeat"}
+    | {"packed_mlp", "moe", "route", "sample", "repeat"}
 )
 
 

@@ -9,7 +9,8 @@ from mapper.frontend.agree import Checker
 from mapper.frontend.cut import View
 from mapper.frontend.find_attention import appends, attentions
 from mapper.frontend.find_experts import experts
-from mapper.frontend.find_linear import activations, heads, linears, mlps
+from mapper.frontend.find_linear import activations, heads, linears
+from mapper.frontend.find_mlp import mlps
 from mapper.frontend.find_norm import norms
 from mapper.frontend.find_rope import ropes
 from mapper.frontend.find_route import routes

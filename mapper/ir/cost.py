@@ -24,6 +24,7 @@ _COPIES = ("transpose", "expand", "concat", "split", "slice", "gather", "gather_
            "tile", "fill", "cast", "trilu", "one_hot", "kv_append", "cache_append", "embed", "embed_at",
            "scatter_nd", "scatter_elements", "range", "nonzero")  # fmt: skip
 _ACTIVATION = {"relu": 1, "identity": 0, "sigmoid": 4, "tanh": 1, "relu_squared": 2}
+_MLPS = {"mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"), "packed_mlp": ("gate_up", "down")}
 _PER_ELEMENT = {"softmax": 5, "topk": 1, "argmax": 1, "sample": 1, "cumsum": 1, "reduce": 1, "rsqrt": 2}
 
 
@@ -129,9 +130,9 @@ def _linear(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
 
 
 def _mlp(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
-    names = ("gate", "up", "down") if op.mnemonic == "gated_mlp" else ("up", "down")
-    width = weights(op.attr("up")).elements // tensor_type(op.operands[0]).shape[-1]
-    gates = _ACTIVATION.get(op.attr("act"), 5) + (op.mnemonic == "gated_mlp")
+    names = _MLPS[op.mnemonic]
+    width = weights(op.attr("down")).elements // tensor_type(op.results[0]).shape[-1]
+    gates = _ACTIVATION.get(op.attr("act"), 5) + (op.mnemonic != "mlp")
     per_row = sum((_matrix(op, weights, n) for n in names), start=width * gates)
     return Cost(_rows(op) * per_row, base.read, base.written, base.weights)
 
@@ -214,6 +215,7 @@ _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "lm_head": _linear,
     "mlp": _mlp,
     "gated_mlp": _mlp,
+    "packed_mlp": _mlp,
     "moe": _moe,
     "route": _route,
     "matmul": _matmul,

@@ -18,6 +18,7 @@ from mapper.ir.transformer import (
     LmHeadOp,
     MlpOp,
     NormOp,
+    PackedMlpOp,
     RopeOp,
     SampleOp,
 )
@@ -139,6 +140,18 @@ def _mlp(call: Call) -> Types:
             _vector(call, f"{name}_bias", inner)
     inputs, outputs = matrix(call, "down", "down_transposed")
     same(call, inner, inputs, "inner dimensions of down differ")
+    _vector(call, "down_bias", outputs)
+    return [TensorType.of([*x.shape[:-1], outputs], x.dtype)]
+
+
+@rule(PackedMlpOp)
+def _packed_mlp(call: Call) -> Types:
+    x = call.type("x")
+    inputs, both = matrix(call, "gate_up", "gate_up_transposed")
+    same(call, x.shape[-1], inputs, "inner dimensions of gate_up differ")
+    _vector(call, "gate_up_bias", both)
+    inner, outputs = matrix(call, "down", "down_transposed")
+    same(call, both, inner * 2, "gate_up is not twice as wide as down")
     _vector(call, "down_bias", outputs)
     return [TensorType.of([*x.shape[:-1], outputs], x.dtype)]
 

@@ -67,6 +67,16 @@ def _gated_mlp(s: Step) -> Array:
     return _linear(s, gate * up, "down", "down_bias", "down_transposed")
 
 
+@meaning("packed_mlp")
+def _packed_mlp(s: Step) -> Array:
+    both = _linear(s, s.arg("x"), "gate_up", "gate_up_bias", "gate_up_transposed")
+    half = both.shape[-1] // 2
+    halves = s.attr("packing") == "halves"
+    gate, up = (both[..., :half], both[..., half:]) if halves else (both[..., 0::2], both[..., 1::2])
+    hidden = ACTIVATION_MEANINGS[s.attr("act")](gate) * up
+    return _linear(s, hidden, "down", "down_bias", "down_transposed")
+
+
 @meaning("norm")
 def _norm(s: Step) -> Array:
     given = s.arg("x")

@@ -33,6 +33,7 @@ ACTIVATIONS = (
 )
 ACTIVATION = TextKind(ACTIVATIONS)
 NORM = TextKind(("rms", "layer"))
+PACKING = TextKind(("halves", "interleaved"))
 ROPE_STYLE = TextKind(("half", "interleaved"))
 _FALSE, _TRUE = BOOL.encode(False), BOOL.encode(True)
 
@@ -188,6 +189,26 @@ class GatedMlpOp(DataflowOp):
     gate_transposed = opt_attr_def(BOOL, _FALSE)
     up_transposed = opt_attr_def(BOOL, _FALSE)
     down_transposed = opt_attr_def(BOOL, _FALSE)
+
+
+@irdl_op_definition
+class PackedMlpOp(DataflowOp):
+    """down(act(gate) * up) where one matrix makes gate and up: gate_up [D, 2F], down [F, D], each with its
+    axes exchanged where transposed; biases.
+
+    `packing`: the gate is the first half of the 2F columns, or every other one from the first."""
+
+    name = "dataflow.packed_mlp"
+    x = operand_def(TensorType)
+    y = result_def(TensorType)
+    act = attr_def(ACTIVATION)
+    gate_up = attr_def(WEIGHT)
+    down = attr_def(WEIGHT)
+    gate_up_bias = opt_attr_def(WEIGHT)
+    down_bias = opt_attr_def(WEIGHT)
+    gate_up_transposed = opt_attr_def(BOOL, _FALSE)
+    down_transposed = opt_attr_def(BOOL, _FALSE)
+    packing = opt_attr_def(PACKING, PACKING.encode("halves"))
 
 
 @irdl_op_definition

@@ -235,3 +235,20 @@ def _gated_mlp(c: Context, op: DataflowOp) -> None:
     linear(c, x, up, c.weight("up_bias"), u)
     c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
     linear(c, a, down, c.weight("down_bias"), y)
+
+
+@rule("packed_mlp")
+def _packed_mlp(c: Context, op: DataflowOp) -> None:
+    x = c.f32(op.operands[0])
+    both, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("gate_up", "down"))
+    width = both[0].shape[0 if both[1] else 1]
+    rows, inner = x.items // x.shape[-1], width // 2
+    wide = c.temporary((rows, width), "f32")
+    g, u, a = (c.temporary((rows, inner), "f32") for _ in range(3))
+    y = c.out()
+    linear(c, x, both, c.weight("gate_up_bias"), wide)
+    step, second = (1, inner) if op.attr("packing") == "halves" else (2, 1)
+    for target, first in ((g, 0), (u, second)):
+        copy(c, wide, target, SIZES[wide.code], (rows, inner), (width, step), (inner, 1), first)
+    c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
+    linear(c, a, down, c.weight("down_bias"), y)

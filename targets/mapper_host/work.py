@@ -10,6 +10,7 @@ from mapper.ir.weights import WeightSymbol
 
 _PRODUCTS = {
     "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
+    "packed_mlp": ("gate_up", "down"),
 }  # fmt: skip
 _MATRICES = ("gate", "up", "down")
 _ELEMENT = 4

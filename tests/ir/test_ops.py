@@ -50,7 +50,7 @@ def ints(*shape: int, low: int = 0, high: int = 3) -> Array:
 
 
 W = {"w": f(6, 5), "t": f(5, 6), "v5": f(5), "v6": f(6), "table": f(7, 6), "rope": f(2, 9, 3),
-     "e": f(3, 6, 4), "d": f(3, 4, 6), "b4": f(3, 4), "p": f(3, 2, 6)}  # fmt: skip
+     "e": f(3, 6, 4), "d": f(3, 4, 6), "b4": f(3, 4), "p": f(3, 2, 6), "w6": f(6, 6), "t3": f(3, 6)}  # fmt: skip
 UNARY = ["neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan"]
 UNARY += ["tanh", "erf", "sigmoid", "softplus", "relu", "floor", "ceil", "round", "sign", "isnan", "isinf"]
 BINARY = ["add", "sub", "mul", "div", "pow", "min", "max", "eq", "ne", "lt", "le", "gt", "ge", "mod"]
@@ -119,6 +119,7 @@ CASES: list[Case] = [
     ("activation", [f(2, 6)], {"kind": "gelu"}),
     ("mlp", [f(2, 6)], {"act": "relu", "up": "w", "down": "w", "down_transposed": True, "up_bias": "v5"}),
     ("gated_mlp", [f(2, 6)], {"act": "silu", "gate": "w", "up": "w", "down": "t"}),
+    ("packed_mlp", [f(2, 6)], {"act": "silu", "gate_up": "w6", "down": "t3", "packing": "interleaved"}),
     ("route", [f(2, 3, 6)], GROUPED),
     ("moe", [f(2, 3, 6), ints(2, 3, 2), f(2, 3, 2)], EXPERTS),
     ("moe", [f(3, 6), ints(3, 2), f(3, 2)], PACKED),
