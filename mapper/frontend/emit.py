@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OPERANDS = {
     "attention": ("q", "k", "v", "mask", "sinks"),
+    "latent_attention": ("q", "latent", "rope_key", "mask"),
     "rope": ("x", "cos", "sin"),
     "embed": ("ids",),
     "kv_append": ("past", "new"),

@@ -36,7 +36,7 @@ def classify(net: Net, folder: Path) -> Net:
     known: dict[int, MaskKind | None] = {}
     matches = []
     for node in topological(net):
-        if node.op != "attention" or "mask" not in node.attrs["slots"]:
+        if node.op not in ("attention", "latent_attention") or "mask" not in node.attrs["slots"]:
             continue
         mask = node.inputs[node.attrs["slots"].index("mask")]
         if id(mask) not in known:
@@ -46,13 +46,13 @@ def classify(net: Net, folder: Path) -> Net:
 
 
 def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:
-    if kind is None or kind == MaskKind():
+    if kind is None or kind == MaskKind() or (kind.slopes and node.op != "attention"):
         return []
     attrs = {k: v for k, v in node.attrs.items() if k != "slots"}
     attrs |= {"causal": kind.causal, "window": kind.window}
     if kind.slopes:
         attrs["slopes"] = kind.slopes
-    return [Match(node.outputs[0], "attention", node.attrs["slots"], node.inputs, attrs)]
+    return [Match(node.outputs[0], node.op, node.attrs["slots"], node.inputs, attrs)]
 
 
 def kind_of(mask: Value, folder: Path) -> MaskKind | None:

@@ -9,6 +9,7 @@ from mapper.frontend.agree import Checker
 from mapper.frontend.cut import View
 from mapper.frontend.find_attention import appends, attentions
 from mapper.frontend.find_experts import experts
+from mapper.frontend.find_latent import latents
 from mapper.frontend.find_linear import activations, heads, linears
 from mapper.frontend.find_mlp import mlps
 from mapper.frontend.find_norm import norms
@@ -30,7 +31,7 @@ def routed(view: View, checker: Checker) -> list[Match]:
 STAGES: tuple[tuple[Finder, ...], ...] = (
     (linears,),
     (norms, activations, ropes, attentions, appends),
-    (mlps, heads, routed),
+    (mlps, heads, routed, latents),
 )
 
 

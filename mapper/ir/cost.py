@@ -210,6 +210,15 @@ def _attention(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
     return Cost(flops, base.read - unread, base.written)
 
 
+def _latent_attention(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    """In the absorbed form: queries and results pass through the weight, attention runs on latent rows."""
+    q, latent, rope_key = (tensor_type(v) for v in op.operands[:3])
+    per_pair = (latent.shape[3] * 2 + rope_key.shape[3]) * 2 + 5 + (2 if op.attr("softcap") else 0)
+    pairs = q.shape[0] * q.shape[1] * attended_pairs(op) * per_pair
+    through = q.shape[0] * q.shape[2] * weights(op.attr("weight")).elements * 2
+    return Cost(pairs + through, base.read, base.written, base.weights)
+
+
 _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "linear": _linear,
     "lm_head": _linear,
@@ -226,4 +235,5 @@ _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "rope_at": _rope,
     "attention": _attention,
     "cached_attention": _attention,
+    "latent_attention": _latent_attention,
 }

@@ -14,6 +14,7 @@ from mapper.ir.transformer import (
     EmbedOp,
     GatedMlpOp,
     KvAppendOp,
+    LatentAttentionOp,
     LinearOp,
     LmHeadOp,
     MlpOp,
@@ -96,6 +97,22 @@ def _attention(call: Call) -> Types:
         heads, groups = q.shape[1].value, k.shape[1].value
         call.need(groups > 0 and heads % groups == 0, f"{groups} key/value heads for {heads} heads")
     return [TensorType.of([*q.shape[:3], v.shape[3]], q.dtype)]
+
+
+@rule(LatentAttentionOp)
+def _latent_attention(call: Call) -> Types:
+    q, latent, rope_key = call.type("q"), call.type("latent"), call.type("rope_key")
+    call.need(q.rank == latent.rank == rope_key.rank == 4, f"q {q}, latent {latent}, rope_key {rope_key}")
+    inputs, outputs = matrix(call, "weight")
+    same(call, latent.shape[3], inputs, "latent and weight differ in width")
+    same(call, latent.shape[2], rope_key.shape[2], "latent and rope_key differ in tokens")
+    nope = Dim.of(call.attrs["nope_dim"])
+    same(call, q.shape[3], nope + rope_key.shape[3], "q is not as wide as keys")
+    call.need(q.shape[1].is_const and outputs.is_const, f"q {q}")
+    call.need(outputs.value % q.shape[1].value == 0, f"{outputs} columns for {q.shape[1]} heads")
+    value_dim = outputs // q.shape[1] - nope
+    call.need(value_dim.value > 0, f"{outputs} columns leave no values")
+    return [TensorType.of([*q.shape[:3], value_dim], q.dtype)]
 
 
 @rule(KvAppendOp)

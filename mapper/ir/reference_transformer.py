@@ -170,19 +170,33 @@ def _masked(scores: Array, allowed: Array, bias: Array | None) -> Array:
     return np.where(allowed, scores, scores.dtype.type(-np.inf))
 
 
-@meaning("attention")
-def _attention(s: Step) -> Array:
-    q, k, v, mask = s.arg("q"), s.arg("k"), s.arg("v"), s.optional("mask")
-    scores = _scores(s, q, k)
+def _attended(s: Step, q: Array, k: Array, v: Array, slopes: tuple[float, ...] | None) -> Array:
+    mask, scores = s.optional("mask"), _scores(s, q, k)
     if mask is None:
         queries = np.arange(q.shape[2]) + k.shape[2] - q.shape[2]
-        rule = position_mask(queries, k.shape[2], s.attr("causal"), s.attr("window"), s.attr("slopes"))
+        rule = position_mask(queries, k.shape[2], s.attr("causal"), s.attr("window"), slopes)
         scores = _masked(scores, *rule)
     elif mask.dtype == np.bool_:
         scores = _masked(scores, mask, None)
     else:
         scores = scores + mask
     return _weighted(s, scores, v)
+
+
+@meaning("attention")
+def _attention(s: Step) -> Array:
+    return _attended(s, s.arg("q"), s.arg("k"), s.arg("v"), s.attr("slopes"))
+
+
+@meaning("latent_attention")
+def _latent_attention(s: Step) -> Array:
+    q, latent, rope_key, weight = s.arg("q"), s.arg("latent"), s.arg("rope_key"), s.need("weight")
+    heads, nope = q.shape[1], s.attr("nope_dim")
+    batch, _, tokens, _ = latent.shape
+    both = latent[:, 0] @ (weight.T if s.attr("transposed") else weight)
+    both = both.reshape(batch, tokens, heads, -1).transpose(0, 2, 1, 3)
+    shared = np.broadcast_to(rope_key, (batch, heads, tokens, rope_key.shape[3]))
+    return _attended(s, q, np.concatenate([both[..., :nope], shared], -1), both[..., nope:], None)
 
 
 @meaning("cached_attention")

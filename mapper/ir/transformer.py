@@ -135,6 +135,30 @@ class AttentionOp(DataflowOp):
 
 
 @irdl_op_definition
+class LatentAttentionOp(DataflowOp):
+    """Multi-head latent attention: keys and values of all heads are made from one latent row per token.
+
+    q [B, H, S, Dn + Dr]; latent [B, 1, T, R] and rope_key [B, 1, T, Dr] are what is cached; `weight`
+    [R, H (Dn + Dv)], or transposed. Head h has keys (latent W_h[:, :Dn], rope_key) and values
+    latent W_h[:, Dn:]; the rest is `attention` with as many key/value heads as heads: [B, H, S, Dv].
+    `nope_dim` is Dn. Source: DeepSeek-V2 technical report, section 2.1."""
+
+    name = "dataflow.latent_attention"
+    q = operand_def(TensorType)
+    latent = operand_def(TensorType)
+    rope_key = operand_def(TensorType)
+    mask = opt_operand_def(TensorType)
+    y = result_def(TensorType)
+    weight = attr_def(WEIGHT)
+    nope_dim = attr_def(INT)
+    scale = attr_def(FLOAT)
+    transposed = opt_attr_def(BOOL, _FALSE)
+    causal = opt_attr_def(BOOL, _FALSE)
+    window = opt_attr_def(INT, INT.encode(0))
+    softcap = opt_attr_def(FLOAT, FLOAT.encode(0.0))
+
+
+@irdl_op_definition
 class KvAppendOp(DataflowOp):
     """past [B, Hkv, P, Dh] and new [B, Hkv, S, Dh] joined along the token axis: [B, Hkv, P + S, Dh]."""
 

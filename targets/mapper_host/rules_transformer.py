@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mapper.ir.op import DataflowOp
+from mapper.ir.op import DataflowOp, tensor_type
 from mapper_host.context import Context, rule
 from mapper_host.opcodes import (
     ACTIVATION,
@@ -139,10 +139,16 @@ def _cached_attention(c: Context, op: DataflowOp) -> None:
 @rule("attention")
 def _attention(c: Context, op: DataflowOp) -> None:
     q, k, v = (c.f32(x) for x in op.operands[:3])
-    mask, sinks = c.operand("mask"), c.operand("sinks")
+    _masked_attention(c, op, q, k, v)
+
+
+def _masked_attention(c: Context, op: DataflowOp, q: Value, k: Value, v: Value) -> None:
+    """Emit attention with the mask and attributes of `op`."""
+    slopes = op.attr("slopes") or () if op.mnemonic == "attention" else ()
+    sinks = c.operand("sinks") if op.mnemonic == "attention" else None
+    mask = c.operand("mask")
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
-    slopes = op.attr("slopes") or ()
     y = c.out()
     walk = (0, 0, 0, 0) if mask is None else broadcast(mask.shape, (b, h, s, t))
     args = [
@@ -152,6 +158,24 @@ def _attention(c: Context, op: DataflowOp) -> None:
     ]  # fmt: skip
     operands = [x for x in (q, k, v, mask, sinks, y) if x is not None]
     c.emit(ATTENTION, args, operands, b * h * s * t * (2 * d + 2 * dv + 8))
+
+
+@rule("latent_attention")
+def _latent_attention(c: Context, op: DataflowOp) -> None:
+    """Keys and values of all heads are made first; the absorbed form is not built for this target."""
+    q, latent, rope_key = (c.f32(x) for x in op.operands[:3])
+    b, h, _, d = q.shape
+    t, nope = latent.shape[2], op.attr("nope_dim")
+    rotated, dv = d - nope, tensor_type(op.results[0]).ints[3]
+    both, k, v = (c.temporary(s, "f32") for s in ((b, t, h * (nope + dv)), (b, h, t, d), (b, h, t, dv)))
+    linear(c, latent, c.matrix("weight", op.attr("transposed")), None, both)
+    width = nope + dv
+    walk = (t * h * width, width, h * width, 1)
+    copy(c, both, k, SIZES[k.code], (b, h, t, nope), walk, row_major(k.shape))
+    shared = (t * rotated, 0, rotated, 1)
+    copy(c, rope_key, k, SIZES[k.code], (b, h, t, rotated), shared, row_major(k.shape), 0, nope)
+    copy(c, both, v, SIZES[v.code], (b, h, t, dv), walk, row_major(v.shape), nope)
+    _masked_attention(c, op, q, k, v)
 
 
 @rule("kv_append")

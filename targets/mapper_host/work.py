@@ -26,6 +26,10 @@ def flops_of(graph: Graph, op: DataflowOp) -> int:
         b, h, s, d = op.operand_shape(0)
         keys, dv = op.operand_shape(1)[2], op.operand_shape(2)[3]
         return 2 * b * h * s * keys * (d + dv)
+    if op.mnemonic == "latent_attention":
+        b, h, s, _ = op.operand_shape(0)
+        keys, width, rope = *op.operand_shape(1)[2:], op.operand_shape(2)[3]
+        return 2 * b * h * s * keys * (2 * width + rope) + 2 * b * s * _elements(graph, op, "weight")
     if op.mnemonic == "matmul":
         return 2 * math.prod(op.result_shape()) * op.operand_shape(0)[-1]
     if op.mnemonic == "conv":
