@@ -274,7 +274,7 @@ def _forms(
         if names is None:
             continue
         for act, limit, offset in combinations(*options):
-            attrs = {f"{n}_transposed": p.transposed for n, p in _named(order, last).items()}
+            attrs: dict[str, Any] = {f"{n}_transposed": p.transposed for n, p in _named(order, last).items()}
             attrs |= {"act": act, "packing": packing, "share_input": share_input}
             yield attrs | {"limit": limit, "up_offset": offset}, names
 

@@ -53,7 +53,9 @@ def _latent(view: View, node: Node) -> Match | None:
     operands = {"q": slots["q"], "latent": latent, "rope_key": rope_key}
     operands |= {"mask": slots["mask"]} if "mask" in slots else {}
     operands |= {"weight": product["weight"]}
-    attrs = {k: node.attrs[k] for k in ("scale", "softcap", "causal", "window") if k in node.attrs}
+    attrs: dict[str, Any] = {
+        k: node.attrs[k] for k in ("scale", "softcap", "causal", "window") if k in node.attrs
+    }
     attrs |= {"nope_dim": parts.nope.value, "transposed": parts.product.attrs["transposed"]}
     bounds = (slots["q"], product["x"], parts.rope_key, *list(operands.values())[3:])
     return Match(

@@ -134,7 +134,7 @@ def _attention(graph: Graph, op: DataflowOp, iteration: int, count: int) -> dict
 
 
 def _expanded(keys: Any) -> bool:
-    """Whether keys, before they are appended, are columns of each head beside some that all heads share: latent
+    """Whether keys, before they are appended, are columns of each head beside some that all share: latent
     attention whose cache holds the heads' keys and values."""
     op = keys.owner
     if isinstance(op, DataflowOp) and op.mnemonic == "kv_append":

@@ -49,8 +49,10 @@ def ints(*shape: int, low: int = 0, high: int = 3) -> Array:
     return RNG.integers(low, high, shape)
 
 
-SHAPES = {"w": (6, 5), "t": (5, 6), "v5": (5,), "v6": (6,), "table": (7, 6), "rope": (2, 9, 3), "e": (3, 6, 4),
-          "d": (3, 4, 6), "b4": (3, 4), "p": (3, 2, 6), "w6": (6, 6), "t3": (3, 6), "w10": (6, 10)}  # fmt: skip
+SHAPES = {
+    "w": (6, 5), "t": (5, 6), "v5": (5,), "v6": (6,), "table": (7, 6), "rope": (2, 9, 3), "e": (3, 6, 4),
+    "d": (3, 4, 6), "b4": (3, 4), "p": (3, 2, 6), "w6": (6, 6), "t3": (3, 6), "w10": (6, 10),
+}  # fmt: skip
 W = {name: f(*shape) for name, shape in SHAPES.items()}
 UNARY = ["neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan"]
 UNARY += ["tanh", "erf", "sigmoid", "softplus", "relu", "floor", "ceil", "round", "sign", "isnan", "isinf"]
