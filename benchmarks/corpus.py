@@ -29,7 +29,17 @@ from mapper.ir.graph import Graph
 from tests.frontend.corpus import FOLDER, difference, entries, runs
 
 TOLERANCE, TOLERANCE_INT4 = 1e-4, 1e-3
-COLUMNS = ("model", "loads", "runs", "max error", "recognised", "layers", "grouped", "distinct", "primitives left")
+COLUMNS = (
+    "model",
+    "loads",
+    "runs",
+    "max error",
+    "recognised",
+    "layers",
+    "grouped",
+    "distinct",
+    "primitives left",
+)
 
 
 @dataclass
