@@ -2,9 +2,9 @@
 
     python -m benchmarks.corpus --folder ../shared/corpus [--only llama] [--json]
 
-A corpus is a folder of ONNX files with a `manifest.json`, and beside each file that is to compile an `.npz` of
-inputs and of onnxruntime's outputs for them. Every run that is stored is executed by `mapper.run` on the host
-target. The error is the largest difference over all runs and outputs at the positions that are compared,
+A corpus is a folder of ONNX files with a `manifest.json`, and beside each file that is to compile an `.npz`
+of inputs and of onnxruntime's outputs for them. Every run that is stored is executed by `mapper.run` on the
+host target. The error is the largest difference over all runs and outputs at the positions that are compared,
 relative to max(1, largest magnitude of the reference). Exits with 1 where a graph fails.
 """
 
