@@ -181,9 +181,11 @@ def stored_array(leaf: Value, folder: Path, largest: int = 1 << 26) -> Array | N
         return None
     symbol = WeightSymbol(ref.name, ref.dims, ref.dtype, ref.file, ref.offset, ref.bytes, ref.data, folder)
     try:
-        return np.array(symbol.load())
+        numbers = np.array(symbol.load())
     except MapperError:
         return None
+    ref.looked.add(ref.name)
+    return numbers
 
 
 @dataclass(eq=False)

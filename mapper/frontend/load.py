@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from mapper.errors import ModelError, UnsupportedModelError
+from mapper.errors import MapperError, ModelError, UnsupportedModelError
 from mapper.frontend import symbols
+from mapper.frontend.abridge import abridge
 from mapper.frontend.emit import emit
+from mapper.frontend.extend import NotAlike, extend
 from mapper.frontend.guard import GuardedModel, read_model
 from mapper.frontend.importer import declared_dims, import_model
 from mapper.frontend.net import Net
@@ -25,6 +27,19 @@ def load(path: str | Path, recognise: bool = True) -> Graph:
     which names node, operator and reason.
     """
     model = read_model(path)
+    short = abridge(model) if recognise else None
+    if short is not None:
+        try:
+            graph = extend(load_model(short.model), short)
+            graph.verify()
+            return graph
+        except (NotAlike, MapperError):
+            pass  # the whole model tells what is wrong
+    return load_model(model, recognise)
+
+
+def load_model(model: GuardedModel, recognise: bool = True) -> Graph:
+    """The graph of a model that was read, every layer looked at."""
     try:
         net = canonical(model)
         refuse_foreign(net)
@@ -32,7 +47,7 @@ def load(path: str | Path, recognise: bool = True) -> Graph:
             net = recognise_net(net, model.path.parent)
         graph = emit(net, model.path, digest(model), find_roles(net))
     except RecursionError as error:
-        raise ModelError(f"{path}: the graph is nested too deeply") from error
+        raise ModelError(f"{model.path}: the graph is nested too deeply") from error
     graph = grouped(graph) if recognise else graph
     graph.verify()
     return graph

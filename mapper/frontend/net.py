@@ -27,7 +27,8 @@ MAX_TERMS, MAX_TEXT = 64, 400  # of one dimension's expression
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A stored tensor: its ONNX name and where its bytes are; or its data, where it holds typed elements."""
+    """A stored tensor: its ONNX name and where its bytes are; or its data, where it holds typed elements. Who
+    reads its numbers adds the name to `looked`."""
 
     name: str
     dims: tuple[int, ...]
@@ -36,6 +37,7 @@ class WeightRef:
     offset: int
     bytes: int
     data: Array | None = None
+    looked: set[str] = field(default_factory=set, compare=False, repr=False)
 
 
 @dataclass(eq=False)
