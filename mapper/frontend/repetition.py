@@ -253,35 +253,49 @@ class Pairing:
             return None
         rows = {n: (n, *(p[n] for p in pairs)) for n in pairs[0]}
         rows = {n: row for n, row in rows.items() if len(set(row)) > 1}
-        columns = zip(*(b.outputs for b in same), strict=True)
         weights = {n: row for n, row in rows.items() if n in self.records.tensors}
         inputs = {n: row for n, row in rows.items() if n in self.records.inputs}
         if any(len(set(row[:KEPT])) == 1 for row in (*weights.values(), *inputs.values())):
             return None  # shared by those that are kept, but not by all
-        return LayerRun(same, weights, inputs, dict(zip(same[0].outputs, columns, strict=True)))
+        return LayerRun(same, weights, inputs, {n: rows[n] for n in bodies[0].outputs})
 
     def pair(self, first: Body, other: Body) -> dict[str, str] | None:
         """Name in the first body -> name in the other; None where they differ."""
-        if len(first.outputs) != len(other.outputs):
-            return None
         pairs, back = {first.entry: other.entry}, {other.entry: first.entry}
-        pending = [(first.exit, other.exit), *zip(first.outputs, other.outputs, strict=True)]
+        if not self._walk(first, other, [(first.exit, other.exit)], pairs, back):
+            return None
+        rest = [n for n in first.outputs if n not in pairs], [n for n in other.outputs if n not in back]
+        if len(rest[0]) != len(rest[1]):
+            return None
+        if not self._walk(first, other, list(zip(*rest, strict=True)), pairs, back):
+            return None
+        return pairs if {pairs[n] for n in first.outputs} == set(other.outputs) else None
+
+    def _walk(
+        self,
+        first: Body,
+        other: Body,
+        pending: list[tuple[str, str]],
+        pairs: dict[str, str],
+        back: dict[str, str],
+    ) -> bool:
+        """Pairs all that `pending` is computed from; whether it is the same."""
         while pending:
             a, b = pending.pop()
             content = self.records.content(a)
             if content is not None or not a:
-                if a != b and content != self.records.content(b):
-                    return None
+                if a != b and (content is None or content != self.records.content(b)):
+                    return False
             elif a in pairs or b in back:
                 if pairs.get(a) != b:
-                    return None
+                    return False
             else:
                 pairs[a], back[b] = b, a
                 operands = self._operands(first, other, a, b)
                 if operands is None:
-                    return None
+                    return False
                 pending += operands
-        return pairs
+        return True
 
     def _operands(self, first: Body, other: Body, a: str, b: str) -> list[tuple[str, str]] | None:
         """The operands of what makes `a` and `b`, None where those differ. Leaves have none."""
