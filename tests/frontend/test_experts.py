@@ -228,7 +228,7 @@ def test_fused_operator(kind: str, normalise: int, tmp_path: Path) -> None:
     logits = w.add("MatMul", x, w.store(3 * fan_in(EXPERTS, WIDTH).T.copy()))
     stacks = [fan_in(EXPERTS, INNER, WIDTH), fan_in(EXPERTS, INNER)]
     stacks += [fan_in(EXPERTS, WIDTH, INNER), fan_in(EXPERTS, WIDTH)]
-    attrs = {"k": CHOSEN, "activation_type": kind, "normalize_routing_weights": normalise}
+    attrs: dict[str, Any] = {"k": CHOSEN, "activation_type": kind, "normalize_routing_weights": normalise}
     out = w.add("MoE", x, logits, *map(w.store, stacks), domain=MS, **attrs)
     # onnxruntime's gelu is a polynomial of its own
     graph = checked(w.model(out), tmp_path, 1e-3 if kind == "gelu" else 1e-5)
@@ -244,7 +244,7 @@ def test_fused_gated_operator(attrs: dict[str, Any], tmp_path: Path) -> None:
     logits = w.add("MatMul", x, w.store(3 * fan_in(EXPERTS, WIDTH).T.copy()))
     stacks = [fan_in(EXPERTS, 2 * INNER, WIDTH), fan_in(EXPERTS, 2 * INNER)]
     stacks += [fan_in(EXPERTS, WIDTH, INNER), fan_in(EXPERTS, WIDTH)]
-    given = {"k": CHOSEN, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
+    given: dict[str, Any] = {"k": CHOSEN, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
     out = w.add("MoE", x, logits, *map(w.store, stacks), domain=MS, **given, **attrs)
     graph = checked(w.model(out), tmp_path)
     assert names(graph) == ["linear", "linear", "route", "moe"]
