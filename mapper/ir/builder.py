@@ -186,6 +186,7 @@ class GraphBuilder(BlockBuilder):
             {k: StringAttr(v) for k, v in self._model.items()}
         )
         graph = Graph(module, self.path, self.folder)
+        graph.know(self._weights)
         if verify:
             graph.verify()
         return graph

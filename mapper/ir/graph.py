@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -88,6 +88,14 @@ class Graph:
             if isinstance(op, WeightOp):  # parts of a packed weight stand before it
                 found[op.attr("sym_name")] = WeightSymbol.from_op(op, self.folder, found)
         return found
+
+    def know(self, weights: Mapping[str, WeightSymbol]) -> None:
+        """Spares the decoding of weight ops that were just made of `weights`."""
+        found = {
+            n: w if w.file is None or w.folder == self.folder else replace(w, folder=self.folder)
+            for n, w in weights.items()
+        }
+        self.__dict__["weights"] = found
 
     @cached_property
     def roles(self) -> dict[str, Any]:

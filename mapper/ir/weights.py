@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from xdsl.ir import Attribute
 
 from mapper.errors import ModelError, WeightsMissingError
 from mapper.ir.structure import WeightOp
@@ -62,7 +64,7 @@ class WeightSymbol:
         kind = type_of(data)
         return WeightSymbol(name, data.shape, kind.dtype, data=data, bytes=data.nbytes, derived=derived)
 
-    @property
+    @cached_property
     def type(self) -> TensorType:
         """The tensor type."""
         return TensorType.of(self.shape, self.dtype)
@@ -109,6 +111,10 @@ class WeightSymbol:
 
     def op(self) -> WeightOp:
         """The IR op that declares it."""
+        return WeightOp.create(attributes=self._attributes)
+
+    @cached_property
+    def _attributes(self) -> dict[str, Attribute]:
         made = WeightOp.create(attributes={})
         values = {"file": self.file, "offset": self.offset, "bytes": self.bytes, "derived": self.derived}
         data = None if self.data is None else encode(self.data)
@@ -124,7 +130,7 @@ class WeightSymbol:
             values |= {n: p.name for n, p in self.packing.parts.items()}
         for name, value in {**values, "type": self.type, "data": data}.items():
             made.set_attr(name, value)
-        return made
+        return made.attributes
 
     @staticmethod
     def from_op(

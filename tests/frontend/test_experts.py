@@ -26,7 +26,7 @@ RNG = np.random.default_rng(3)
 
 def fan_in(*shape: int) -> Array:
     """Weights of variance 1 over the last axis."""
-    return (RNG.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+    return np.asarray(RNG.standard_normal(shape) / np.sqrt(shape[-1]), np.float32)
 
 
 class Writer:
