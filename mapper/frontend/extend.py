@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xdsl.ir import SSAValue
 
@@ -14,7 +14,7 @@ from mapper.frontend.repetition import KEPT, LayerRun
 from mapper.ir.builder import GraphBuilder
 from mapper.ir.graph import Graph
 from mapper.ir.structure import OutputOp, RepeatOp
-from mapper.ir.weights import WeightSymbol
+from mapper.ir.weights import Packing, WeightSymbol
 from mapper.passes.rewrite import Values, builder_like, rewrite_op, rewrite_repeat
 
 Rows = Mapping[str, tuple[str, ...]]
@@ -31,13 +31,50 @@ def extend(graph: Graph, short: Abridged) -> Graph:
     if not short.model.looked.isdisjoint(n for run in short.runs for n in run.weights):
         raise NotAlike
     repeats = [op for op in graph.top() if isinstance(op, RepeatOp)]
-    plans = [plan for run in short.runs for op in repeats if (plan := _plan(graph, op, run)) is not None]
+    rows = [_stored_rows(graph, run) for run in short.runs]
+    pairs = zip(short.runs, rows, strict=True)
+    plans = [p for run, table in pairs for op in repeats if (p := _plan(graph, op, run, table)) is not None]
     if len(plans) != len(short.runs) or len({id(p.op) for p in plans}) != len(plans):
         raise NotAlike
     new = builder_like(graph, weights=False)
-    for name in expanded(list(graph.weights), [r.weights for r in short.runs]):
-        new.weight(graph.weights[name] if name in graph.weights else _symbol(short, name))
+    known = dict(graph.weights)
+    for table in rows:
+        for name in [n for n in graph.weights if n in table]:
+            for i in range(KEPT, len(table[name])):
+                _declare(known, short, table, name, i)
+    for name in expanded(list(graph.weights), rows):
+        new.weight(known[name])
     return _extended(graph, short, new, {id(p.op): p for p in plans})
+
+
+def _stored_rows(graph: Graph, run: LayerRun) -> dict[str, tuple[str, ...]]:
+    """The rows of a run's weights that the graph has; packed ones and parts that are made for them are named
+    after the integers."""
+    rows = {n: row for n, row in run.weights.items() if n in graph.weights}
+    for name, weight in graph.weights.items():
+        if weight.packing is not None and weight.packing.values.name in rows:
+            integers = weight.packing.values.name
+            for made in (name, *(p.name for p in weight.packing.parts.values())):
+                if made not in rows and made.startswith(integers):
+                    rows[made] = tuple(n + made.removeprefix(integers) for n in rows[integers])
+    return rows
+
+
+def _declare(known: dict[str, WeightSymbol], short: Abridged, rows: Rows, name: str, i: int) -> WeightSymbol:
+    """Adds what stands for the weight `name` of the first body in body `i` to the known weights."""
+    own = rows[name][i]
+    if own in known:
+        return known[own]
+    first = known[name]
+    if own in short.stored:
+        known[own] = _symbol(short, own)
+    elif first.packing is None:
+        known[own] = replace(first, name=own)
+    else:
+        parts = first.packing.parts.items()
+        made = {n: _declare(known, short, rows, p.name, i) if p.name in rows else p for n, p in parts}
+        known[own] = replace(first, name=own, packing=Packing(first.packing.scheme, **made))
+    return known[own]
 
 
 def expanded(names: Sequence[str], rows: Iterable[Rows]) -> list[str]:
@@ -83,14 +120,14 @@ class _Plan:
     outputs: list[tuple[str, ...]]
 
 
-def _plan(graph: Graph, op: RepeatOp, run: LayerRun) -> _Plan | None:
+def _plan(graph: Graph, op: RepeatOp, run: LayerRun, weights: Rows) -> _Plan | None:
     """How a repeat is extended to a run; None where it is not those layers."""
     slots = op.attr("table")
     direct = {s for inner in op.ops() for s in inner.weights().values() if s not in slots}
-    if op.attr("count") != KEPT or not direct.isdisjoint(run.weights):
+    if op.attr("count") != KEPT or not direct.isdisjoint(weights):
         return None
     inputs, outputs = _names(graph.input_values), _names(graph.output_values)
-    table = _rows(slots.values(), run.weights)
+    table = _rows(slots.values(), weights)
     taken = _rows([[inputs.get(v, "") for v in slot] for slot in op.iterated_operands()], run.inputs)
     given = _rows([[outputs.get(v, "") for v in slot] for slot in op.iterated_results()], run.outputs)
     if table is None or taken is None or given is None or not all(map(_only_output, _iterated(op))):

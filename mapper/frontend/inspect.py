@@ -55,7 +55,7 @@ def inspect(graph: Graph) -> dict[str, Any]:
         "tied_embeddings": _tied(graph, by_kind),
         "inputs": {n: _described(graph.roles["inputs"].get(n, "other"), t) for n, t in graph.inputs},
         "outputs": {n: _described(graph.roles["outputs"].get(n, "other"), t) for n, t in graph.outputs},
-        "weight_formats": dict(sorted(Counter(w.dtype for w in graph.weights.values()).items())),
+        "weight_formats": _formats(graph),
         "primitives_left": dict(sorted(left.items())),
         "recognised_fraction": _fraction(ops, left),
     }
@@ -63,6 +63,13 @@ def inspect(graph: Graph) -> dict[str, Any]:
 
 ATTENTIONS = ("attention", "latent_attention")
 _MLPS = ("gated_mlp", "packed_mlp", "mlp", "moe")
+
+
+def _formats(graph: Graph) -> dict[str, int]:
+    """Storage format -> number of weights; a packed weight counts once, its parts not."""
+    parts = {p.name for w in graph.weights.values() if w.packing for p in w.packing.parts.values()}
+    counts = Counter(w.format for n, w in graph.weights.items() if n not in parts)
+    return dict(sorted(counts.items()))
 
 
 Counted = tuple[DataflowOp, int]

@@ -156,6 +156,8 @@ class GraphBuilder(BlockBuilder):
             and (known.type != symbol.type or known.file != symbol.file)
         ):
             raise ModelError(f"two weights called {symbol.name!r}")
+        for part in symbol.packing.parts.values() if symbol.packing else ():
+            self.weight(part)
         self._weights[symbol.name] = symbol
         self.scope.weights[symbol.name] = symbol.type
         return symbol.name

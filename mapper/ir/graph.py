@@ -83,8 +83,11 @@ class Graph:
     @cached_property
     def weights(self) -> dict[str, WeightSymbol]:
         """Every weight symbol by name."""
-        found = [op for op in self.module.ops if isinstance(op, WeightOp)]
-        return {op.attr("sym_name"): WeightSymbol.from_op(op, self.folder) for op in found}
+        found: dict[str, WeightSymbol] = {}
+        for op in self.module.ops:
+            if isinstance(op, WeightOp):  # parts of a packed weight stand before it
+                found[op.attr("sym_name")] = WeightSymbol.from_op(op, self.folder, found)
+        return found
 
     def know(self, weights: Mapping[str, WeightSymbol]) -> None:
         """Spares the decoding of weight ops that were just made of `weights`."""
@@ -153,10 +156,12 @@ class Graph:
 
         Rotary frequencies and derived tables are no parameters, nor are weights that nothing uses."""
         seen: dict[Any, int] = {}
-        for name in parameters(self):
+        parts = {p.name for w in self.weights.values() if w.packing for p in w.packing.parts.values()}
+        for name in parameters(self) - parts:
             weight = self.weights[name]
-            key = (weight.file, weight.offset, weight.bytes) if weight.file is not None else name
-            seen[key] = weight.elements
+            stored = weight if weight.packing is None else weight.packing.values
+            key = (stored.file, stored.offset, stored.bytes) if stored.file is not None else name
+            seen[key] = weight.elements  # of a packed weight those it stands for
         return sum(seen.values())
 
     @cached_property

@@ -12,7 +12,6 @@ from xdsl.ir import SSAValue
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, fields
 from mapper.ir.structure import OutputOp, RepeatOp
-from mapper.ir.types import TensorType
 
 MOST_RUNS = 64
 MOST_STEPS = 2_000_000  # comparisons while the best repetition is searched
@@ -133,8 +132,9 @@ class Shape:
     ops: list[DataflowOp] = field(default_factory=list)
 
 
-def structure(segment: Segment, weights: Mapping[str, TensorType]) -> Shape:
-    """The structure of a segment; its private loads and constants are taken in."""
+def structure(segment: Segment, weights: Mapping[str, Any]) -> Shape:
+    """The structure of a segment; its private loads and constants are taken in. `weights`: what of each
+    weight has to be equal."""
     shape = Shape(None)
     local: dict[SSAValue, int] = {segment.entry: -1}
     keys: list[Any] = [segment.entry.type]
