@@ -36,7 +36,7 @@ def abridge(model: GuardedModel) -> Abridged | None:
     graph = model.record.graph
     left_out = {o for r in runs for row in r.outputs.values() for o in row[KEPT:]}
     outputs = [v for v in graph.outputs if v.name not in left_out]
-    nodes = _kept(graph.nodes, runs, [v.name for v in graph.outputs], [v.name for v in outputs])
+    nodes = _kept(records.nodes, runs, [v.name for v in graph.outputs], [v.name for v in outputs])
     if nodes is None:
         return None
     used = {n for node in nodes for n in node.inputs} | {v.name for v in outputs}

@@ -121,28 +121,39 @@ class _Plan:
 
 
 def _plan(graph: Graph, op: RepeatOp, run: LayerRun, weights: Rows) -> _Plan | None:
-    """How a repeat is extended to a run; None where it is not those layers."""
+    """How a repeat is extended to a run; None where the run's bodies are not iterations of it."""
     slots = op.attr("table")
     direct = {s for inner in op.ops() for s in inner.weights().values() if s not in slots}
-    if op.attr("count") != KEPT or not direct.isdisjoint(weights):
+    if not direct.isdisjoint(weights) or not all(map(_only_output, _iterated(op))):
         return None
     inputs, outputs = _names(graph.input_values), _names(graph.output_values)
-    table = _rows(slots.values(), weights)
-    taken = _rows([[inputs.get(v, "") for v in slot] for slot in op.iterated_operands()], run.inputs)
-    given = _rows([[outputs.get(v, "") for v in slot] for slot in op.iterated_results()], run.outputs)
-    if table is None or taken is None or given is None or not all(map(_only_output, _iterated(op))):
+    taken = [[inputs.get(v, "") for v in slot] for slot in op.iterated_operands()]
+    given = [[outputs.get(v, "") for v in slot] for slot in op.iterated_results()]
+    length = len(run.bodies)
+    columns = ((slots.values(), weights), (taken, run.inputs), (given, run.outputs))
+    found = [[_widened(names, rows, length) for names in short] for short, rows in columns]
+    starts = {start for column in found for start, _ in column}
+    if not starts or -1 in starts or max(starts) - min(starts) > 1:  # 1: a run may begin inside an iteration
         return None
-    return _Plan(op, len(run.bodies), dict(zip(slots, table, strict=True)), taken, given)
+    table, wide, out = ([row for _, row in column] for column in found)
+    return _Plan(op, op.attr("count") - KEPT + length, dict(zip(slots, table, strict=True)), wide, out)
 
 
 def _names(values: Mapping[str, SSAValue]) -> dict[SSAValue, str]:
     return {v: n for n, v in values.items()}
 
 
-def _rows(short: Iterable[Sequence[str]], rows: Rows) -> list[tuple[str, ...]] | None:
-    """The whole row of each short one; None where one has no such row."""
-    found = [(tuple(names), rows.get(names[0], ())) for names in short]
-    return [row for _, row in found] if all(names == row[:KEPT] for names, row in found) else None
+def _widened(names: Sequence[str], rows: Rows, length: int) -> tuple[int, tuple[str, ...]]:
+    """(where the run begins, the names of all iterations) of the names that a slot has in those that were
+    kept: its own names give way to those of all `length` bodies. -1 where they are not the run's."""
+    for start in range(len(names) - KEPT + 1):
+        kept = tuple(names[start : start + KEPT])
+        row = rows.get(kept[0], ())
+        if not row and len(set(kept)) == 1 and kept[0]:
+            row = kept[:1] * length  # shared by these iterations
+        if row[:KEPT] == kept:
+            return start, (*names[:start], *row, *names[start + KEPT :])
+    return -1, ()
 
 
 def _iterated(op: RepeatOp) -> list[SSAValue]:

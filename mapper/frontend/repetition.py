@@ -16,7 +16,8 @@ from mapper.errors import MapperError
 from mapper.frontend import tensors
 from mapper.frontend.guard import GuardedModel
 from mapper.frontend.importer import is_held
-from mapper.frontend.proto import Attribute, GraphRecord, NodeRecord, TensorRecord
+from mapper.frontend.ops_contrib import MS
+from mapper.frontend.proto import Attribute, AttributeRecord, GraphRecord, NodeRecord, TensorRecord
 from mapper.passes.layers import Run, best_runs
 
 KEPT = 2
@@ -66,13 +67,14 @@ class Records:
     def of(model: GuardedModel) -> Records | None:
         """The records of a model; None where it has sub-graphs, which are not looked into."""
         graph = model.record.graph
+        nodes = [part for node in graph.nodes for part in parted(node)]
         stored = {t.name: t for t in graph.tensors}
-        producer = {o: i for i, n in enumerate(graph.nodes) for o in n.outputs if o}
+        producer = {o: i for i, n in enumerate(nodes) for o in n.outputs if o}
         inputs = {v.name: (v.dtype, *(v.dims or ())) for v in graph.inputs if v.name not in stored}
-        constants = {n.outputs[0]: t for n in graph.nodes if (t := _constant(n)) is not None}
-        found = Records(model, graph.nodes, producer, inputs, stored | constants, set(constants))
+        constants = {n.outputs[0]: t for n in nodes if (t := _constant(n)) is not None}
+        found = Records(model, nodes, producer, inputs, stored | constants, set(constants))
         try:
-            found.signatures = [found.signature(n) for n in graph.nodes]
+            found.signatures = [found.signature(n) for n in nodes]
         except _SubGraph:
             return None
         return found
@@ -134,6 +136,28 @@ def _first(item: tuple[Any, ...]) -> Any:
 def _constant(node: NodeRecord) -> TensorRecord | None:
     value = node.attributes.get("value") if node.op == "Constant" and not node.domain else None
     return value.value if value and isinstance(value.value, TensorRecord) and node.outputs else None
+
+
+def parted(node: NodeRecord) -> list[NodeRecord]:
+    """A norm that adds the residual first, as the addition and the norm: layers are cut between them."""
+    norm, at = _SKIPPING.get(node.op, ("", 0))
+    if not norm or node.domain not in ("", MS) or len(node.inputs) < 3 or any(node.outputs[1:3]):
+        return [node]
+    out = node.outputs[0]
+    total = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3] else f"{out}:sum"
+    x, made = node.inputs[0], []
+    if len(node.inputs) > at and node.inputs[at]:
+        x = f"{out}:biased"
+        made.append(NodeRecord("Add", "", node.name, [node.inputs[0], node.inputs[at]], [x]))
+    made.append(NodeRecord("Add", "", node.name, [x, node.inputs[1]], [total]))
+    epsilon = {"epsilon": AttributeRecord("epsilon", 1e-12)} | node.attributes  # onnxruntime's default
+    return [*made, NodeRecord(norm, MS, node.name, [total, *node.inputs[2:at]], [out], epsilon)]
+
+
+_SKIPPING = {
+    "SkipLayerNormalization": ("LayerNormalization", 4),
+    "SkipSimplifiedLayerNormalization": ("SimplifiedLayerNormalization", 3),
+}
 
 
 def layer_runs(records: Records) -> list[LayerRun]:

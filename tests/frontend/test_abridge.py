@@ -146,6 +146,41 @@ def test_a_dense_start_and_other_layers_after(tmp_path: Path) -> None:
     assert counts == [1, 3, 6, 1]
 
 
+def skipping(layers: int, bias: bool) -> onnx.ModelProto:
+    """Layers of packed integers whose norms add the residual first, as the onnxruntime-genai builder does."""
+    b, block = Builder(np.random.default_rng(3)), 16
+
+    def product(x: str, rows: int, columns: int) -> str:
+        packed = b.const(b.rng.integers(0, 256, (columns, rows // block, block // 2)), np.uint8)
+        scales = b.const(0.1 + 0.1 * b.rng.random(columns * rows // block))
+        sizes = {"K": rows, "N": columns, "bits": 4, "block_size": block}
+        return b.op("MatMulNBits", x, packed, scales, domain="com.microsoft", **sizes)
+
+    residual = b.op("Gather", b.weight(VOCAB, 32, gain=VOCAB**0.5), "ids")
+    x = b.op("SimplifiedLayerNormalization", residual, b.weight(32), epsilon=1e-5, axis=-1)
+    for i in range(layers):
+        x = product(b.op("Relu", product(x, 32, 48)), 48, 32)
+        ins = [x, residual, b.weight(32), *([b.weight(32)] if bias else [])]
+        outs = [f"norm{i}", "", "", f"total{i}"][: 1 if i == layers - 1 else 4]
+        kind = "SkipSimplifiedLayerNormalization"
+        b.nodes.append(
+            helper.make_node(kind, ins, outs, name=f"skip{i}", domain="com.microsoft", epsilon=1e-5)
+        )
+        x, residual = outs[0], outs[-1]
+    b.nodes.append(helper.make_node("MatMul", [x, b.weight(32, VOCAB)], ["logits"]))
+    value = helper.make_tensor_value_info
+    ids, logits = value("ids", TensorProto.INT64, ["B", "S"]), value("logits", TensorProto.FLOAT, None)
+    graph = helper.make_graph(b.nodes, "skipping", [ids], [logits], b.tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_residuals_inside_norms_and_packed_weights(bias: bool, tmp_path: Path) -> None:
+    counts = same(skipping(7, bias), {"ids": np.array([[1, 2, 3], [4, 5, 6]])}, tmp_path)
+    assert 7 in counts
+
+
 def biased(model: onnx.ModelProto, tables: Sequence[Array], slopes: bool) -> onnx.ModelProto:
     """The model with a stored table of each layer added to its scores: as it is, or as slopes [H, 1, 1] times
     the (negative) distance."""
