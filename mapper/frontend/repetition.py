@@ -8,6 +8,8 @@ differ in the names of weights of equal type, and in graph inputs and outputs of
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +19,14 @@ from mapper.frontend import tensors
 from mapper.frontend.guard import GuardedModel
 from mapper.frontend.importer import is_held
 from mapper.frontend.ops_contrib import MS
-from mapper.frontend.proto import Attribute, AttributeRecord, GraphRecord, NodeRecord, TensorRecord
+from mapper.frontend.proto import (
+    Attribute,
+    AttributeRecord,
+    GraphRecord,
+    NodeRecord,
+    TensorRecord,
+    ValueRecord,
+)
 from mapper.passes.layers import Run, best_runs
 
 KEPT = 2
@@ -70,7 +79,7 @@ class Records:
         nodes = [part for node in graph.nodes for part in parted(node)]
         stored = {t.name: t for t in graph.tensors}
         producer = {o: i for i, n in enumerate(nodes) for o in n.outputs if o}
-        inputs = {v.name: (v.dtype, *(v.dims or ())) for v in graph.inputs if v.name not in stored}
+        inputs = input_kinds([v for v in graph.inputs if v.name not in stored])
         constants = {n.outputs[0]: t for n in nodes if (t := _constant(n)) is not None}
         found = Records(model, nodes, producer, inputs, stored | constants, set(constants))
         try:
@@ -123,6 +132,16 @@ class Records:
         """The type of a stored value or of a graph input."""
         tensor = self.tensors.get(name)
         return self.inputs[name] if tensor is None else (tensor.dtype, *tensor.dims)
+
+
+def input_kinds(inputs: Sequence[ValueRecord]) -> dict[str, tuple[Any, ...]]:
+    """Input -> its type; a size named in it alone is written as None: exporters name the length of each cache
+    anew."""
+    words: Counter[Any] = Counter(w for v in inputs for d in v.dims or () for w in _WORD.findall(str(d)))
+    return {v.name: (v.dtype, *(None if words[d] == 1 else d for d in v.dims or ())) for v in inputs}
+
+
+_WORD = re.compile(r"[^\W\d]\w*")
 
 
 class _SubGraph(Exception):
