@@ -41,12 +41,13 @@ def abridge(model: GuardedModel) -> Abridged | None:
         return None
     used = {n for node in nodes for n in node.inputs} | {v.name for v in outputs}
     spare = {n for r in runs for row in r.inputs.values() for n in row[KEPT:]} - used
-    standing = {n: row[0] for r in runs for row in r.inputs.values() for n in row[KEPT:]}
+    given = {v.name: v for v in graph.inputs}
+    standing = {n: given[row[0]] for r in runs for row in r.inputs.values() for n in row[KEPT:]}
     short = replace(
         graph,
         nodes=nodes,
         outputs=outputs,
-        inputs=[_like(v, standing, graph.inputs) for v in graph.inputs if v.name not in spare],
+        inputs=[_like(v, standing.get(v.name)) for v in graph.inputs if v.name not in spare],
         tensors=[t for t in graph.tensors if t.name in used],
     )
     whole = tuple(records.inputs), tuple(v.name for v in graph.outputs)
@@ -75,12 +76,10 @@ def _kept(
     return [n for n in kept if not n.outputs or n.outputs[0] not in dead]
 
 
-def _like(value: ValueRecord, standing: Mapping[str, str], inputs: Sequence[ValueRecord]) -> ValueRecord:
+def _like(value: ValueRecord, standing: ValueRecord | None) -> ValueRecord:
     """An input of a body that was left out, where something else reads its shape: with the sizes of the input
     that stands for it."""
-    if value.name not in standing:
-        return value
-    return replace(value, dims=next(v.dims for v in inputs if v.name == standing[value.name]))
+    return value if standing is None else replace(value, dims=standing.dims)
 
 
 def _renamed(node: NodeRecord, names: Mapping[str, str]) -> NodeRecord:

@@ -84,10 +84,10 @@ def expanded(names: Sequence[str], rows: Iterable[Rows]) -> list[str]:
         first = [n for n in names if n in table]
         if not first:
             continue
-        if not all(table[n][KEPT - 1] in found for n in first):
+        known = {n: i for i, n in enumerate(found)}
+        if not all(table[n][KEPT - 1] in known for n in first):
             raise NotAlike
-        at = max(found.index(table[n][KEPT - 1]) for n in first) + 1
-        known = set(found)
+        at = max(known[table[n][KEPT - 1]] for n in first) + 1
         later = (name for body in zip(*(table[n][KEPT:] for n in first), strict=True) for name in body)
         found[at:at] = dict.fromkeys(n for n in later if n not in known)
     return found

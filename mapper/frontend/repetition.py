@@ -32,6 +32,7 @@ from mapper.passes.layers import Run, best_runs
 KEPT = 2
 """Iterations that stand for all: enough for a repeat to be found among them."""
 
+MAX_STARTS = 16  # inputs that are tried as the start of the hidden path
 SHAPES = ("Shape", "Size")
 _PATH = -1
 
@@ -181,11 +182,11 @@ _SKIPPING = {
 
 def layer_runs(records: Records) -> list[LayerRun]:
     """Runs of more than KEPT identical layers, along the first input from which there are any."""
-    for name, (_, *dims) in records.inputs.items():
-        if len(dims) <= 3:
-            runs = list(_runs_from(records, name))
-            if runs:
-                return runs
+    starts = [name for name, (_, *dims) in records.inputs.items() if len(dims) <= 3]
+    for name in starts[:MAX_STARTS]:
+        runs = list(_runs_from(records, name))
+        if runs:
+            return runs
     return []
 
 

@@ -129,6 +129,31 @@ def test_names_and_order_do_not_matter(tmp_path: Path) -> None:
     assert 6 in same(model, {new[k]: v for k, v in feeds(layers=6).items()}, tmp_path)
 
 
+def test_the_length_of_each_cache_may_have_a_name_of_its_own(tmp_path: Path) -> None:
+    model = decoder(Options(layers=6))
+    for value in model.graph.input:
+        if value.name.startswith("past"):
+            value.type.tensor_type.shape.dim[2].dim_param = value.name + "_length"
+    assert 6 in same(model, feeds(layers=6), tmp_path)
+
+
+def test_what_all_layers_share_may_read_the_shape_of_the_last_cache(tmp_path: Path) -> None:
+    model = decoder(Options(layers=6))
+    nodes = list(model.graph.node)
+    at, total = next((i, n) for i, n in enumerate(nodes) if n.op_type == "Shape" and n.input[0] == "mask")
+    whole = [
+        helper.make_node("Shape", ["past_k5"], ["past_size"], name="a", start=2, end=3),
+        helper.make_node("Shape", ["ids"], ["new_size"], name="b", start=1, end=2),
+        helper.make_node("Add", ["past_size", "new_size"], list(total.output), name="c"),
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:at], *whole, *nodes[at + 1 :]])
+    for value in model.graph.input:
+        if value.name.startswith("past"):
+            value.type.tensor_type.shape.dim[2].dim_param = value.name + "_length"
+    assert 6 in same(model, feeds(layers=6), tmp_path)
+
+
 def test_alternating_layers_are_one_run_of_periods(tmp_path: Path) -> None:
     local = [i % 3 != 2 for i in range(14)]  # two local, one global, ...; two local at the end
     counts = same(mixed([Options()] * 14, local), feeds(layers=14, past=6), tmp_path)
