@@ -192,6 +192,8 @@ def _extended(graph: Graph, short: Abridged, new: GraphBuilder, plans: Mapping[i
         else:
             rewrite_op(new, op, values, _copied)
     made = graph.output_values
+    if any(n not in outputs and n not in made for n in short.outputs):
+        raise NotAlike  # an output of each layer that its repeat does not give
     results = {n: outputs[n] if n in outputs else values[made[n]] for n in short.outputs}
     facts = {k: v for k, v in graph.roles.items() if k not in ("inputs", "outputs")}
     out_roles = renumbered(graph.roles["outputs"], short.outputs, given)
