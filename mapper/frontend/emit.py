@@ -29,6 +29,7 @@ OPERANDS = {
     "rope": ("x", "cos", "sin"),
     "embed": ("ids",),
     "kv_append": ("past", "new"),
+    "kv_update": ("past", "new", "rows"),
 }
 
 

@@ -85,7 +85,7 @@ def primitives_left(graph: Graph) -> Counter[str]:
 
 
 _RECOGNISED = frozenset(
-    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "activation", "mlp", "gated_mlp"}
+    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "kv_update", "activation", "mlp", "gated_mlp"}
     | {"moe", "sample", "repeat"}
 )
 

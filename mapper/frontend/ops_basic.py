@@ -6,6 +6,7 @@ import numpy as np
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
+from mapper.frontend.cache_views import joined, scattered_elements, scattered_rows
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
 from mapper.frontend.net import Value
 from mapper.frontend.proto import TensorRecord
@@ -194,7 +195,7 @@ def _tile(c: Call) -> list[Value]:
 @lowers("Concat")
 def _concat(c: Call) -> list[Value]:
     parts = [c.x(i) for i in range(len(c.ins))]
-    return [b.concat(c.net, parts, c.axis(0))]
+    return [joined(c.net, parts, c.axis(0))]
 
 
 @lowers("Split")
@@ -247,13 +248,17 @@ def _gather_nd(c: Call) -> list[Value]:
 
 @lowers("ScatterND")
 def _scatter_nd(c: Call) -> list[Value]:
-    return [c.net.make("scatter_nd", [c.x(i) for i in range(3)], {"reduction": c.text("reduction", "none")})]
+    reduction, operands = c.text("reduction", "none"), [c.x(i) for i in range(3)]
+    rows = scattered_rows(c.net, *operands) if reduction == "none" else None
+    return [c.net.make("scatter_nd", operands, {"reduction": reduction}) if rows is None else rows]
 
 
 @lowers("ScatterElements", "Scatter")
 def _scatter_elements(c: Call) -> list[Value]:
-    attrs = {"axis": c.axis(0), "reduction": c.text("reduction", "none")}
-    return [c.net.make("scatter_elements", [c.x(i) for i in range(3)], attrs)]
+    axis, reduction, (x, indices, updates) = c.axis(0), c.text("reduction", "none"), (c.x(i) for i in range(3))
+    if reduction == "none":
+        return [scattered_elements(c.net, x, indices, updates, axis)]
+    return [c.net.make("scatter_elements", [x, indices, updates], {"axis": axis, "reduction": reduction})]
 
 
 @lowers("Range")

@@ -39,7 +39,7 @@ def rebuild(net: Net, matches: Iterable[Match]) -> Net:
     chosen = {id(m.out): m for m in matches}
     if not chosen:
         return net
-    out = Net(inputs=list(net.inputs), equal=list(net.equal))
+    out = Net(inputs=list(net.inputs), equal=list(net.equal), steering=net.steering)
     done: dict[int, Value] = {}
     stack = [v for _, v in reversed(net.outputs)]
     while stack:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from mapper.frontend.caches import Cache, find_caches
 from mapper.frontend.net import Net, Node, Value
 from mapper.frontend.rewrite import topological
 from mapper.frontend.symbols import lookups, strip_views, token_inputs
@@ -22,8 +24,8 @@ def find_roles(net: Net) -> dict[str, Any]:
     for value in tokens:
         inputs[value.source] = "token_ids"
     caches = _caches(net, nodes)
-    for value, name, role in caches:
-        inputs[value.source], outputs[name] = f"past.{role}", f"present.{role}"
+    facts = _name_caches(caches, inputs, outputs)
+    inputs.update(net.steering)
     total = Dim.symbol("sequence") + (Dim.symbol("past") if caches else 0)
     used = {id(v) for n in nodes for v in n.inputs}
     for value in net.inputs:
@@ -34,38 +36,96 @@ def find_roles(net: Net) -> dict[str, Any]:
         if outputs[name] == "other" and value.rank >= 2 and value.dtype[0] in "fb":
             outputs[name] = "logits" if value.dims[-1] in vocabulary else "hidden"
     roles: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
-    return {**roles, "kv_layout": "BHLD"} if caches else roles
+    return {**roles, **facts}
 
 
-def _caches(net: Net, nodes: Sequence[Node]) -> list[tuple[Value, str, str]]:
-    """(input, output name, "key.<layer>" or "value.<layer>") of every cache, in layer order."""
-    names = {id(v): name for name, v in net.outputs}
+def _name_caches(
+    caches: Sequence[Named], inputs: dict[str, str], outputs: dict[str, str]
+) -> dict[str, str]:
+    """Sets the roles of the caches' inputs and outputs; the layout and the convention that they share."""
+    layouts: dict[str, str] = {}
+    for roles, prefix, place in ((inputs, "past", _input_name), (outputs, "present", _output_name)):
+        held: dict[str, list[Named]] = {}
+        for named in caches:
+            held.setdefault(place(named), []).append(named)
+        for name, group in held.items():
+            roles[name] = f"{prefix}.{stack_name(group)}"
+            if prefix == "past":
+                layouts.setdefault(layout_of(group), name)
+    if not caches:
+        return {}
+    grows = {"rolling" if n.cache.rolls else "concat" if n.cache.grows else "update" for n in caches}
+    return {"kv_layout": "/".join(layouts), "kv_convention": "/".join(sorted(grows))}
+
+
+def _input_name(named: Named) -> str:
+    return named.cache.source.source
+
+
+def _output_name(named: Named) -> str:
+    return named.cache.output
+
+
+@dataclass(frozen=True)
+class Named:
+    """A cache with what it is: "key" or "value", and its layer."""
+
+    cache: Cache
+    kind: str
+    layer: int
+
+
+def _caches(net: Net, nodes: Sequence[Node]) -> list[Named]:
+    """Every cache with its name, in the order of the appends."""
     users: dict[int, list[Node]] = {}
     for node in nodes:
         for value in node.inputs:
             users.setdefault(id(value), []).append(node)
-    found: list[tuple[Value, str, str]] = []
-    for node in nodes:
-        joins = node.op == "kv_append" or (node.op == "concat" and node.attrs["axis"] == 2)
-        out = node.outputs[0]
-        if joins and len(node.inputs) == 2 and node.inputs[0].source and id(out) in names and out.rank == 4:
-            found.append((node.inputs[0], names[id(out)], "value" if _is_value(users, out) else "key"))
-    return _numbered(net, found)
+    found = find_caches(net, nodes)
+    kinds = ["value" if _is_value(users, c.node.outputs[0]) else "key" for c in found]
+    return _numbered(net, list(zip(found, kinds, strict=True)))
 
 
-def _numbered(net: Net, found: list[tuple[Value, str, str]]) -> list[tuple[Value, str, str]]:
+def _numbered(net: Net, found: list[tuple[Cache, str]]) -> list[Named]:
     """The caches with their layer. Latent caches, which feed keys and values alike, come in pairs per layer:
     the first input of a pair counts as the key."""
-    if len(found) % 2 == 0 and not any(kind == "value" for _, _, kind in found):
+    if len(found) % 2 == 0 and not any(kind == "value" for _, kind in found):
         order = {id(v): i for i, v in enumerate(net.inputs)}
-        pairs = [sorted(found[i : i + 2], key=lambda c: order[id(c[0])]) for i in range(0, len(found), 2)]
-        found = [(v, n, ("key", "value")[i]) for pair in pairs for i, (v, n, _) in enumerate(pair)]
+        caches = [c for c, _ in found]
+        pairs = [
+            sorted(caches[i : i + 2], key=lambda c: (order[id(c.source)], c.slot))
+            for i in range(0, len(caches), 2)
+        ]
+        found = [(c, ("key", "value")[i]) for pair in pairs for i, c in enumerate(pair)]
     counts = {"key": 0, "value": 0}
     out = []
-    for value, name, kind in found:
-        out.append((value, name, f"{kind}.{counts[kind]}"))
+    for cache, kind in found:
+        out.append(Named(cache, kind, counts[kind]))
         counts[kind] += 1
     return out
+
+
+def stack_name(held: Sequence[Named]) -> str:
+    """The role of an input that holds some caches: "key.3", "kv.3" for both of a layer, "key" or "kv" for
+    those of several layers."""
+    kinds, layers = {n.kind for n in held}, {n.layer for n in held}
+    kind = kinds.pop() if len(kinds) == 1 else "kv"
+    return f"{kind}.{layers.pop()}" if len(layers) == 1 else kind
+
+
+def layout_of(held: Sequence[Named]) -> str:
+    """The layout of an input that holds some caches, its stacking axes named N (layers) and 2 (key and
+    value)."""
+    letters, at = [], 0
+    for letter in held[0].cache.layout:
+        if letter == "#":
+            index = at
+            splits = {n.kind: n.cache.slot[index] for n in held}
+            same = all(splits[n.kind] == n.cache.slot[index] for n in held)
+            letter = "2" if same and len(set(splits.values())) == 2 else "N"
+            at += 1
+        letters.append(letter)
+    return "".join(letters)
 
 
 def _is_value(users: dict[int, list[Node]], cache: Value) -> bool:

@@ -114,6 +114,7 @@ CASES: list[Case] = [
     ("rope", [f(2, 4, 3, 8), f(2, 3, 6), f(2, 3, 6)], {"rotary_dim": 6, "style": "interleaved"}),
     ("attention", [f(2, 4, 3, 8), f(2, 2, 5, 8), f(2, 2, 5, 6), None, f(4)], {"scale": 0.3, "causal": True}),
     ("kv_append", [f(2, 2, 5, 8), f(2, 2, 3, 8)], {}),
+    ("kv_update", [f(2, 2, 5, 8), f(2, 2, 3, 8), np.array([[1, 2, 3], [4, 0, 1]])], {}),
     ("activation", [f(2, 6)], {"kind": "gelu"}),
     ("mlp", [f(2, 6)], {"act": "relu", "up": "w", "down": "w", "down_transposed": True, "up_bias": "v5"}),
     ("gated_mlp", [f(2, 6)], {"act": "silu", "gate": "w", "up": "w", "down": "t"}),
