@@ -69,6 +69,7 @@ def loaded(graph: Graph, inputs: Mapping[str, Array]) -> Session:
         odd = sorted(set(wanted) ^ set(inputs))[0]
         raise UsageError(f"input {odd!r} is {'missing' if odd in wanted else 'none of the graph'}")
     shapes = {name: np.shape(inputs[name]) for name in wanted}
+    graph = graph.chosen(inputs)
     kept = _sessions.setdefault(graph, {})
     key = tuple(shapes.items())
     if key not in kept:

@@ -51,16 +51,19 @@ def _inverse(perm: Sequence[int]) -> tuple[int, ...]:
 
 
 def written(net: Net, cache: Value, new: Value, rows: Value, axis: int) -> Value:
-    """`cache` with row rows[b, s] (or rows[s]) along `axis` replaced by new's row s. The sizes of the other
-    axes are noted as equal."""
-    there = _TO_BHLD[axis]
+    """`cache` with row rows[b, s] (or rows[s]) along `axis` replaced by new's row s; b counts the first axis.
+    The sizes of the other axes are noted as equal."""
+    there = _TO_BHLD[axis] if cache.rank == 4 else tuple(range(cache.rank))
     old, fresh = (b.transpose(net, v, there) for v in (cache, new))
-    for i in (0, 1, 3):
-        net.same(old.dims[i], fresh.dims[i])
-    first = rows.dims[0] if rows.rank == 2 else ONE
-    index = b.reshape(net, b.cast(net, rows, "i64"), [first, ONE, rows.dims[-1], ONE])
-    index = b.expand(net, index, fresh.dims)
-    out = net.make("scatter_elements", [old, index, fresh], {"axis": 2, "reduction": "none"})
+    at = there.index(axis)
+    for i in range(old.rank):
+        if i != at:
+            net.same(old.dims[i], fresh.dims[i])
+    shape = [ONE] * old.rank
+    shape[at] = rows.dims[-1]
+    shape[there.index(0)] = rows.dims[0] if rows.rank == 2 else shape[there.index(0)]
+    index = b.expand(net, b.reshape(net, b.cast(net, rows, "i64"), shape), fresh.dims)
+    out = net.make("scatter_elements", [old, index, fresh], {"axis": at, "reduction": "none"})
     return b.transpose(net, out, _inverse(there))
 
 

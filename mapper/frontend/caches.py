@@ -34,10 +34,7 @@ class Cache:
     layout: Letters
     grows: bool
     rolls: bool = False
-
-    def size(self, letter: str) -> int | None:
-        """The axis of the input that a letter names alone, None where there is none."""
-        return self.layout.index(letter) if letter in self.layout else None
+    beams: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class Origin:
     slot: tuple[int, ...]
     letters: Letters
     rolls: bool
+    beams: Value | None = None
 
 
 def find_caches(net: Net, nodes: Sequence[Node]) -> list[Cache]:
@@ -86,7 +84,7 @@ def _cache(node: Node, output: str) -> Cache | None:
     if found is None:
         return None
     grows = node.op in ("kv_append", "concat")
-    return Cache(node, found.source, output, found.slot, found.letters, grows, found.rolls)
+    return Cache(node, found.source, output, found.slot, found.letters, grows, found.rolls, found.beams)
 
 
 def letters_of(node: Node) -> Letters | None:
@@ -109,12 +107,12 @@ def letters_of(node: Node) -> Letters | None:
 def origin(value: Value, letters: Letters) -> Origin | None:
     """The input that a value is a view or a part of; `letters` name the value's axes."""
     slot: list[int] = []
-    rolls = False
+    rolls, beams = False, None
     letters = letters[: value.rank]
     for _ in range(_DEPTH):
         if value.source:
             floats = value.dtype in ("f32", "f16", "bf16", "f64") and value.rank >= 3
-            return Origin(value, tuple(reversed(slot)), letters, rolls) if floats else None
+            return Origin(value, tuple(reversed(slot)), letters, rolls, beams) if floats else None
         node = value.node
         if node is None:
             return None
@@ -135,7 +133,8 @@ def origin(value: Value, letters: Letters) -> Origin | None:
             slot += [] if index is None else [index]
             rolls = rolls or index is None
         elif node.op == "gather":
-            inner = inner if node.inputs[1].rank == 1 and inner is not None and not inner.weight else None
+            beams = node.inputs[1]
+            inner = inner if beams.rank == 1 and inner is not None and not inner.weight else None
         elif node.op != "cast":
             return None
         if inner is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mapper.errors import ModelError, UnsupportedModelError
-from mapper.frontend import ops_basic, ops_contrib, ops_nn, tensors
+from mapper.frontend import ops_basic, ops_cache, ops_contrib, ops_nn, tensors
 from mapper.frontend.guard import GuardedModel, label
 from mapper.frontend.lower import LOWERINGS, Call, lower
 from mapper.frontend.net import Array, Net, Value, WeightRef
@@ -22,13 +22,14 @@ from mapper.frontend.proto import (
 )
 from mapper.ir.dims import Dim
 
-REGISTERED = (ops_basic, ops_nn, ops_contrib)  # imported for their registrations
+REGISTERED = (ops_basic, ops_nn, ops_contrib, ops_cache)  # imported for their registrations
 MAX_NODES = 250_000  # after inlining
 MAX_CALLS = 16  # functions inside functions
 MAX_INLINE = 1 << 16  # bytes of a constant held in the graph
 MAX_DIM_TEXT = 200
 
 Names = dict[str, Value]
+Taken = tuple[NodeRecord, bool]
 
 
 @dataclass(eq=False)
@@ -38,6 +39,7 @@ class Importer:
     model: GuardedModel
     net: Net
     symbols: Mapping[str, Dim]
+    taken: Taken | None = None
     nodes_left: int = field(default=MAX_NODES)
 
     def run(self) -> None:
@@ -134,7 +136,9 @@ class Importer:
 
     def branch(self, node: NodeRecord, names: Names, opsets: Mapping[str, int], depth: int) -> list[Value]:
         """An If whose condition is known."""
-        condition = names[node.inputs[0]].scalar
+        condition: float | bool | None = names[node.inputs[0]].scalar
+        if self.taken is not None and node is self.taken[0]:
+            condition = self.taken[1]
         if condition is None:
             raise UnsupportedModelError(f"{label(node)}: the condition depends on the data")
         chosen = node.attributes.get("then_branch" if condition else "else_branch")
@@ -187,9 +191,12 @@ def _bound(node: NodeRecord, given: Mapping[str, AttributeRecord]) -> NodeRecord
     return replace(node, attributes=bound)
 
 
-def import_model(model: GuardedModel, symbols: Mapping[str, Dim] | None = None) -> Net:
-    """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions."""
+def import_model(
+    model: GuardedModel, symbols: Mapping[str, Dim] | None = None, taken: Taken | None = None
+) -> Net:
+    """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions;
+    `taken` is an If whose condition is not known, with the branch to follow."""
     with np.errstate(all="ignore"):
-        importer = Importer(model, Net(), symbols or {})
+        importer = Importer(model, Net(), symbols or {}, taken)
         importer.run()
     return importer.net

@@ -24,7 +24,17 @@ _SOURCES = frozenset({"embed", "embed_at", "linear", "conv"})
 
 def inspect(graph: Graph) -> dict[str, Any]:
     """Layers, widths, heads, masks, rotary embeddings, norms, MLPs, cache convention, parameters, vocabulary,
-    and what stays primitives. Keys whose value the graph does not tell are None or empty."""
+    and what stays primitives. Keys whose value the graph does not tell are None or empty. A file that holds a
+    graph per phase is described by the one that decodes, and by both under "phases"."""
+    record = structure(graph)
+    if graph.switch is not None and graph.switch.phases:
+        record["kv_cache"]["merged"] = True
+        record["phases"] = {name: structure(graph.phase(name)) for name in graph.switch.phases}
+    return record
+
+
+def structure(graph: Graph) -> dict[str, Any]:
+    """What `inspect` says of one graph."""
     ops = list(walk(graph))
     by_kind: dict[str, list[tuple[DataflowOp, int, int]]] = {}
     for item in ops:
@@ -184,7 +194,7 @@ def _tied(graph: Graph, by_kind: dict[str, list[Any]]) -> bool | None:
 
 def _cache(graph: Graph, by_kind: dict[str, list[Any]]) -> dict[str, Any]:
     past = graph.inputs_with_role("past")
-    convention = "concat" if by_kind.get("kv_append") else "inputs" if past else "none"
+    convention = graph.roles.get("kv_convention", "inputs" if past else "none")
     return {"convention": convention, "layout": graph.roles.get("kv_layout", ""), "tensors": len(past)}
 
 

@@ -9,11 +9,12 @@ from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend import symbols
 from mapper.frontend.emit import emit
 from mapper.frontend.guard import GuardedModel, read_model
-from mapper.frontend.importer import declared_dims, import_model
+from mapper.frontend.importer import Taken, declared_dims, import_model
 from mapper.frontend.net import Net
 from mapper.frontend.recognise import recognise as recognise_net
 from mapper.frontend.rewrite import data_values, topological
 from mapper.frontend.roles import find_roles
+from mapper.frontend.split import Split, find_split, phases
 from mapper.ir.graph import Graph
 
 
@@ -25,26 +26,39 @@ def load(path: str | Path, recognise: bool = True) -> Graph:
     which names node, operator and reason.
     """
     model = read_model(path)
+    split = find_split(model)
+    if split is None:
+        return load_branch(model, recognise)
+    return phases(split, lambda taken: load_branch(model, recognise, split, taken))
+
+
+def load_branch(
+    model: GuardedModel, recognise: bool, split: Split | None = None, taken: bool = False
+) -> Graph:
+    """The graph of a model, of one branch where it is split in two."""
     try:
-        net = canonical(model)
+        net = canonical(model, None if split is None else (split.node, taken))
         refuse_foreign(net)
         if recognise:
             net = recognise_net(net, model.path.parent)
-        graph = emit(net, model.path, digest(model), find_roles(net))
+        roles = find_roles(net)
+        if split is not None:
+            roles["inputs"][split.name] = "use_cache"
+        graph = emit(net, model.path, digest(model), roles)
     except RecursionError as error:
-        raise ModelError(f"{path}: the graph is nested too deeply") from error
+        raise ModelError(f"{model.path}: the graph is nested too deeply") from error
     graph = grouped(graph) if recognise else graph
     graph.verify()
     return graph
 
 
-def canonical(model: GuardedModel) -> Net:
+def canonical(model: GuardedModel, taken: Taken | None = None) -> Net:
     """The model as canonical primitives, its sizes named batch, sequence and past where it is a decoder."""
     tags = symbols.tags(declared_dims(model))
-    raw = import_model(model, tags)
+    raw = import_model(model, tags, taken)
     if not tags:
         return raw
-    return import_model(model, symbols.untag(symbols.solve(symbols.equations(raw)), tags))
+    return import_model(model, symbols.untag(symbols.solve(symbols.equations(raw)), tags), taken)
 
 
 def refuse_foreign(net: Net) -> None:

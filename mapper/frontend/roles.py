@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mapper.frontend.caches import Cache, find_caches
-from mapper.frontend.net import Net, Node, Value
+from mapper.frontend.net import Net, Node, Value, walk
 from mapper.frontend.rewrite import topological
 from mapper.frontend.symbols import lookups, strip_views, token_inputs
 from mapper.ir.dims import Dim
@@ -25,6 +25,9 @@ def find_roles(net: Net) -> dict[str, Any]:
         inputs[value.source] = "token_ids"
     caches = _caches(net, nodes)
     facts = _name_caches(caches, inputs, outputs)
+    for named in caches:
+        if named.cache.beams is not None:
+            inputs.update({v.source: "beam_index" for v in walk(named.cache.beams, _never) if v.source})
     inputs.update(net.steering)
     total = Dim.symbol("sequence") + (Dim.symbol("past") if caches else 0)
     used = {id(v) for n in nodes for v in n.inputs}
@@ -54,8 +57,20 @@ def _name_caches(
                 layouts.setdefault(layout_of(group), name)
     if not caches:
         return {}
-    grows = {"rolling" if n.cache.rolls else "concat" if n.cache.grows else "update" for n in caches}
-    return {"kv_layout": "/".join(layouts), "kv_convention": "/".join(sorted(grows))}
+    return {"kv_layout": "/".join(layouts), "kv_convention": _convention(caches)}
+
+
+def _convention(caches: Sequence[Named]) -> str:
+    """How new rows get into the caches: see the table in the frontend's README."""
+    if any(n.cache.slot for n in caches):
+        return "stacked"
+    if all(n.cache.grows for n in caches):
+        return "rolling" if any(n.cache.rolls for n in caches) else "concat"
+    return "static"
+
+
+def _never(value: Value) -> bool:
+    return value.dtype[0] == "f"
 
 
 def _input_name(named: Named) -> str:

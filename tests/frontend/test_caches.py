@@ -1,0 +1,133 @@
+"""Every convention of the key-value cache: same numbers as onnxruntime, recognised, and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mapper
+from mapper.frontend.inspect import inspect
+from mapper.frontend.load import load
+from mapper.ir.reference import evaluate
+from tests.frontend import cached
+from tests.frontend.tiny import oracle, saved, worst
+
+STACKED = {
+    "2BHLD": (cached.layer_stack, ["past.kv.0", "past.kv.1"]),
+    "N2BHLD": (cached.full_stack(False), ["past.kv"]),
+    "NBHLD": (cached.full_stack(True), ["past.key", "past.value"]),
+}
+PAIRS = ["past.key.0", "past.key.1", "past.value.0", "past.value.1"]
+
+
+def compared(case: cached.Case, folder: Path, *sizes: dict[str, int], tolerance: float = 1e-5) -> dict[str, Any]:
+    """The inspection of a case, whose graph computes what onnxruntime does, recognised or not."""
+    model = case.model()
+    path = saved(model, folder)
+    graph, plain = load(path), load(path, recognise=False)
+    for given in sizes or ({}, {"new": 1, "past": 6}, {"new": 4, "past": 0, "batch": 1}):
+        feeds = cached.inputs(case, **given)
+        want = oracle(model, feeds)
+        assert worst(evaluate(graph, feeds), want) < tolerance
+        assert worst(evaluate(plain, feeds), want) < tolerance
+    assert worst(mapper.run(graph, feeds), want) < tolerance
+    return inspect(graph)
+
+
+def roles(record: dict[str, Any], prefix: str = "past") -> list[str]:
+    """The roles of inputs (or outputs) that start so."""
+    place = "inputs" if prefix == "past" else "outputs"
+    return sorted(v["role"] for v in record[place].values() if v["role"].startswith(prefix))
+
+
+def recognised(record: dict[str, Any], mask: str = "causal") -> bool:
+    """Whether all attention is recognised and nothing is left."""
+    return record["primitives_left"] == {} and [m["mask"] for m in record["masks"]] == [mask]
+
+
+@pytest.mark.parametrize("layout", cached.PERMS)
+def test_growing_caches_of_any_layout(layout: str, tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.growing(layout)), tmp_path)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert roles(record, "present") == [p.replace("past", "present") for p in PAIRS]
+    assert record["kv_cache"]["convention"] == "concat"
+    assert record["kv_cache"]["layout"] == layout
+
+
+def test_heads_stored_in_the_batch(tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.merged_heads), tmp_path)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["kv_cache"]["layout"] == "(BH)DL/(BH)LD"
+
+
+@pytest.mark.parametrize("layout", STACKED)
+def test_stacked_caches(layout: str, tmp_path: Path) -> None:
+    attend, expected = STACKED[layout]
+    record = compared(cached.decoder(attend), tmp_path)
+    assert recognised(record)
+    assert roles(record) == expected
+    assert record["kv_cache"] == {"convention": "stacked", "layout": layout, "tensors": len(expected)}
+
+
+def test_half_precision_caches(tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.half), tmp_path, tolerance=1e-3)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+
+
+def test_beams_are_chosen_before_the_append(tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.beams), tmp_path)
+    assert roles(record) == PAIRS
+    assert record["inputs"]["beams"]["role"] == "beam_index"
+
+
+def test_rolling_caches(tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.rolling), tmp_path)
+    assert roles(record) == PAIRS
+    assert record["kv_cache"]["convention"] == "rolling"
+
+
+@pytest.mark.parametrize("kind", ["ScatterND", "ScatterElements"])
+def test_static_caches(kind: str, tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.static(kind)), tmp_path)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["inputs"]["rows"]["role"] == "cache_position"
+    assert record["kv_cache"]["convention"] == "static"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", ["linear", "circular"])
+def test_tensor_scatter_caches(mode: str, fused: bool, tmp_path: Path) -> None:
+    case = cached.decoder(cached.tensor_scatter(mode, fused), opset=24)
+    record = compared(case, tmp_path)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["inputs"]["starts"]["role"] == "past_length"
+    assert record["inputs"].get("lengths", {"role": "total_length"})["role"] == "total_length"
+    assert record["kv_cache"]["convention"] == "tensor_scatter"
+
+
+def test_each_sequence_has_its_own_length(tmp_path: Path) -> None:
+    case = cached.decoder(cached.tensor_scatter("linear", True), opset=24)
+    path = saved(case.model(), tmp_path)
+    feeds = cached.inputs(case)
+    feeds["starts"][:], feeds["lengths"][:] = [4, 2], [7, 5]
+    want = oracle(case.model(), feeds)
+    graph = load(path)
+    assert worst(evaluate(graph, feeds), want) < 1e-5
+    assert worst(mapper.run(graph, feeds), want) < 1e-5
+
+
+def test_rows_wrap_around(tmp_path: Path) -> None:
+    case = cached.decoder(cached.tensor_scatter("circular", False), opset=24)
+    path = saved(case.model(), tmp_path)
+    feeds = cached.inputs(case)
+    feeds["starts"][:] = [10, 11]
+    assert worst(evaluate(load(path), feeds), oracle(case.model(), feeds)) < 1e-5
+    assert np.ptp(feeds["starts"]) == 1
