@@ -146,6 +146,15 @@ class StoredForward:
         match op.mnemonic:
             case "linear" | "lm_head":
                 return [self._product(op, args[0], "weight", "bias", "transposed")]
+            case "packed_mlp":
+                both = self._product(op, args[0], "gate_up", "gate_up_bias", "gate_up_transposed")
+                half = both.shape[-1] // 2
+                halves = op.attr("packing") == "halves"
+                gate, up = (
+                    (both[..., :half], both[..., half:]) if halves else (both[..., ::2], both[..., 1::2])
+                )
+                inner = np.asarray(ACTIVATIONS[op.attr("act")](gate) * up)
+                return [self._product(op, inner, "down", "down_bias", "down_transposed")]
             case "gated_mlp":
                 gate = self._product(op, args[0], "gate", "gate_bias", "gate_transposed")
                 up = self._product(op, args[0], "up", "up_bias", "up_transposed")

@@ -31,3 +31,9 @@ REDUCTIONS = ("sum", "mean", "max", "min", "prod", "sum_square", "l2", "l1", "lo
 
 COMBINATIONS = ("none", "add", "mul", "max", "min")
 """How a scatter combines what is there with an update; the position is the number."""
+
+SCORINGS = ("softmax", "sigmoid", "topk_softmax", "none")
+"""How router scores become shares; the position is the number."""
+
+PACKINGS = ("none", "halves", "interleaved")
+"""How the gate and up parts of an expert lie in memory; the position is the number."""

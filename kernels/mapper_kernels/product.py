@@ -1,5 +1,4 @@
-"""Products that are off the decode path: batched matrix products of any type, convolution, mixtures of
-experts."""
+"""Products that are off the decode path: batched matrix products of any type, convolution; gates."""
 
 from __future__ import annotations
 
@@ -122,65 +121,3 @@ def activation(act: int, x: Any, y: Any, part: int, parts: int) -> None:
     low, high = share(y.shape[0], 64, part, parts)
     for i in range(low, high):
         y[i] = activate(act, x[i])
-
-
-@fast
-def route(s: Any, chosen: Any, weight: Any, scoring: int, normalise: bool, scale: float) -> None:
-    """Choose len(chosen) experts by the router scores s [E] (overwritten): their indices and weights.
-
-    scoring: 0 softmax over all, 1 sigmoid of each, 2 softmax over the chosen. Ties go to the lower index.
-    """
-    top = s[0]
-    for e in range(s.shape[0]):
-        top = max(top, s[e])
-    total = np.float32(0)
-    for e in range(s.shape[0]):
-        s[e] = np.float32(1) / (np.float32(1) + exp32(-s[e])) if scoring == 1 else exp32(s[e] - top)
-        total += s[e]
-    part = np.float32(0)
-    for i in range(chosen.shape[0]):
-        best = -1
-        for e in range(s.shape[0]):
-            taken = False
-            for j in range(i):
-                taken = taken or chosen[j] == e
-            if not taken and (best < 0 or s[e] > s[best]):
-                best = e
-        chosen[i] = best
-        weight[i] = s[best]
-        part += s[best]
-    factor = np.float32(1) if scoring == 1 else np.float32(1) / total
-    if normalise or scoring == 2:
-        factor = np.float32(1) / part
-    for i in range(chosen.shape[0]):
-        weight[i] *= factor * np.float32(scale)
-
-
-@fast
-def experts(
-    x: Any,
-    chosen: Any,
-    weight: Any,
-    gates: Any,
-    ups: Any,
-    downs: Any,
-    act: int,
-    g: Any,
-    u: Any,
-    z: Any,
-    y: Any,
-) -> None:
-    """y [1, D] = sum over the chosen experts of weight * down(act(gate(x)) * up(x)).
-
-    x [1, D]; gates, ups [E, D, F]; downs [E, F, D]; scratch g, u [1, F] and z [1, D]; float32.
-    """
-    for d in range(y.shape[1]):
-        y[0, d] = np.float32(0)
-    for i in range(chosen.shape[0]):
-        e = chosen[i]
-        gemm_kn(x, gates[e], g, _NONE, _ONE)
-        gemm_kn(x, ups[e], u, _NONE, _ONE)
-        gate(act, g[0], u[0], g[0], _NONE, _ONE)
-        gemm_kn(g, downs[e], z, _NONE, _ONE)
-        for d in range(y.shape[1]):
-            y[0, d] += weight[i] * z[0, d]

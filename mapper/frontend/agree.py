@@ -7,7 +7,7 @@ Stored weights are never read: random stand-ins take their place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import numpy as np
 from mapper.errors import MapperError, ModelError
 from mapper.frontend.emit import Emitter
 from mapper.frontend.net import Array, Node, Value, numpy_of
+from mapper.frontend.resize import resized
 from mapper.frontend.rewrite import Match
 from mapper.ir.builder import GraphBuilder
+from mapper.ir.dims import Dim
 from mapper.ir.reference import evaluate
 from mapper.ir.types import TensorType
 from mapper.ir.weights import WeightSymbol
@@ -27,6 +29,10 @@ SIZES = ({"batch": 2, "sequence": 3, "past": 4}, {"batch": 3, "sequence": 5, "pa
 TOLERANCE = 1e-6
 MAX_ELEMENTS = 1 << 22  # of one value that is evaluated
 Shapes = Mapping[int, tuple[int, ...]]
+Widths = Mapping[int, int]
+Draw = Callable[[Mapping[str, int]], dict[int, Any]]
+_OTHER_TYPES = ("embed", "route")
+"""Ops whose first result is of another type than their first operand."""
 
 
 def between(roots: Sequence[Value], stop: set[int]) -> list[Node]:
@@ -102,28 +108,35 @@ class Probe:
         arrays: Mapping[int, Array],
         extra: Sequence[Node] = (),
         shapes: Shapes | None = None,
+        widths: Widths | None = None,
     ) -> list[Array]:
         """The roots, then the results of `extra` nodes. `arrays` gives leaves (by id); others are random.
+        `widths` replaces sizes all through: see `resize`.
 
         Raises ModelError where operands do not fit at these sizes.
         """
         try:
-            return self._evaluate(sizes, arrays, extra, shapes or {})
+            return self._evaluate(sizes, arrays, extra, shapes or {}, widths or {})
         except (ValueError, IndexError, TypeError, ArithmeticError, MemoryError) as error:
             raise ModelError(f"not to be evaluated at these sizes: {error}") from error
 
     def _evaluate(
-        self, sizes: Mapping[str, int], arrays: Mapping[int, Array], extra: Sequence[Node], shapes: Shapes
+        self,
+        sizes: Mapping[str, int],
+        arrays: Mapping[int, Array],
+        extra: Sequence[Node],
+        shapes: Shapes,
+        widths: Widths,
     ) -> list[Array]:
         rng = np.random.default_rng(7)
         env = sizes_for(self.leaves, [*self.nodes, *extra], sizes)
         builder = GraphBuilder("probe")
         stand_in: dict[int, WeightSymbol] = {}
         given: dict[str, Array] = {}
-        emitter = Emitter(builder, env, stand_in)
-        self.check_size(env, shapes)
+        emitter = Emitter(builder, env, stand_in, widths)
+        self.check_size(env, shapes, widths)
         for index, leaf in enumerate(self.leaves):
-            shape = shapes.get(id(leaf)) or tuple(d.evaluate(env) for d in leaf.dims)
+            shape = shapes.get(id(leaf)) or tuple(resized(d, widths).evaluate(env) for d in leaf.dims)
             array = arrays[id(leaf)] if id(leaf) in arrays else random_array(leaf, shape, rng)
             array = array.astype(numpy_of(leaf.dtype))
             if leaf.weight is not None:
@@ -139,15 +152,19 @@ class Probe:
         made = evaluate(graph, given, precision="f64")
         return [made[f"y{i}"] for i in range(len(results))]
 
-    def check_size(self, env: Mapping[str, int], shapes: Shapes) -> None:
+    def check_size(self, env: Mapping[str, int], shapes: Shapes, widths: Widths) -> None:
         """Raises ModelError where the evaluation would take long or need much memory."""
+
+        def number(dim: Dim) -> int:
+            return resized(dim, widths).evaluate(env)
+
         work = 0
         for leaf in self.leaves:
-            work = max(work, volume(shapes.get(id(leaf)) or [d.evaluate(env) for d in leaf.dims]))
+            work = max(work, volume(shapes.get(id(leaf)) or map(number, leaf.dims)))
         for node in self.nodes:
-            size = sum(volume(d.evaluate(env) for d in o.dims) for o in node.outputs)
+            size = sum(volume(map(number, o.dims)) for o in node.outputs)
             products = node.op == "matmul" and not shapes
-            work = max(work, size, size * node.inputs[0].dims[-1].evaluate(env) >> 6 if products else 0)
+            work = max(work, size, size * number(node.inputs[0].dims[-1]) >> 6 if products else 0)
         if work > MAX_ELEMENTS:
             raise ModelError("a value is too large to be verified numerically")
 
@@ -177,30 +194,46 @@ class Checker:
     seen: dict[Any, bool] = field(default_factory=dict)
 
     def holds(
-        self, match: Match, shapes: Shapes | None = None, arrays: Mapping[int, Array] | None = None
+        self,
+        match: Match,
+        shapes: Shapes | None = None,
+        arrays: Mapping[int, Array] | None = None,
+        widths: Widths | None = None,
+        draw: Draw | None = None,
     ) -> bool:
-        """Whether the match's primitives equal its op. `shapes` may shrink leaves."""
-        if match.op != "embed" and match.inputs[0].dtype != match.out.dtype:
+        """Whether the match's primitives equal its op. `shapes` may shrink leaves, `widths` sizes all
+        through; `draw` makes operands where random ones would not do."""
+        if match.op not in _OTHER_TYPES and match.inputs[0].dtype != match.out.dtype:
             return False
         stop = match.bounds or match.inputs
-        probe = Probe.of([match.out, *match.inputs], stop)
+        probe = Probe.of([*match.outs, *match.inputs], stop)
         key = self.key(match, probe)
         if key is None or arrays:
-            return self.test(match, probe, shapes, arrays or {})
+            return self.test(match, probe, shapes, arrays or {}, widths, draw)
         if key not in self.seen:
-            self.seen[key] = self.test(match, probe, shapes, {})
+            self.seen[key] = self.test(match, probe, shapes, {}, widths, draw)
         return self.seen[key]
 
-    def test(self, match: Match, probe: Probe, shapes: Shapes | None, arrays: Mapping[int, Array]) -> bool:
+    def test(
+        self,
+        match: Match,
+        probe: Probe,
+        shapes: Shapes | None,
+        arrays: Mapping[int, Array],
+        widths: Widths | None = None,
+        draw: Draw | None = None,
+    ) -> bool:
         """Compares at every size; what cannot be evaluated does not hold."""
-        out = match.out
-        node = Node(match.op, match.inputs, match.node_attrs(), [Value(out.dims, out.dtype)])
+        results = [Value(out.dims, out.dtype) for out in match.outs]
+        node = Node(match.op, match.inputs, match.node_attrs(), results)
         for sizes in SIZES:
+            given = {**arrays, **(draw(sizes) if draw else {})}
             try:
-                first, *_, second = probe.evaluate(sizes, arrays, [node], shapes)
+                made = probe.evaluate(sizes, given, [node], shapes, widths)
             except MapperError:
                 return False
-            if not equal(first, second):
+            n = len(results)
+            if not all(equal(a, b) for a, b in zip(made[:n], made[-n:], strict=True)):
                 return False
         return True
 
@@ -219,7 +252,7 @@ class Checker:
             for out in node.outputs:
                 index[id(out)] = len(index)
         attrs = tuple(sorted(match.node_attrs().items()))
-        return (*lines, match.op, attrs, ref(match.out), tuple(map(ref, match.inputs)))
+        return (*lines, match.op, attrs, tuple(map(ref, match.outs)), tuple(map(ref, match.inputs)))
 
 
 def equal(a: Array, b: Array) -> bool:

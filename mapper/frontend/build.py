@@ -266,6 +266,10 @@ def concat(net: Net, parts: Sequence[Value], axis: int) -> Value:
         return net.ints([c for p in parts for c in (p.content or ())])
     if all(p.const is not None for p in parts) and sum(_const(p).size for p in parts) <= MAX_FOLDED:
         return net.constant(np.concatenate([_const(p) for p in parts], axis), parts[0].dtype)
+    perms = {p.node.attrs["perm"] if p.op == "transpose" and p.node else None for p in parts}
+    if len(perms) == 1 and (perm := perms.pop()) is not None:  # joined as they lie, then turned once
+        inner = concat(net, [p.args[0] for p in parts], perm[axis])
+        return transpose(net, inner, perm)
     return net.make("concat", parts, {"axis": axis})
 
 
@@ -320,10 +324,28 @@ def slice_(
         for low, high, axis, step in kept:
             index[axis] = slice(low.value, high.value, step)
         return net.constant(x.const[tuple(index)].copy(), x.dtype)
+    parts = _whole_parts(x, *kept[0]) if len(kept) == 1 else None
+    if parts:
+        return concat(net, parts, kept[0][2])
     attrs = {
         k: tuple(c) for k, c in zip(("starts", "ends", "axes", "steps"), zip(*kept, strict=True), strict=True)
     }
     return net.make("slice", [x], attrs)
+
+
+def _whole_parts(x: Value, low: Dim, high: Dim, axis: int, step: int) -> list[Value]:
+    """The parts of a concatenation that a slice takes, where it takes whole ones; else none."""
+    if x.node is None or x.op != "concat" or x.node.attrs["axis"] != axis or step != 1:
+        return []
+    taken: list[Value] = []
+    at = covered = ZERO
+    for part in x.args:
+        end = at + part.dims[axis]
+        if all(d.is_const and d.value >= 0 for d in (at - low, high - end)):
+            taken.append(part)
+            covered = covered + part.dims[axis]
+        at = end
+    return taken if covered == high - low else []
 
 
 def gather(net: Net, x: Value, index: Value, axis: int) -> Value:

@@ -23,7 +23,7 @@ def joined(net: Net, parts: Sequence[Value], axis: int) -> Value:
         past, new = parts
         if rank == 4 and axis != 2:
             there = _TO_BHLD[axis]
-            whole = b.concat(net, [b.transpose(net, p, there) for p in parts], 2)
+            whole = net.make("concat", [b.transpose(net, p, there) for p in parts], {"axis": 2})
             return b.transpose(net, whole, _inverse(there))
         if rank == 3 and axis > 0 and _merges_heads(new):
             batch, heads = new.args[0].dims[:2]
@@ -136,6 +136,8 @@ def scattered_elements(net: Net, x: Value, indices: Value, updates: Value, axis:
             inner = indices.args[0]
             inner = b.reshape(net, inner, [*[ONE] * (4 - inner.rank), *inner.dims])
             index = b.expand(net, b.transpose(net, inner, there), index.dims)
-        out = net.make("scatter_elements", [b.transpose(net, x, there), index, b.transpose(net, updates, there)], attrs)
+        out = net.make(
+            "scatter_elements", [b.transpose(net, x, there), index, b.transpose(net, updates, there)], attrs
+        )
         return b.transpose(net, out, _inverse(there))
     return net.make("scatter_elements", [x, indices, updates], {**attrs, "axis": axis})

@@ -14,6 +14,7 @@ import numpy as np
 
 from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend.net import Net, Node, Value, numpy_of
+from mapper.frontend.resize import resized
 from mapper.ir.builder import GraphBuilder
 from mapper.ir.dims import ONE, Call, Dim, Monomial
 from mapper.ir.types import TensorType
@@ -26,23 +27,29 @@ if TYPE_CHECKING:
 
 OPERANDS = {
     "attention": ("q", "k", "v", "mask", "sinks"),
+    "latent_attention": ("q", "latent", "rope_key", "mask"),
     "rope": ("x", "cos", "sin"),
     "embed": ("ids",),
     "kv_append": ("past", "new"),
     "kv_update": ("past", "new", "rows"),
+    "route": ("logits",),
+    "moe": ("x", "index", "share"),
 }
 
 
 class Emitter:
-    """Emits nodes into a builder. `env` fixes symbols to numbers; `stand_in` gives weights other data."""
+    """Emits nodes into a builder. `env` fixes symbols to numbers; `stand_in` gives weights other data;
+    `widths` replaces sizes all through (see `resize`)."""
 
     def __init__(
         self,
         builder: GraphBuilder,
         env: Mapping[str, int] | None = None,
         stand_in: Mapping[int, WeightSymbol] | None = None,
+        widths: Mapping[int, int] | None = None,
     ) -> None:
         self.b = builder
+        self.widths = widths or {}
         self.env = env or {}
         self.stand_in = {} if stand_in is None else stand_in
         self.values: dict[int, SSAValue] = {}
@@ -52,6 +59,7 @@ class Emitter:
 
     def dim(self, dim: Dim) -> Dim:
         """A dimension with the fixed symbols filled in."""
+        dim = resized(dim, self.widths) if self.widths else dim
         return dim.substitute(self.env) if self.env else dim
 
     def dims(self, dims: Iterable[Dim]) -> tuple[Dim, ...]:
@@ -179,7 +187,7 @@ class Emitter:
                 attrs[slot] = self.symbol(value)
         while operands and operands[-1] is None:
             operands.pop()
-        return [self.b.add(node.op, operands, attrs, node=node.origin)]
+        return list(self.b.add_op(node.op, operands, attrs, node=node.origin).results)
 
     def _range(self, node: Node) -> SSAValue:
         a = node.attrs

@@ -1,4 +1,4 @@
-"""Recognises products with stored matrices, table look-ups, activations, and the MLPs made of them."""
+"""Recognises products with stored matrices, table look-ups, activations, and the layer that makes logits."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def embeds(view: View, checker: Checker) -> list[Match]:
         ):
             continue
         table, ids = node.inputs
-        if ids.const is not None and ids.rank == 0:
-            continue
+        if (ids.const is not None and ids.rank == 0) or view.is_data(ids):
+            continue  # a row picked once, or picked by what was computed: routing
         added = any(n.op == "add" for v in _same(view, node.outputs[0]) for n in view.next_nodes(v))
         if id(strip_views(ids)) in tokens or added:
             match = Match(node.outputs[0], "embed", ("ids", "table"), (ids, table))
@@ -130,67 +130,6 @@ def _activation(view: View, checker: Checker, out: Value, anchor: Node) -> Match
             if checker.holds(match, shapes):
                 return match
     return None
-
-
-def mlps(view: View, checker: Checker) -> list[Match]:
-    """down(act(gate x) * up x) and down(act(up x)), where nothing else reads what is inside."""
-    found = []
-    for node in view.nodes:
-        if node.op == "linear":
-            match = _mlp(view, node)
-            if match is not None and checker.holds(match, _shrunk(match)):
-                found.append(match)
-    return found
-
-
-def _inner(view: View, value: Value, op: str) -> Node | None:
-    node = value.node
-    return node if node is not None and node.op == op and view.sole_reader(value) is not None else None
-
-
-def _mlp(view: View, down: Node) -> Match | None:
-    hidden = down.inputs[0]
-    act = _inner(view, hidden, "activation")
-    if act is not None:
-        up = _inner(view, act.inputs[0], "linear")
-        return _assemble(down, {"up": up}, act, "mlp") if up else None
-    product = _inner(view, hidden, "mul")
-    if product is None:
-        return None
-    for left, right in (product.inputs, product.inputs[::-1]):
-        act, other = _inner(view, left, "activation"), _inner(view, right, "linear")
-        gate = _inner(view, act.inputs[0], "linear") if act else None
-        if act and other and gate and gate.inputs[0] is other.inputs[0]:
-            return _assemble(down, {"gate": gate, "up": other}, act, "gated_mlp")
-    return None
-
-
-def _assemble(down: Node, inner: dict[str, Node], act: Node, op: str) -> Match:
-    x = next(iter(inner.values())).inputs[0]
-    slots, inputs, attrs = ["x"], [x], {"act": act.attrs["kind"]}
-    for name, node in {**inner, "down": down}.items():
-        slots.append(name)
-        inputs.append(node.inputs[1])
-        attrs[f"{name}_transposed"] = node.attrs["transposed"]
-        if len(node.inputs) > 2:
-            slots.append(f"{name}_bias")
-            inputs.append(node.inputs[2])
-    return Match(down.outputs[0], op, tuple(slots), tuple(inputs), attrs)
-
-
-def _shrunk(match: Match) -> dict[int, tuple[int, ...]]:
-    width, inner = 6, 8
-    shapes: dict[int, tuple[int, ...]] = {}
-    for slot, value in zip(match.slots, match.inputs, strict=True):
-        if slot == "x":
-            shapes[id(value)] = (2, 3, width)[-value.rank :]
-            continue
-        rows, columns = (inner, width) if slot.startswith("down") else (width, inner)
-        if slot.endswith("_bias"):
-            shapes[id(value)] = (columns,)
-        else:
-            shapes[id(value)] = (columns, rows) if match.attrs[f"{slot}_transposed"] else (rows, columns)
-    return shapes
 
 
 def heads(view: View, checker: Checker) -> list[Match]:

@@ -14,7 +14,7 @@ from mapper.frontend.agree import MAX_ELEMENTS, Checker, Probe, stored_array, vo
 from mapper.frontend.cut import VIEWS, View
 from mapper.frontend.net import Array, Value
 from mapper.frontend.rewrite import Match
-from mapper.ir.dims import ONE
+from mapper.ir.dims import ONE, Dim
 
 _INSIDE = frozenset({"add", "sub", "mul", "neg", "cast"} | VIEWS)
 _OUT = ("add", "concat", "reshape")
@@ -92,7 +92,7 @@ def ropes(view: View, checker: Checker) -> list[Match]:
         match = _rope(view, checker, tables, out, *cuts[0]) if cuts else None
         if match is not None:
             found.append(match)
-            covered |= {id(o) for n in Probe.of([out], match.inputs).nodes for o in n.outputs}
+            covered |= {id(o) for n in Probe.of([out], match.bounds).nodes for o in n.outputs}
     return found
 
 
@@ -116,11 +116,21 @@ def _rope(
         if made is not None and not is_rotation(*made):
             continue
         for width in _widths(cos, x):
-            for style in ("half", "interleaved"):
-                match = _with_tables(view, checker, out, x, (cos, sin), width, style, made)
+            for given, style in _operands(view, x, width):
+                match = _with_tables(view, checker, out, (given, x), (cos, sin), width, style, made)
                 if match is not None:
                     return match
     return None
+
+
+def _operands(view: View, x: Value, width: int) -> list[tuple[Value, str]]:
+    """What may be turned, and how: `x` in both styles, and `x` whose pairs are parted first (as multi-head
+    latent attention does: interleaved pairs in, halves out)."""
+    plain = [(x, "half"), (x, "interleaved")]
+    if x.dims[3].value != width:
+        return plain
+    sides = [build.slice_(view.net, x, [Dim.of(side)], [Dim.of(width)], [3], [2]) for side in (0, 1)]
+    return [*plain, (build.concat(view.net, sides, 3), "half")]
 
 
 def _widths(table: Value, x: Value) -> list[int]:
@@ -134,7 +144,7 @@ def _with_tables(
     view: View,
     checker: Checker,
     out: Value,
-    x: Value,
+    operand: tuple[Value, Value],
     pair: tuple[Value, Value],
     width: int,
     style: str,
@@ -148,7 +158,8 @@ def _with_tables(
         return None
     cos, sin = (t for t in fitted if t is not None)
     attrs = {"style": style, "rotary_dim": width}
-    match = Match(out, "rope", ("x", "cos", "sin"), (x, cos, sin), attrs, (x, *pair))
+    x, source = operand
+    match = Match(out, "rope", ("x", "cos", "sin"), (x, cos, sin), attrs, (source, *pair))
     if full:  # only doubled tables are meant: independent columns would tell the two sides apart for nothing
         return match if _holds_doubled(checker, match, pair, style) else None
     return match if checker.holds(match) else None

@@ -11,6 +11,7 @@ import numpy as np
 
 from mapper.errors import MapperError
 from mapper.frontend.agree import MAX_ELEMENTS, volume
+from mapper.ir.dims import ONE
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.reference import evaluate_values
@@ -39,19 +40,20 @@ def structure(graph: Graph) -> dict[str, Any]:
     by_kind: dict[str, list[tuple[DataflowOp, int, int]]] = {}
     for item in ops:
         by_kind.setdefault(item[0].mnemonic, []).append(item)
-    attention = [_attention(op) for op, _, _ in by_kind.get("attention", [])]
+    attention = [_attention(graph, *item) for kind in ATTENTIONS for item in by_kind.get(kind, [])]
     mlps = [_mlp(graph, *item) for kind in _MLPS for item in by_kind.get(kind, [])]
     left = primitives_left(graph)
     return {
         "name": graph.name,
         "params": graph.params,
         "layers": graph.layers,
-        "distinct_layers": sum(op.mnemonic == "attention" for op in graph.ops()),
+        "distinct_layers": sum(op.mnemonic in ATTENTIONS for op in graph.ops()),
         "hidden": _hidden(graph, by_kind),
         "vocab": _vocabulary(graph, by_kind),
         **_common(attention, ("heads", "kv_heads", "head_dim", "value_dim")),
         "attention": _counted(
-            attention, ("kind", "heads", "kv_heads", "head_dim", "scale", "softcap", "sinks")
+            attention,
+            ("kind", "heads", "kv_heads", "head_dim", "latent_dim", "rope_dim", "scale", "softcap", "sinks"),
         ),
         "masks": _counted(attention, ("mask", "window")),
         "rope": _rope(graph, by_kind),
@@ -69,7 +71,8 @@ def structure(graph: Graph) -> dict[str, Any]:
     }
 
 
-_MLPS = ("gated_mlp", "mlp", "moe")
+ATTENTIONS = ("attention", "latent_attention")
+_MLPS = ("gated_mlp", "packed_mlp", "mlp", "moe")
 
 
 def walk(graph: Graph) -> Iterator[tuple[DataflowOp, int, int]]:
@@ -95,8 +98,8 @@ def primitives_left(graph: Graph) -> Counter[str]:
 
 
 _RECOGNISED = frozenset(
-    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "kv_update", "activation", "mlp", "gated_mlp"}
-    | {"moe", "sample", "repeat"}
+    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "kv_update", "activation"}
+    | {"mlp", "gated_mlp", "latent_attention", "packed_mlp", "moe", "route", "sample", "repeat"}
 )
 
 
@@ -114,25 +117,43 @@ def _fraction(ops: list[tuple[DataflowOp, int, int]], left: Counter[str]) -> flo
     return round(recognised / total, 4) if total else 0.0
 
 
-def _attention(op: DataflowOp) -> dict[str, Any]:
+def _attention(graph: Graph, op: DataflowOp, iteration: int, count: int) -> dict[str, Any]:
     q, k, v = (tensor_type(value) for value in op.operands[:3])
     heads, kv_heads = q.shape[1], k.shape[1]
     kind = "MHA" if heads == kv_heads else "MQA" if kv_heads.is_const and kv_heads.value == 1 else "GQA"
-    causal, window, slopes = op.attr("causal"), op.attr("window"), op.attr("slopes")
+    latent = op.mnemonic == "latent_attention"
+    kind = "MLA" if latent or _expanded(op.operands[1]) else kind
+    causal, window = op.attr("causal"), op.attr("window")
+    slopes = None if latent else op.attr("slopes")
     mask = "causal" if causal else "given" if op.operand("mask") is not None else "none"
     mask = "sliding" if window else mask
     return {
         "kind": kind,
         "heads": _number(heads),
-        "kv_heads": _number(kv_heads),
+        "kv_heads": _number(heads if latent else kv_heads),
         "head_dim": _number(q.shape[3]),
-        "value_dim": _number(v.shape[3]),
+        "value_dim": _number(tensor_type(op.results[0]).shape[3]),
+        "latent_dim": _number(k.shape[3]) if latent else None,
+        "rope_dim": _number(v.shape[3]) if latent else None,
         "scale": _round(op.attr("scale")),
         "softcap": _round(op.attr("softcap")),
-        "sinks": op.operand("sinks") is not None,
+        "sinks": not latent and op.operand("sinks") is not None,
         "mask": mask + ("+alibi" if slopes else ""),
         "window": window,
     }
+
+
+def _expanded(keys: Any) -> bool:
+    """Whether keys, before they are appended, are columns of each head beside some that all share: latent
+    attention whose cache holds the heads' keys and values."""
+    op = keys.owner
+    if isinstance(op, DataflowOp) and op.mnemonic == "kv_append":
+        op = op.operands[1].owner
+    if not isinstance(op, DataflowOp) or op.mnemonic != "concat" or op.attr("axis") != 3:
+        return False
+    parts = [v.owner for v in op.operands]
+    shared = [p for p in parts if isinstance(p, DataflowOp) and p.mnemonic == "expand"]
+    return any(tensor_type(p.operands[0]).shape[1:2] == (ONE,) for p in shared)
 
 
 def _round(number: float) -> float:
@@ -149,7 +170,7 @@ def _norm(op: DataflowOp) -> dict[str, Any]:
 
 def _mlp(graph: Graph, op: DataflowOp, iteration: int, count: int) -> dict[str, Any]:
     down = graph.weight(op, "down", iteration)
-    transposed = op.mnemonic != "moe" and op.attr("down_transposed")
+    transposed = op.attr("down_transposed")
     inner = None if down is None else down.shape[-1 if transposed else -2]
     return {"op": op.mnemonic, "act": op.attr("act"), "inner": inner}
 
@@ -195,7 +216,12 @@ def _tied(graph: Graph, by_kind: dict[str, list[Any]]) -> bool | None:
 def _cache(graph: Graph, by_kind: dict[str, list[Any]]) -> dict[str, Any]:
     past = graph.inputs_with_role("past")
     convention = graph.roles.get("kv_convention", "inputs" if past else "none")
-    return {"convention": convention, "layout": graph.roles.get("kv_layout", ""), "tensors": len(past)}
+    return {
+        "convention": convention,
+        "operator": graph.roles.get("kv_operator", ""),
+        "layout": graph.roles.get("kv_layout", ""),
+        "tensors": len(past),
+    }
 
 
 def _described(role: str, kind: Any) -> dict[str, Any]:

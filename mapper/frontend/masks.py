@@ -40,7 +40,7 @@ def classify(net: Net, folder: Path) -> Net:
     nodes = topological(net)
     steering = from_rows(nodes)
     for node in nodes:
-        if node.op != "attention" or "mask" not in node.attrs["slots"]:
+        if node.op not in ("attention", "latent_attention") or "mask" not in node.attrs["slots"]:
             continue
         mask = node.inputs[node.attrs["slots"].index("mask")]
         if id(mask) not in known:
@@ -64,13 +64,13 @@ def steered_kind(
 
 
 def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:
-    if kind is None or kind == MaskKind():
+    if kind is None or kind == MaskKind() or (kind.slopes and node.op != "attention"):
         return []
     attrs = {k: v for k, v in node.attrs.items() if k != "slots"}
     attrs |= {"causal": kind.causal, "window": kind.window}
     if kind.slopes:
         attrs["slopes"] = kind.slopes
-    return [Match(node.outputs[0], "attention", node.attrs["slots"], node.inputs, attrs)]
+    return [Match(node.outputs[0], node.op, node.attrs["slots"], node.inputs, attrs)]
 
 
 def kind_of(mask: Value, folder: Path, steering: Meanings | None = None) -> MaskKind | None:

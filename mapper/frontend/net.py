@@ -104,13 +104,15 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 @dataclass(eq=False)
 class Net:
     """A graph under construction. `equal` collects pairs of dimensions that operators require to be equal;
-    `steering` says what inputs of caches of fixed length mean, once that is known."""
+    `steering` says what inputs of caches of fixed length mean, once that is known; `spelled` which ONNX operator
+    a node comes from, by the node's origin, for operators that may add to a cache."""
 
     inputs: list[Value] = field(default_factory=list)
     outputs: list[tuple[str, Value]] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     equal: list[tuple[Dim, Dim]] = field(default_factory=list)
     steering: dict[str, str] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
     origin: str = ""  # how errors name the ONNX node being lowered
     name: str = ""  # its plain name
     _seen: dict[Any, Node] = field(default_factory=dict)

@@ -6,6 +6,7 @@ import numpy as np
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
+from mapper.frontend import build_index
 from mapper.frontend.cache_views import joined, scattered_elements, scattered_rows
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
 from mapper.frontend.net import Value
@@ -243,19 +244,23 @@ def _gather_elements(c: Call) -> list[Value]:
 
 @lowers("GatherND")
 def _gather_nd(c: Call) -> list[Value]:
-    return [c.net.make("gather_nd", [c.x(), c.x(1)], {"batch_dims": c.integer("batch_dims")})]
+    return [build_index.gather_nd(c.net, c.x(), c.x(1), c.integer("batch_dims"))]
 
 
 @lowers("ScatterND")
 def _scatter_nd(c: Call) -> list[Value]:
     reduction, operands = c.text("reduction", "none"), [c.x(i) for i in range(3)]
     rows = scattered_rows(c.net, *operands) if reduction == "none" else None
-    return [c.net.make("scatter_nd", operands, {"reduction": reduction}) if rows is None else rows]
+    return [build_index.scatter_nd(c.net, *operands, reduction) if rows is None else rows]
 
 
 @lowers("ScatterElements", "Scatter")
 def _scatter_elements(c: Call) -> list[Value]:
-    axis, reduction, (x, indices, updates) = c.axis(0), c.text("reduction", "none"), (c.x(i) for i in range(3))
+    axis, reduction, (x, indices, updates) = (
+        c.axis(0),
+        c.text("reduction", "none"),
+        (c.x(i) for i in range(3)),
+    )
     if reduction == "none":
         return [scattered_elements(c.net, x, indices, updates, axis)]
     return [c.net.make("scatter_elements", [x, indices, updates], {"axis": axis, "reduction": reduction})]

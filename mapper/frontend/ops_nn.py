@@ -221,7 +221,9 @@ def _within(c: Call, q: Value, k: Value, mask: Value | None, is_causal: bool) ->
         visible = b.binary(net, "lt", row, b.binary(net, "add", length, step))
     else:
         visible = b.binary(net, "lt", row, length)
-    return visible if mask is None else b.binary(net, "add", additive(net, visible, q), additive(net, mask, q))
+    return (
+        visible if mask is None else b.binary(net, "add", additive(net, visible, q), additive(net, mask, q))
+    )
 
 
 def attend(

@@ -14,6 +14,7 @@ class Match:
     """`out` can be computed by op `op` from `inputs` (named by `slots`) with `attrs`.
 
     `bounds` end the matched primitives; they are `inputs` unless an input is a view of something deeper.
+    `more` are the op's further results.
     """
 
     out: Value
@@ -22,6 +23,12 @@ class Match:
     inputs: tuple[Value, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
     bounds: tuple[Value, ...] = ()
+    more: tuple[Value, ...] = ()
+
+    @property
+    def outs(self) -> tuple[Value, ...]:
+        """All results of the op."""
+        return (self.out, *self.more)
 
     def node_attrs(self) -> dict[str, Any]:
         """The attributes of the recognised node."""
@@ -36,10 +43,10 @@ def needs(value: Value, matches: Mapping[int, Match]) -> Sequence[Value]:
 
 def rebuild(net: Net, matches: Iterable[Match]) -> Net:
     """A copy of `net` in which each matched value is made by its recognised op. Leaves are shared."""
-    chosen = {id(m.out): m for m in matches}
+    chosen = {id(out): m for m in matches for out in m.outs}
     if not chosen:
         return net
-    out = Net(inputs=list(net.inputs), equal=list(net.equal), steering=net.steering)
+    out = Net(list(net.inputs), equal=list(net.equal), steering=net.steering, spelled=net.spelled)
     done: dict[int, Value] = {}
     stack = [v for _, v in reversed(net.outputs)]
     while stack:
@@ -62,7 +69,8 @@ def _copy(out: Net, value: Value, chosen: Mapping[int, Match], done: dict[int, V
     if match is not None:
         ins = [done[id(v)] for v in match.inputs]
         origin = value.node.origin if value.node else ""
-        done[id(value)] = out.put(match.op, ins, match.node_attrs(), [value], origin)[0]
+        made = out.put(match.op, ins, match.node_attrs(), match.outs, origin)
+        done.update(zip(map(id, match.outs), made, strict=True))
     elif value.node is None:
         done[id(value)] = value
     else:

@@ -24,7 +24,7 @@ def find_roles(net: Net) -> dict[str, Any]:
     for value in tokens:
         inputs[value.source] = "token_ids"
     caches = _caches(net, nodes)
-    facts = _name_caches(caches, inputs, outputs)
+    facts = _name_caches(caches, inputs, outputs) | _how_appended(net, caches)
     for named in caches:
         if named.cache.beams is not None:
             inputs.update({v.source: "beam_index" for v in walk(named.cache.beams, _never) if v.source})
@@ -42,9 +42,7 @@ def find_roles(net: Net) -> dict[str, Any]:
     return {**roles, **facts}
 
 
-def _name_caches(
-    caches: Sequence[Named], inputs: dict[str, str], outputs: dict[str, str]
-) -> dict[str, str]:
+def _name_caches(caches: Sequence[Named], inputs: dict[str, str], outputs: dict[str, str]) -> dict[str, str]:
     """Sets the roles of the caches' inputs and outputs; the layout and the convention that they share."""
     layouts: dict[str, str] = {}
     for roles, prefix, place in ((inputs, "past", _input_name), (outputs, "present", _output_name)):
@@ -57,16 +55,24 @@ def _name_caches(
                 layouts.setdefault(layout_of(group), name)
     if not caches:
         return {}
-    return {"kv_layout": "/".join(layouts), "kv_convention": _convention(caches)}
+    return {"kv_layout": "/".join(layouts)}
 
 
-def _convention(caches: Sequence[Named]) -> str:
-    """How new rows get into the caches: see the table in the frontend's README."""
+def _how_appended(net: Net, caches: Sequence[Named]) -> dict[str, str]:
+    """The convention of the caches (see the frontend's README) and the ONNX operator that adds new rows."""
+    if not caches:
+        return {}
+    operators = {net.spelled.get(n.cache.node.origin, "") for n in caches} - {""}
     if any(n.cache.slot for n in caches):
-        return "stacked"
-    if all(n.cache.grows for n in caches):
-        return "rolling" if any(n.cache.rolls for n in caches) else "concat"
-    return "static"
+        convention = "stacked"
+    elif all(n.cache.grows for n in caches):
+        convention = "rolling" if any(n.cache.rolls for n in caches) else "concat"
+    elif operators == {"TensorScatter"}:
+        convention = "tensor_scatter"
+    else:
+        plain = operators and operators <= {"ScatterND", "ScatterElements"}
+        convention = "static" if plain else "shared_buffer"
+    return {"kv_convention": convention, "kv_operator": "/".join(sorted(operators))}
 
 
 def _never(value: Value) -> bool:

@@ -73,7 +73,9 @@ def phases(split: Split, load: Callable[[bool], Graph]) -> Graph:
     graphs = {taken: load(taken) for taken in (False, True)}
     cached = [taken for taken, graph in graphs.items() if graph.inputs_with_role("past")]
     if len(cached) != 1:
-        reason = "the condition depends on the data, and its branches are not one with and one without a cache"
+        reason = (
+            "the condition depends on the data, and its branches are not one with and one without a cache"
+        )
         raise UnsupportedModelError(f"{label(split.node)}: {reason}")
     names = {"prefill": not cached[0], "decode": cached[0]}
     return replace(graphs[cached[0]], switch=Switch(split.holds, graphs.__getitem__, names))

@@ -16,7 +16,7 @@ from mapper.frontend.agree import Probe
 from mapper.frontend.net import Array, Node, Value, numpy_of
 from mapper.ir.dims import Dim
 
-LENGTHS = ("past_length", "last_index", "total_length")
+LENGTHS = ("write_index", "last_index", "total_length")
 """Tokens before this step; index of its last token; tokens after it."""
 _PROBES = ((3, 4), (1, 5), (4, 0))  # (new tokens, past)
 _MORE = 3  # rows that a cache of unknown length has to spare
@@ -35,7 +35,7 @@ def fed(leaf: Value, new: int, past: int, meanings: Meanings) -> Array:
     shape = tuple(d.evaluate(known) if d.symbols <= set(known) else past + new for d in leaf.dims)
     meaning = meanings.get(leaf.source, "")
     if meaning in LENGTHS:
-        value = {"past_length": past, "last_index": past + new - 1, "total_length": past + new}[meaning]
+        value = {"write_index": past, "last_index": past + new - 1, "total_length": past + new}[meaning]
         return np.full(shape, value)
     if is_positions(leaf):
         return np.broadcast_to(np.arange(past, past + new), shape).copy()

@@ -24,6 +24,7 @@ _COPIES = ("transpose", "expand", "concat", "split", "slice", "gather", "gather_
            "tile", "fill", "cast", "trilu", "one_hot", "kv_append", "kv_update", "cache_append", "embed", "embed_at",
            "scatter_nd", "scatter_elements", "range", "nonzero")  # fmt: skip
 _ACTIVATION = {"relu": 1, "identity": 0, "sigmoid": 4, "tanh": 1, "relu_squared": 2}
+_MLPS = {"mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"), "packed_mlp": ("gate_up", "down")}
 _PER_ELEMENT = {"softmax": 5, "topk": 1, "argmax": 1, "sample": 1, "cumsum": 1, "reduce": 1, "rsqrt": 2}
 
 
@@ -129,24 +130,27 @@ def _linear(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
 
 
 def _mlp(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
-    names = ("gate", "up", "down") if op.mnemonic == "gated_mlp" else ("up", "down")
-    width = weights(op.attr("up")).elements // tensor_type(op.operands[0]).shape[-1]
-    gates = _ACTIVATION.get(op.attr("act"), 5) + (op.mnemonic == "gated_mlp")
+    names = _MLPS[op.mnemonic]
+    width = weights(op.attr("down")).elements // tensor_type(op.results[0]).shape[-1]
+    gates = _ACTIVATION.get(op.attr("act"), 5) + (op.mnemonic != "mlp")
     per_row = sum((_matrix(op, weights, n) for n in names), start=width * gates)
     return Cost(_rows(op) * per_row, base.read, base.written, base.weights)
 
 
 def _moe(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
-    rows, chosen = _rows(op), op.attr("top_k")
-    experts = weights(op.attr("gate")).shape[0]
-    inner = weights(op.attr("gate")).shape[2]
-    kinds = [weights(op.attr(n)) for n in ("gate", "up", "down")]
-    one = sum((k.elements // experts * 2 for k in kinds), start=inner * 6)
+    """Only chosen experts are read: at most all, at least those that one token chooses."""
+    rows, chosen = _rows(op), tensor_type(op.operands[1]).shape[-1]
+    names = [n for n in ("gate", "up", "down") if op.attr(n) is not None]
+    experts = weights(op.attr("up")).shape[0]
+    inner = weights(op.attr("down")).elements // experts // tensor_type(op.results[0]).shape[-1]
+    one = sum((weights(op.attr(n)).elements // experts * 2 for n in names), start=inner * 6)
     used = Dim.min(experts, rows * chosen)
-    read = sum((k.bytes // experts for k in kinds), start=ZERO) * used
-    router = weights(op.attr("router"))
-    flops = rows * (router.elements * 2 + one * chosen)
-    return Cost(flops, base.read, base.written, read + router.bytes)
+    read = sum((weights(s).bytes // experts for s in op.weights().values()), start=ZERO) * used
+    return Cost(rows * chosen * one, base.read, base.written, read)
+
+
+def _route(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    return Cost(tensor_type(op.operands[0]).elements * 6, base.read, base.written, base.weights)
 
 
 def _matmul(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
@@ -206,12 +210,23 @@ def _attention(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
     return Cost(flops, base.read - unread, base.written)
 
 
+def _latent_attention(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    """In the absorbed form: queries and results pass through the weight, attention runs on latent rows."""
+    q, latent, rope_key = (tensor_type(v) for v in op.operands[:3])
+    per_pair = (latent.shape[3] * 2 + rope_key.shape[3]) * 2 + 5 + (2 if op.attr("softcap") else 0)
+    pairs = q.shape[0] * q.shape[1] * attended_pairs(op) * per_pair
+    through = q.shape[0] * q.shape[2] * weights(op.attr("weight")).elements * 2
+    return Cost(pairs + through, base.read, base.written, base.weights)
+
+
 _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "linear": _linear,
     "lm_head": _linear,
     "mlp": _mlp,
     "gated_mlp": _mlp,
+    "packed_mlp": _mlp,
     "moe": _moe,
+    "route": _route,
     "matmul": _matmul,
     "conv": _conv,
     "norm": _norm,
@@ -220,4 +235,5 @@ _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "rope_at": _rope,
     "attention": _attention,
     "cached_attention": _attention,
+    "latent_attention": _latent_attention,
 }

@@ -10,6 +10,7 @@ from xdsl.ir import Dialect
 
 from mapper.errors import ModelError
 from mapper.ir import (
+    experts,
     primitives_compute,
     primitives_elementwise,
     primitives_shape,
@@ -27,7 +28,7 @@ def _ops_of(module: object) -> list[type[DataflowOp]]:
 
 
 _PRIMITIVES = [*_ops_of(primitives_elementwise), *_ops_of(primitives_shape), *_ops_of(primitives_compute)]
-_ALL = [*_PRIMITIVES, *_ops_of(transformer), *_ops_of(serving), *_ops_of(structure)]
+_ALL = [*_PRIMITIVES, *_ops_of(transformer), *_ops_of(experts), *_ops_of(serving), *_ops_of(structure)]
 
 OPS: dict[str, type[DataflowOp]] = {cls.name.removeprefix("dataflow."): cls for cls in _ALL}
 """Every op class by its mnemonic: OPS["add"] is AddOp."""

@@ -15,11 +15,12 @@ from mapper.ir.transformer import (
     GatedMlpOp,
     KvAppendOp,
     KvUpdateOp,
+    LatentAttentionOp,
     LinearOp,
     LmHeadOp,
     MlpOp,
-    MoeOp,
     NormOp,
+    PackedMlpOp,
     RopeOp,
     SampleOp,
 )
@@ -99,6 +100,22 @@ def _attention(call: Call) -> Types:
     return [TensorType.of([*q.shape[:3], v.shape[3]], q.dtype)]
 
 
+@rule(LatentAttentionOp)
+def _latent_attention(call: Call) -> Types:
+    q, latent, rope_key = call.type("q"), call.type("latent"), call.type("rope_key")
+    call.need(q.rank == latent.rank == rope_key.rank == 4, f"q {q}, latent {latent}, rope_key {rope_key}")
+    inputs, outputs = matrix(call, "weight")
+    same(call, latent.shape[3], inputs, "latent and weight differ in width")
+    same(call, latent.shape[2], rope_key.shape[2], "latent and rope_key differ in tokens")
+    nope = Dim.of(call.attrs["nope_dim"])
+    same(call, q.shape[3], nope + rope_key.shape[3], "q is not as wide as keys")
+    call.need(q.shape[1].is_const and outputs.is_const, f"q {q}")
+    call.need(outputs.value % q.shape[1].value == 0, f"{outputs} columns for {q.shape[1]} heads")
+    value_dim = outputs // q.shape[1] - nope
+    call.need(value_dim.value > 0, f"{outputs} columns leave no values")
+    return [TensorType.of([*q.shape[:3], value_dim], q.dtype)]
+
+
 @rule(KvAppendOp)
 def _kv_append(call: Call) -> Types:
     past, new = call.type("past"), call.type("new")
@@ -156,17 +173,16 @@ def _mlp(call: Call) -> Types:
     return [TensorType.of([*x.shape[:-1], outputs], x.dtype)]
 
 
-@rule(MoeOp)
-def _moe(call: Call) -> Types:
-    x, router, down = call.type("x"), call.weight("router"), call.weight("down")
-    call.need(router.rank == 2 and down.rank == 3, f"router {router}, down {down}")
-    for name in ("gate", "up"):
-        weight = call.weight(name)
-        call.need(weight.rank == 3, f"{name} is {weight}")
-        same(call, weight.shape[0], router.shape[1], f"{name} has another number of experts")
-        same(call, weight.shape[1], x.shape[-1], f"{name} has another width")
-    call.need(call.attrs["top_k"] > 0, "top_k is not positive")
-    return [TensorType.of([*x.shape[:-1], down.shape[2]], x.dtype)]
+@rule(PackedMlpOp)
+def _packed_mlp(call: Call) -> Types:
+    x = call.type("x")
+    inputs, both = matrix(call, "gate_up", "gate_up_transposed")
+    same(call, x.shape[-1], inputs, "inner dimensions of gate_up differ")
+    _vector(call, "gate_up_bias", both)
+    inner, outputs = matrix(call, "down", "down_transposed")
+    same(call, both, inner * 2, "gate_up is not twice as wide as down")
+    _vector(call, "down_bias", outputs)
+    return [TensorType.of([*x.shape[:-1], outputs], x.dtype)]
 
 
 @rule(SampleOp)

@@ -12,7 +12,7 @@ from mapper.ir.reference import Step, meaning
 from mapper.ir.reference_compute import erf, sigmoid, softmax
 from mapper.ir.types import Array
 
-_ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
+ACTIVATION_MEANINGS: dict[str, Callable[[Array], Any]] = {
     "silu": lambda x: x * sigmoid(x),
     "gelu": lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -23,11 +23,12 @@ _ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
     "tanh": np.tanh,
     "identity": lambda x: x,
 }
+"""Activation -> function of an array."""
 
 
 @meaning("activation")
 def _activation(s: Step) -> Array:
-    return np.asarray(_ACTIVATIONS[s.attr("kind")](s.arg("x")))
+    return np.asarray(ACTIVATION_MEANINGS[s.attr("kind")](s.arg("x")))
 
 
 @meaning("embed")
@@ -56,36 +57,24 @@ def _linear_op(s: Step) -> Array:
 @meaning("mlp")
 def _mlp(s: Step) -> Array:
     inner = _linear(s, s.arg("x"), "up", "up_bias", "up_transposed")
-    return _linear(s, _ACTIVATIONS[s.attr("act")](inner), "down", "down_bias", "down_transposed")
+    return _linear(s, ACTIVATION_MEANINGS[s.attr("act")](inner), "down", "down_bias", "down_transposed")
 
 
 @meaning("gated_mlp")
 def _gated_mlp(s: Step) -> Array:
-    gate = _ACTIVATIONS[s.attr("act")](_linear(s, s.arg("x"), "gate", "gate_bias", "gate_transposed"))
+    gate = ACTIVATION_MEANINGS[s.attr("act")](_linear(s, s.arg("x"), "gate", "gate_bias", "gate_transposed"))
     up = _linear(s, s.arg("x"), "up", "up_bias", "up_transposed")
     return _linear(s, gate * up, "down", "down_bias", "down_transposed")
 
 
-@meaning("moe")
-def _moe(s: Step) -> Array:
-    x = s.arg("x").reshape(-1, s.arg("x").shape[-1])
-    gate, up, down = s.need("gate"), s.need("up"), s.need("down")
-    scores = x @ s.need("router")
-    chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : s.attr("top_k")]
-    picked = np.take_along_axis(scores, chosen, -1)
-    if s.attr("scoring") == "topk_softmax":
-        weight = softmax(picked, -1)
-    else:
-        every = softmax(scores, -1) if s.attr("scoring") == "softmax" else sigmoid(scores)
-        weight = np.take_along_axis(every, chosen, -1)
-    if s.attr("normalise"):
-        weight = weight / weight.sum(-1, keepdims=True)
-    result = np.zeros((x.shape[0], down.shape[2]), x.dtype)
-    for token, experts in enumerate(chosen):
-        for share, e in zip(weight[token], experts, strict=True):
-            hidden = _ACTIVATIONS[s.attr("act")](x[token] @ gate[e]) * (x[token] @ up[e])
-            result[token] += share * s.attr("scale") * (hidden @ down[e])
-    return result.reshape(*s.arg("x").shape[:-1], -1)
+@meaning("packed_mlp")
+def _packed_mlp(s: Step) -> Array:
+    both = _linear(s, s.arg("x"), "gate_up", "gate_up_bias", "gate_up_transposed")
+    half = both.shape[-1] // 2
+    halves = s.attr("packing") == "halves"
+    gate, up = (both[..., :half], both[..., half:]) if halves else (both[..., 0::2], both[..., 1::2])
+    hidden = ACTIVATION_MEANINGS[s.attr("act")](gate) * up
+    return _linear(s, hidden, "down", "down_bias", "down_transposed")
 
 
 @meaning("norm")
@@ -191,19 +180,33 @@ def _masked(scores: Array, allowed: Array, bias: Array | None) -> Array:
     return np.where(allowed, scores, scores.dtype.type(-np.inf))
 
 
-@meaning("attention")
-def _attention(s: Step) -> Array:
-    q, k, v, mask = s.arg("q"), s.arg("k"), s.arg("v"), s.optional("mask")
-    scores = _scores(s, q, k)
+def _attended(s: Step, q: Array, k: Array, v: Array, slopes: tuple[float, ...] | None) -> Array:
+    mask, scores = s.optional("mask"), _scores(s, q, k)
     if mask is None:
         queries = np.arange(q.shape[2]) + k.shape[2] - q.shape[2]
-        rule = position_mask(queries, k.shape[2], s.attr("causal"), s.attr("window"), s.attr("slopes"))
+        rule = position_mask(queries, k.shape[2], s.attr("causal"), s.attr("window"), slopes)
         scores = _masked(scores, *rule)
     elif mask.dtype == np.bool_:
         scores = _masked(scores, mask, None)
     else:
         scores = scores + mask
     return _weighted(s, scores, v)
+
+
+@meaning("attention")
+def _attention(s: Step) -> Array:
+    return _attended(s, s.arg("q"), s.arg("k"), s.arg("v"), s.attr("slopes"))
+
+
+@meaning("latent_attention")
+def _latent_attention(s: Step) -> Array:
+    q, latent, rope_key, weight = s.arg("q"), s.arg("latent"), s.arg("rope_key"), s.need("weight")
+    heads, nope = q.shape[1], s.attr("nope_dim")
+    batch, _, tokens, _ = latent.shape
+    both = latent[:, 0] @ (weight.T if s.attr("transposed") else weight)
+    both = both.reshape(batch, tokens, heads, -1).transpose(0, 2, 1, 3)
+    shared = np.broadcast_to(rope_key, (batch, heads, tokens, rope_key.shape[3]))
+    return _attended(s, q, np.concatenate([both[..., :nope], shared], -1), both[..., nope:], None)
 
 
 @meaning("cached_attention")

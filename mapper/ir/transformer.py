@@ -33,6 +33,7 @@ ACTIVATIONS = (
 )
 ACTIVATION = TextKind(ACTIVATIONS)
 NORM = TextKind(("rms", "layer"))
+PACKING = TextKind(("halves", "interleaved"))
 ROPE_STYLE = TextKind(("half", "interleaved"))
 _FALSE, _TRUE = BOOL.encode(False), BOOL.encode(True)
 
@@ -134,6 +135,30 @@ class AttentionOp(DataflowOp):
 
 
 @irdl_op_definition
+class LatentAttentionOp(DataflowOp):
+    """Multi-head latent attention: keys and values of all heads are made from one latent row per token.
+
+    q [B, H, S, Dn + Dr]; latent [B, 1, T, R] and rope_key [B, 1, T, Dr] are what is cached; `weight`
+    [R, H (Dn + Dv)], or transposed. Head h has keys (latent W_h[:, :Dn], rope_key) and values
+    latent W_h[:, Dn:]; the rest is `attention` with as many key/value heads as heads: [B, H, S, Dv].
+    `nope_dim` is Dn. Source: DeepSeek-V2 technical report, section 2.1."""
+
+    name = "dataflow.latent_attention"
+    q = operand_def(TensorType)
+    latent = operand_def(TensorType)
+    rope_key = operand_def(TensorType)
+    mask = opt_operand_def(TensorType)
+    y = result_def(TensorType)
+    weight = attr_def(WEIGHT)
+    nope_dim = attr_def(INT)
+    scale = attr_def(FLOAT)
+    transposed = opt_attr_def(BOOL, _FALSE)
+    causal = opt_attr_def(BOOL, _FALSE)
+    window = opt_attr_def(INT, INT.encode(0))
+    softcap = opt_attr_def(FLOAT, FLOAT.encode(0.0))
+
+
+@irdl_op_definition
 class KvAppendOp(DataflowOp):
     """past [B, Hkv, P, Dh] and new [B, Hkv, S, Dh] joined along the token axis: [B, Hkv, P + S, Dh]."""
 
@@ -203,30 +228,24 @@ class GatedMlpOp(DataflowOp):
     down_transposed = opt_attr_def(BOOL, _FALSE)
 
 
-SCORING = TextKind(("softmax", "sigmoid", "topk_softmax"))
-
-
 @irdl_op_definition
-class MoeOp(DataflowOp):
-    """Mixture of gated MLPs: each token of x [..., D] goes to the `top_k` experts with the largest router
-    scores.
+class PackedMlpOp(DataflowOp):
+    """down(act(gate) * up) where one matrix makes gate and up: gate_up [D, 2F], down [F, D], each with its
+    axes exchanged where transposed; biases.
 
-    router [D, E]; gate and up [E, D, F]; down [E, F, D]. `scoring`: softmax over all experts, sigmoid of
-    each, or topk_softmax (softmax over the chosen ones only). `normalise` divides the chosen scores by
-    their sum. The result is the score-weighted sum of the experts' outputs, times `scale`."""
+    `packing`: the gate is the first half of the 2F columns, or every other one from the first."""
 
-    name = "dataflow.moe"
+    name = "dataflow.packed_mlp"
     x = operand_def(TensorType)
     y = result_def(TensorType)
     act = attr_def(ACTIVATION)
-    top_k = attr_def(INT)
-    router = attr_def(WEIGHT)
-    gate = attr_def(WEIGHT)
-    up = attr_def(WEIGHT)
+    gate_up = attr_def(WEIGHT)
     down = attr_def(WEIGHT)
-    scoring = opt_attr_def(SCORING, SCORING.encode("softmax"))
-    normalise = opt_attr_def(BOOL, _TRUE)
-    scale = opt_attr_def(FLOAT, FLOAT.encode(1.0))
+    gate_up_bias = opt_attr_def(WEIGHT)
+    down_bias = opt_attr_def(WEIGHT)
+    gate_up_transposed = opt_attr_def(BOOL, _FALSE)
+    down_transposed = opt_attr_def(BOOL, _FALSE)
+    packing = opt_attr_def(PACKING, PACKING.encode("halves"))
 
 
 @irdl_op_definition

@@ -15,7 +15,7 @@ from mapper.passes.dce import Dce
 from mapper.passes.fold import Fold
 from mapper.passes.rewrite import Values, rewrite
 
-_TOKENWISE = ("linear", "lm_head", "norm", "mlp", "gated_mlp", "moe", "activation")
+_TOKENWISE = ("linear", "lm_head", "norm", "mlp", "gated_mlp", "packed_mlp", "activation")
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,16 @@ from mapper_host.opcodes import (
     ONE_HOT,
     REDUCE,
     ROPE,
+    ROUTE,
     SCATTER_ELEMENTS,
     SCATTER_ND,
     SOFTMAX,
     TOPK,
     TRILU,
 )
-from mapper_kernels import attention, elementwise, gemm, index, product, reduce, rope
+from mapper_kernels import attention, elementwise, index, moe, product, reduce, rope
 from mapper_kernels.jit import entry, jit
-from mapper_kernels.memory import f32, f32_2d, f32_3d, f32_4d, u8, u16, u32, u64
+from mapper_kernels.memory import f32, f32_2d, f32_4d, i64, u8, u16, u32, u64
 from mapper_kernels.split import share
 
 # typed numbers: a literal argument would compile the callee once more for that literal
@@ -61,20 +62,69 @@ def _attention(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
 
 
 @jit
+def _route(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
+    rows, e, k, corrected = a[0], a[1], a[2], a[3]
+    low, high = share(rows, 1, part, parts)
+    s = np.empty(e, np.float32)
+    correction = f32(r[1], e if corrected else 0)
+    for row in range(low, high):
+        s[:] = f32(r[0] + 4 * row * e, e)
+        moe.route(
+            s, correction, i64(r[1 + corrected] + 8 * row * k, k), f32(r[2 + corrected] + 4 * row * k, k),
+            a[4], a[5], a[6], a[7] != 0, f[8], a[9] != 0, f[10], f[11],
+        )  # fmt: skip
+
+
+@jit
+def _expert(r: Any, at: int, a: Any, e: int, x: Any, y: Any, form: int, biased: int) -> None:
+    """y = x times matrix e of the stack at operand `at`, [K, N] or by rows, and its bias behind it."""
+    k, n = x.shape[1], y.shape[1]
+    first, second = (n, k) if form else (k, n)
+    w = f32_2d(r[at] + 4 * e * n * k, first, second)
+    bias = f32(r[at + 1] + 4 * e * n if biased else r[at], n if biased else 0)
+    moe.matrix(x, w, form != 0, bias, y)
+
+
+@jit
+def _bad_expert(r: Any, a: Any) -> int:
+    chosen = i64(r[1], a[0] * a[5])
+    for i in range(chosen.shape[0]):
+        if chosen[i] < 0 or chosen[i] >= a[1]:
+            return BAD_INDEX
+    return 0
+
+
+@jit
 def _moe(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
-    rows, d, e, inner = a[0], a[1], a[2], a[3]
-    chosen, weight = np.empty(a[4], np.int64), np.empty(a[4], np.float32)
-    s, g = np.empty((1, e), np.float32), np.empty((1, inner), np.float32)
-    u, z = np.empty((1, inner), np.float32), np.empty((1, d), np.float32)
-    router = f32_2d(r[1], d, e)
-    gates, ups = f32_3d(r[2], e, d, inner), f32_3d(r[3], e, d, inner)
-    downs = f32_3d(r[4], e, inner, d)
+    rows, d, inner, out, k, packing = a[0], a[2], a[3], a[4], a[5], a[6]
+    gated, act = a[7], a[8]
+    wide = inner if packing == moe.SPLIT else 2 * inner
+    u, g = np.empty((1, wide), np.float32), np.empty((1, inner), np.float32)
+    z, t = np.empty((1, out), np.float32), np.empty((1, d), np.float32)
+    up = 3 + gated * (1 + a[12])
+    down = up + 1 + a[13]
+    last = down + 1 + a[14]
     low, high = share(rows, 1, part, parts)
     for row in range(low, high):
-        x, y = f32_2d(r[0] + 4 * row * d, 1, d), f32_2d(r[5] + 4 * row * d, 1, d)
-        gemm.gemm_kn(x, router, s, _NONE, _ONE)
-        product.route(s[0], chosen, weight, a[6], a[7] != 0, f[8])
-        product.experts(x, chosen, weight, gates, ups, downs, a[5], g, u, z, y)
+        chosen, weight = i64(r[1] + 8 * row * k, k), f32(r[2] + 4 * row * k, k)
+        x, y = f32_2d(r[0] + 4 * row * d, 1, d), f32(r[last] + 4 * row * out, out)
+        y[:] = np.float32(0)
+        for i in range(k):
+            e, factor = chosen[i], weight[i]
+            if a[17] != 0:
+                t[0, :] = x[0] * factor
+                factor = np.float32(1)
+            else:
+                t[0, :] = x[0]
+            if gated:
+                _expert(r, 3, a, e, t, g, a[9], a[12])
+            _expert(r, up, a, e, t, u, a[10], a[13])
+            if gated or packing != moe.SPLIT:
+                moe.combine(packing, act, f[15], f[16], u[0], g[0])
+            else:
+                moe.plain(act, u[0], g[0])
+            _expert(r, down, a, e, g, z, a[11], a[14])
+            moe.add_scaled(factor, z[0], y)
 
 
 @jit
@@ -191,8 +241,12 @@ def interpret_general(
             _matmul(r, a, part, parts)
         elif op == CONV:
             _conv(r, a, part, parts)
+        elif op == ROUTE:
+            _route(r, a, f, part, parts)
         elif op == MOE:
-            _moe(r, a, f, part, parts)
+            fault = _bad_expert(r, a)
+            if fault == 0:
+                _moe(r, a, f, part, parts)
         elif part == 0:
             fault = _alone(op, r, a, f)
         if parts > 1:

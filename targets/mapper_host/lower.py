@@ -15,14 +15,14 @@ from mapper.errors import LoweringError
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.sections import Section
-from mapper_host import rules_primitive, rules_transformer
+from mapper_host import rules_experts, rules_primitive, rules_transformer
 from mapper_host.context import RULES, Context, SlotConflict, Weights
 from mapper_host.opcodes import CODES, COPY, ELEMENTWISE, SIZES, VECTOR
 from mapper_host.ops import OpList
 from mapper_host.program import BlockSteps, Memory, Slice, Step, Storage, Value
 from mapper_host.program import step as make_step
 
-RULE_MODULES = (rules_primitive, rules_transformer)
+RULE_MODULES = (rules_experts, rules_primitive, rules_transformer)
 """Importing them registers their rules in RULES."""
 
 

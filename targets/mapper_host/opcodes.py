@@ -18,14 +18,14 @@ OPCODES = (
     "gather_elements",
     "gather_nd", "scatter_nd", "scatter_elements", "reduce", "softmax", "cumsum", "topk", "argmax",
     "matmul", "conv",
-    "moe", "vector",
+    "moe", "vector", "route",
 )  # fmt: skip
 """Opcode names; the position is the opcode."""
 (
     LINEAR_NK, LINEAR_KN, NORM, ROPE_AT, ROPE, CACHE_APPEND, CACHED_ATTENTION, ATTENTION, EMBED_AT,
     GATE, ACTIVATION, ELEMENTWISE, COPY, FILL, ARANGE, ONE_HOT, TRILU, GATHER, GATHER_ELEMENTS,
     GATHER_ND, SCATTER_ND, SCATTER_ELEMENTS, REDUCE, SOFTMAX, CUMSUM, TOPK, ARGMAX, MATMUL, CONV,
-    MOE, VECTOR,
+    MOE, VECTOR, ROUTE,
 ) = range(len(OPCODES))  # fmt: skip
 
 SIZES = (4, 8, 2, 2, 1, 1, 8, 4, 2, 1, 8, 4, 2, 1, 1)
@@ -53,7 +53,7 @@ CODES = {
     )
 }
 """Element type name -> code."""
-OPERANDS = 8
+OPERANDS = 10
 """Most operands of a step."""
 
 Args = Sequence[int]
@@ -195,9 +195,20 @@ def _conv(a: Args) -> list[int]:
     return [4 * b * c * h * w, 4 * f * cg * kh * kw, *([4 * f] if bias else []), 4 * b * f * oh * ow]
 
 
+def _route(a: Args) -> list[int]:
+    rows, e, k, corrected = a[:4]
+    return [4 * rows * e, *([4 * e] if corrected else []), 8 * rows * k, 4 * rows * k]
+
+
 def _moe(a: Args) -> list[int]:
-    rows, d, e, f = a[:4]
-    return [4 * rows * d, 4 * d * e, 4 * e * d * f, 4 * e * d * f, 4 * e * f * d, 4 * rows * d]
+    rows, e, d, f, out, k, packing, gated, _, _, _, _, gate_bias, up_bias, down_bias = a[:15]
+    wide = f if packing == 0 else 2 * f
+    found = [4 * rows * d, 8 * rows * k, 4 * rows * k]
+    if gated:
+        found += [4 * e * d * f, *([4 * e * f] if gate_bias else [])]
+    found += [4 * e * d * wide, *([4 * e * wide] if up_bias else [])]
+    found += [4 * e * f * out, *([4 * e * out] if down_bias else [])]
+    return [*found, 4 * rows * out]
 
 
 _EXTENTS: dict[int, Callable[[Args], list[int]]] = {
@@ -231,6 +242,7 @@ _EXTENTS: dict[int, Callable[[Args], list[int]]] = {
     MATMUL: _matmul,
     CONV: _conv,
     MOE: _moe,
+    ROUTE: _route,
     VECTOR: lambda a: [4 * a[1], 4 * (1 if a[2] else a[1]), 4 * a[1]],
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mapper.ir.op import DataflowOp
+from mapper.ir.op import DataflowOp, tensor_type
 from mapper_host.context import Context, rule
 from mapper_host.opcodes import (
     ACTIVATION,
@@ -15,7 +15,6 @@ from mapper_host.opcodes import (
     GATHER,
     LINEAR_KN,
     LINEAR_NK,
-    MOE,
     NORM,
     ROPE,
     ROPE_AT,
@@ -27,8 +26,6 @@ from mapper_host.opcodes import (
 from mapper_host.program import Slice, Value
 from mapper_host.strides import broadcast, collapse, row_major
 from mapper_kernels.names import ACTIVATIONS, COMBINATIONS
-
-SCORINGS = ("softmax", "sigmoid", "topk_softmax")
 
 
 @rule("embed")
@@ -143,10 +140,16 @@ def _cached_attention(c: Context, op: DataflowOp) -> None:
 @rule("attention")
 def _attention(c: Context, op: DataflowOp) -> None:
     q, k, v = (c.f32(x) for x in op.operands[:3])
-    mask, sinks = c.operand("mask"), c.operand("sinks")
+    _masked_attention(c, op, q, k, v)
+
+
+def _masked_attention(c: Context, op: DataflowOp, q: Value, k: Value, v: Value) -> None:
+    """Emit attention with the mask and attributes of `op`."""
+    slopes = op.attr("slopes") or () if op.mnemonic == "attention" else ()
+    sinks = c.operand("sinks") if op.mnemonic == "attention" else None
+    mask = c.operand("mask")
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
-    slopes = op.attr("slopes") or ()
     y = c.out()
     walk = (0, 0, 0, 0) if mask is None else broadcast(mask.shape, (b, h, s, t))
     args = [
@@ -156,6 +159,24 @@ def _attention(c: Context, op: DataflowOp) -> None:
     ]  # fmt: skip
     operands = [x for x in (q, k, v, mask, sinks, y) if x is not None]
     c.emit(ATTENTION, args, operands, b * h * s * t * (2 * d + 2 * dv + 8))
+
+
+@rule("latent_attention")
+def _latent_attention(c: Context, op: DataflowOp) -> None:
+    """Keys and values of all heads are made first; the absorbed form is not built for this target."""
+    q, latent, rope_key = (c.f32(x) for x in op.operands[:3])
+    b, h, _, d = q.shape
+    t, nope = latent.shape[2], op.attr("nope_dim")
+    rotated, dv = d - nope, tensor_type(op.results[0]).ints[3]
+    both, k, v = (c.temporary(s, "f32") for s in ((b, t, h * (nope + dv)), (b, h, t, d), (b, h, t, dv)))
+    linear(c, latent, c.matrix("weight", op.attr("transposed")), None, both)
+    width = nope + dv
+    walk = (t * h * width, width, h * width, 1)
+    copy(c, both, k, SIZES[k.code], (b, h, t, nope), walk, row_major(k.shape))
+    shared = (t * rotated, 0, rotated, 1)
+    copy(c, rope_key, k, SIZES[k.code], (b, h, t, rotated), shared, row_major(k.shape), 0, nope)
+    copy(c, both, v, SIZES[v.code], (b, h, t, dv), walk, row_major(v.shape), nope)
+    _masked_attention(c, op, q, k, v)
 
 
 @rule("kv_append")
@@ -253,17 +274,18 @@ def _gated_mlp(c: Context, op: DataflowOp) -> None:
     linear(c, a, down, c.weight("down_bias"), y)
 
 
-@rule("moe")
-def _moe(c: Context, op: DataflowOp) -> None:
-    x, router = c.f32(op.operands[0]), c.need("router")
-    gate, up, down = c.need("gate"), c.need("up"), c.need("down")
-    d, e = router.shape
-    inner, rows, k = gate.shape[2], x.items // d, op.attr("top_k")
+@rule("packed_mlp")
+def _packed_mlp(c: Context, op: DataflowOp) -> None:
+    x = c.f32(op.operands[0])
+    both, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("gate_up", "down"))
+    width = both[0].shape[0 if both[1] else 1]
+    rows, inner = x.items // x.shape[-1], width // 2
+    wide = c.temporary((rows, width), "f32")
+    g, u, a = (c.temporary((rows, inner), "f32") for _ in range(3))
     y = c.out()
-    args = [
-        rows, d, e, inner, k, ACTIVATIONS[op.attr("act")], SCORINGS.index(op.attr("scoring")),
-        int(op.attr("normalise")), bits(op.attr("scale")),
-    ]  # fmt: skip
-    flops = rows * (2 * d * e + k * (6 * d * inner + 5 * inner + 2 * d))
-    moved = router.bytes + min(rows * k, e) * 12 * d * inner + x.bytes + y.bytes
-    c.emit(MOE, args, [x, router, gate, up, down, y], flops, bytes=moved)
+    linear(c, x, both, c.weight("gate_up_bias"), wide)
+    step, second = (1, inner) if op.attr("packing") == "halves" else (2, 1)
+    for target, first in ((g, 0), (u, second)):
+        copy(c, wide, target, SIZES[wide.code], (rows, inner), (width, step), (inner, 1), first)
+    c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
+    linear(c, a, down, c.weight("down_bias"), y)

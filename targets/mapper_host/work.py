@@ -10,7 +10,9 @@ from mapper.ir.weights import WeightSymbol
 
 _PRODUCTS = {
     "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
+    "packed_mlp": ("gate_up", "down"),
 }  # fmt: skip
+_MATRICES = ("gate", "up", "down")
 _ELEMENT = 4
 """Bytes of a weight as the kernels read it (float32)."""
 
@@ -24,15 +26,17 @@ def flops_of(graph: Graph, op: DataflowOp) -> int:
         b, h, s, d = op.operand_shape(0)
         keys, dv = op.operand_shape(1)[2], op.operand_shape(2)[3]
         return 2 * b * h * s * keys * (d + dv)
+    if op.mnemonic == "latent_attention":
+        b, h, s, _ = op.operand_shape(0)
+        keys, width, rope = *op.operand_shape(1)[2:], op.operand_shape(2)[3]
+        return 2 * b * h * s * keys * (2 * width + rope) + 2 * b * s * _elements(graph, op, "weight")
     if op.mnemonic == "matmul":
         return 2 * math.prod(op.result_shape()) * op.operand_shape(0)[-1]
     if op.mnemonic == "conv":
         return 2 * math.prod(op.result_shape()) * math.prod(op.operand_shape(1)[1:])
     if op.mnemonic == "moe":
-        rows = math.prod(op.operand_shape(0)[:-1])
-        gate = _shape(graph, op, "gate")
-        used: int = op.attr("top_k")
-        return 2 * rows * (_elements(graph, op, "router") + used * 3 * gate[1] * gate[2])
+        chosen = math.prod(op.operand_shape(1))
+        return 2 * chosen * sum(_one_expert(graph, op, n) for n in _MATRICES if op.attr(n) is not None)
     return 0
 
 
@@ -44,12 +48,17 @@ def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
         width: int = op.attr("rotary_dim")
         return _ELEMENT * op.operand_shape(0)[2] * width
     if op.mnemonic == "moe":
-        gate = _shape(graph, op, "gate")
-        chosen: int = op.attr("top_k")
-        return _ELEMENT * (_elements(graph, op, "router") + chosen * 3 * gate[1] * gate[2])
+        # all tokens may choose the same experts
+        used = op.operand_shape(1)[-1]
+        return _ELEMENT * used * sum(_one_expert(graph, op, n) for n in op.weights())
     if op.mnemonic in ("constant", "load"):
         return 0
     return sum(_ELEMENT * _elements(graph, op, name) for name in op.weights())
+
+
+def _one_expert(graph: Graph, op: DataflowOp, name: str) -> int:
+    """Elements of one expert's part of a stack."""
+    return math.prod(_shape(graph, op, name)[1:])
 
 
 def _symbol(graph: Graph, op: DataflowOp, name: str) -> WeightSymbol:

@@ -181,9 +181,13 @@ def full_stack(kinds: bool, layers: int = 2) -> Attend:
         for j, (n, new) in enumerate((("k", k), ("v", v))):
             shape = ["B", KV, "P", HEAD]
             if kinds:
-                past = c.op("Gather", c.given(f"past_{n}", FLOAT, layers, *shape), c.const(i, np.int64), axis=0)
+                past = c.op(
+                    "Gather", c.given(f"past_{n}", FLOAT, layers, *shape), c.const(i, np.int64), axis=0
+                )
             else:
-                layer = c.op("Slice", c.given("past", FLOAT, layers, 2, *shape), c.ints(i), c.ints(i + 1), c.ints(0))
+                layer = c.op(
+                    "Slice", c.given("past", FLOAT, layers, 2, *shape), c.ints(i), c.ints(i + 1), c.ints(0)
+                )
                 part = c.op("Split", c.op("Squeeze", layer, c.ints(0)), c.ints(1, 1), axis=0)
                 c.nodes[-1].output.append(part + "b")
                 past = c.op("Squeeze", part + ("b" if j else ""), c.ints(0))

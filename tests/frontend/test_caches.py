@@ -23,7 +23,9 @@ STACKED = {
 PAIRS = ["past.key.0", "past.key.1", "past.value.0", "past.value.1"]
 
 
-def compared(case: cached.Case, folder: Path, *sizes: dict[str, int], tolerance: float = 1e-5) -> dict[str, Any]:
+def compared(
+    case: cached.Case, folder: Path, *sizes: dict[str, int], tolerance: float = 1e-5
+) -> dict[str, Any]:
     """The inspection of a case, whose graph computes what onnxruntime does, recognised or not."""
     model = case.model()
     path = saved(model, folder)
@@ -71,7 +73,8 @@ def test_stacked_caches(layout: str, tmp_path: Path) -> None:
     record = compared(cached.decoder(attend), tmp_path)
     assert recognised(record)
     assert roles(record) == expected
-    assert record["kv_cache"] == {"convention": "stacked", "layout": layout, "tensors": len(expected)}
+    known = {"convention": "stacked", "operator": "Concat", "layout": layout, "tensors": len(expected)}
+    assert record["kv_cache"] == known
 
 
 def test_half_precision_caches(tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_tensor_scatter_caches(mode: str, fused: bool, tmp_path: Path) -> None:
     record = compared(case, tmp_path)
     assert recognised(record)
     assert roles(record) == PAIRS
-    assert record["inputs"]["starts"]["role"] == "past_length"
+    assert record["inputs"]["starts"]["role"] == "write_index"
     assert record["inputs"].get("lengths", {"role": "total_length"})["role"] == "total_length"
     assert record["kv_cache"]["convention"] == "tensor_scatter"
 

@@ -49,8 +49,11 @@ def ints(*shape: int, low: int = 0, high: int = 3) -> Array:
     return RNG.integers(low, high, shape)
 
 
-W = {"w": f(6, 5), "t": f(5, 6), "v5": f(5), "v6": f(6), "table": f(7, 6), "rope": f(2, 9, 3),
-     "router": f(6, 3), "e": f(3, 6, 4), "d": f(3, 4, 6)}  # fmt: skip
+SHAPES = {
+    "w": (6, 5), "t": (5, 6), "v5": (5,), "v6": (6,), "table": (7, 6), "rope": (2, 9, 3), "e": (3, 6, 4),
+    "d": (3, 4, 6), "b4": (3, 4), "p": (3, 2, 6), "w6": (6, 6), "t3": (3, 6), "w10": (6, 10),
+}  # fmt: skip
+W = {name: f(*shape) for name, shape in SHAPES.items()}
 UNARY = ["neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "atan"]
 UNARY += ["tanh", "erf", "sigmoid", "softplus", "relu", "floor", "ceil", "round", "sign", "isnan", "isinf"]
 BINARY = ["add", "sub", "mul", "div", "pow", "min", "max", "eq", "ne", "lt", "le", "gt", "ge", "mod"]
@@ -69,7 +72,10 @@ def reduction(kind: str) -> Case:
 CONV1 = {"strides": (2,), "pads": (1, 1), "dilations": (1,), "group": 2}
 CONV2 = {"strides": (1, 2), "pads": (0, 1, 2, 0), "dilations": (2, 1)}
 BACKWARDS = {"axes": (0, 1), "starts": (1, -1), "ends": (2**63 - 1, -(2**62)), "steps": (2, -1)}
-EXPERTS = {"act": "silu", "top_k": 2, "router": "router", "gate": "e", "up": "e", "down": "d"}
+LATENT = {"weight": "w10", "nope_dim": 3, "scale": 0.3, "causal": True}
+EXPERTS = {"act": "silu", "gate": "e", "up": "e", "down": "d", "up_bias": "b4"}
+PACKED = {"act": "silu", "up": "d", "up_transposed": True, "down": "p", "packing": "halves"}
+GROUPED = {"top_k": 2, "correction": "v6", "groups": 3, "top_groups": 2, "group_score": "top2"}
 CASES: list[Case] = [
     *many(UNARY, [f(2, 3)]),
     *many(BINARY, [np.abs(f(2, 1, 3)) + 1, f(4, 1)]),
@@ -113,12 +119,16 @@ CASES: list[Case] = [
     ("norm", [f(2, 6)], {"kind": "layer", "eps": 1e-5, "weight": "v6", "bias": "v6", "weight_offset": 1.0}),
     ("rope", [f(2, 4, 3, 8), f(2, 3, 6), f(2, 3, 6)], {"rotary_dim": 6, "style": "interleaved"}),
     ("attention", [f(2, 4, 3, 8), f(2, 2, 5, 8), f(2, 2, 5, 6), None, f(4)], {"scale": 0.3, "causal": True}),
+    ("latent_attention", [f(2, 2, 3, 5), f(2, 1, 4, 6), f(2, 1, 4, 2)], LATENT),
     ("kv_append", [f(2, 2, 5, 8), f(2, 2, 3, 8)], {}),
     ("kv_update", [f(2, 2, 5, 8), f(2, 2, 3, 8), np.array([[1, 2, 3], [4, 0, 1]])], {}),
     ("activation", [f(2, 6)], {"kind": "gelu"}),
     ("mlp", [f(2, 6)], {"act": "relu", "up": "w", "down": "w", "down_transposed": True, "up_bias": "v5"}),
     ("gated_mlp", [f(2, 6)], {"act": "silu", "gate": "w", "up": "w", "down": "t"}),
-    ("moe", [f(2, 3, 6)], EXPERTS),
+    ("packed_mlp", [f(2, 6)], {"act": "silu", "gate_up": "w6", "down": "t3", "packing": "interleaved"}),
+    ("route", [f(2, 3, 6)], GROUPED),
+    ("moe", [f(2, 3, 6), ints(2, 3, 2), f(2, 3, 2)], EXPERTS),
+    ("moe", [f(3, 6), ints(3, 2), f(3, 2)], PACKED),
     ("sample", [f(2, 3, 6)], {}),
     ("rope_at", [f(2, 4, 3, 8), np.array(5)], {"table": "rope", "rotary_dim": 6}),
     ("embed_at", [np.array(2)], {"table": "table", "batch": 2, "seq": 3, "offset": 1}),

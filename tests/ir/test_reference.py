@@ -131,16 +131,9 @@ def test_activations_at_known_points() -> None:
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "topk_softmax"])
 def test_moe_is_a_weighted_sum_of_chosen_experts(scoring: str) -> None:
     x, router, gate, up, down = f(4, 5), f(5, 3), f(3, 5, 6), f(3, 5, 6), f(3, 6, 5)
-    attrs = {
-        "act": "silu",
-        "top_k": 2,
-        "router": "r",
-        "gate": "g",
-        "up": "u",
-        "down": "d",
-        "scoring": scoring,
-    }
-    (found,) = call("moe", [x], attrs, r=router, g=gate, u=up, d=down)
+    index, weight = call("route", [x @ router], {"top_k": 2, "scoring": scoring, "normalise": True})
+    names = {"act": "silu", "gate": "g", "up": "u", "down": "d"}
+    (found,) = call("moe", [x, index, weight], names, g=gate, u=up, d=down)
     for row, y in zip(x, found, strict=True):
         logits = row @ router
         best = sorted(range(3), key=lambda e: -logits[e])[:2]
@@ -148,6 +141,41 @@ def test_moe_is_a_weighted_sum_of_chosen_experts(scoring: str) -> None:
         share = {e: raw[e] / sum(raw[i] for i in best) for e in best}
         hidden = {e: (row @ gate[e]) / (1 + np.exp(-(row @ gate[e]))) * (row @ up[e]) for e in best}
         np.testing.assert_allclose(y, sum(share[e] * (hidden[e] @ down[e]) for e in best), rtol=1e-10)
+
+
+def test_groups_limit_the_choice_by_their_best_two() -> None:
+    logits = np.array([[3.0, 0.0, 2.0, 1.9, 1.0, 0.9]])
+    attrs = {"top_k": 3, "scoring": "none", "groups": 3, "top_groups": 2, "group_fill": -np.inf}
+    index, share = call(
+        "route", [logits], {**attrs, "group_score": "top2", "epsilon": 1.0, "normalise": True}
+    )
+    assert index.tolist() == [[0, 2, 3]]  # best twos: 3.0, 3.9, 1.9
+    np.testing.assert_allclose(share, np.array([[3.0, 2.0, 1.9]]) / 7.9, rtol=1e-12)
+    index, share = call(
+        "route", [logits], {**attrs, "correction": "c", "scale": 2.0}, c=np.array([-9.0] * 4 + [0, 0])
+    )
+    assert index.tolist() == [[4, 5, 0]]  # bests: -6, -7, 1.0
+    np.testing.assert_allclose(share, [[2.0, 1.8, 6.0]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("packing", ["halves", "interleaved"])
+@pytest.mark.parametrize("share_input", [False, True])
+def test_packed_experts_with_biases_and_limit(packing: str, share_input: bool) -> None:
+    x, up, bias, down, end = f(2, 5), 3 * f(3, 5, 8), f(3, 8), f(3, 5, 4), f(3, 5)
+    index, share = np.array([[2, 0], [1, 2]]), f(2, 2)
+    names = {"up": "u", "up_bias": "b", "down": "d", "down_transposed": True, "down_bias": "e"}
+    options = {"act": "gelu_quick", "packing": packing, "limit": 2.0, "up_offset": 1.0}
+    attrs = {**names, **options, "share_input": share_input}
+    (found,) = call("moe", [x, index, share], attrs, u=up, b=bias, d=down, e=end)
+    for t in range(2):
+        total = np.zeros(5)
+        for e, w in zip(index[t], share[t], strict=True):
+            both = (x[t] * w if share_input else x[t]) @ up[e] + bias[e]
+            g, u = (both[:4], both[4:]) if packing == "halves" else (both[0::2], both[1::2])
+            g, u = np.minimum(g, 2.0), np.clip(u, -2.0, 2.0) + 1.0
+            y = down[e] @ (g / (1 + np.exp(-1.702 * g)) * u) + end[e]
+            total += y if share_input else w * y
+        np.testing.assert_allclose(found[t], total, rtol=1e-10)
 
 
 def test_integer_division_truncates_and_mod_follows_its_flag() -> None:

@@ -3,11 +3,13 @@ shares."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mapper_kernels import attention, gemm, norm, product, rope
+from mapper_kernels import attention, gemm, moe, norm, product, rope
 from mapper_kernels.memory import f64_to_small, load_f, small_to_f64, store_f
 from mapper_kernels.names import ACTIVATIONS
 
@@ -192,20 +194,53 @@ def test_small_floats_round_as_their_format_does(
     assert load_f(raw.ctypes.data, code, 1) == 1.5 and raw[0] == 0
 
 
-def test_route_and_experts() -> None:
-    d, e, f, k = 6, 5, 4, 2
-    x, scores = _random(1, 1, d), _random(2, e)
-    gates, ups, downs = _random(3, e, d, f), _random(4, e, d, f), _random(5, e, f, d)
+def _routed(scores: Any, k: int, correction: Any, **options: Any) -> tuple[Any, Any]:
+    """`moe.route` with defaults, on a copy of the scores."""
     chosen, weight = np.empty(k, np.int64), np.empty(k, np.float32)
-    product.route(scores.copy(), chosen, weight, 0, True, 2.0)
+    given = {"scoring": 0, "groups": 0, "kept": 0, "pairs": False, "fill": 0.0, "normalise": False}
+    given |= {"epsilon": 0.0, "scale": 1.0} | options
+    moe.route(scores.copy(), correction, chosen, weight, *given.values())
+    return chosen, weight
+
+
+def test_route_by_softmax() -> None:
+    scores = _random(2, 5)
+    chosen, weight = _routed(scores, 2, _random(0, 0), normalise=True, scale=2.0)
     soft = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-    order = np.argsort(-soft, kind="stable")[:k]
+    order = np.argsort(-soft, kind="stable")[:2]
     np.testing.assert_array_equal(chosen, order)
     np.testing.assert_allclose(weight, 2 * soft[order] / soft[order].sum(), rtol=1e-5)
-    y = _poison(1, d)
-    g, u, z = _poison(1, f), _poison(1, f), _poison(1, d)
-    product.experts(x, chosen, weight, gates, ups, downs, ACTIVATIONS["relu"], g, u, z, y)
-    expected = np.zeros((1, d))
-    for c, w in zip(chosen, weight, strict=True):
-        expected += w * ((np.maximum(x @ gates[c], 0) * (x @ ups[c])) @ downs[c])
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_route_in_groups(pairs: bool) -> None:
+    scores, correction = _random(2, 12), _random(7, 12)
+    options = {"scoring": 1, "groups": 4, "kept": 2, "pairs": pairs, "fill": -np.inf}
+    chosen, weight = _routed(scores, 3, correction, **options)
+    sigmoid = 1 / (1 + np.exp(-scores.astype(np.float64)))
+    choice = (sigmoid + correction).reshape(4, 3)
+    value = np.sort(choice, axis=1)[:, -2:].sum(1) if pairs else choice.max(1)
+    allowed = np.repeat([g in np.argsort(-value)[:2] for g in range(4)], 3)
+    order = np.argsort(-np.where(allowed, choice.reshape(-1), -np.inf))[:3]
+    np.testing.assert_array_equal(chosen, order)
+    np.testing.assert_allclose(weight, sigmoid[order], rtol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [0, 1, 2])
+def test_gate_and_up_of_an_expert(packing: int) -> None:
+    inner = 7
+    gate, up = 4 * _random(3, inner), 4 * _random(4, inner)
+    u = np.concatenate([gate, up]) if packing == 1 else np.stack([gate, up], -1).reshape(-1)
+    g = gate.copy() if packing == 0 else _poison(inner)
+    u = up.copy() if packing == 0 else u.copy()
+    moe.combine(packing, ACTIVATIONS["relu"], 3.0, 1.0, u, g)
+    expected = np.maximum(np.minimum(gate, 3), 0) * (np.clip(up, -3, 3) + 1)
+    np.testing.assert_allclose(g, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_expert_matrix_with_bias(rows: bool) -> None:
+    x, w, bias = _random(1, 1, 6), _random(2, 6, 5), _random(3, 5)
+    y = _poison(1, 5)
+    moe.matrix(x, np.ascontiguousarray(w.T) if rows else w, rows, bias, y)
+    np.testing.assert_allclose(y, x @ w + bias, rtol=1e-4, atol=1e-5)

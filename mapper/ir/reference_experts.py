@@ -1,0 +1,85 @@
+"""Reference semantics of routing and experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mapper.ir.reference import Step, meaning
+from mapper.ir.reference_compute import sigmoid, softmax
+from mapper.ir.reference_transformer import ACTIVATION_MEANINGS
+from mapper.ir.types import Array
+
+
+def _eligible(s: Step, choice: Array) -> Array:
+    """The scores to choose by, those outside of the best groups replaced."""
+    groups = s.attr("groups")
+    if not groups:
+        return choice
+    runs = choice.reshape(*choice.shape[:-1], groups, -1)
+    best = np.sort(runs, axis=-1)[..., ::-1]
+    value = best[..., 0] if s.attr("group_score") == "max" else best[..., :2].sum(-1)
+    order = np.argsort(-value, axis=-1, kind="stable")[..., : s.attr("top_groups")]
+    kept = np.zeros(value.shape, bool)
+    np.put_along_axis(kept, order, True, axis=-1)
+    return np.where(kept[..., None], runs, s.attr("group_fill")).reshape(choice.shape)
+
+
+@meaning("route")
+def _route(s: Step) -> tuple[Array, Array]:
+    logits, scoring = s.arg("logits"), s.attr("scoring")
+    scores = logits
+    if scoring == "softmax":
+        scores = softmax(logits, -1)
+    elif scoring == "sigmoid":
+        scores = np.asarray(sigmoid(logits))
+    correction = s.weight("correction")
+    choice = _eligible(s, scores if correction is None else scores + correction)
+    index = np.argsort(-choice, axis=-1, kind="stable")[..., : s.attr("top_k")]
+    share = np.take_along_axis(scores, index, -1)
+    if scoring == "topk_softmax":
+        share = softmax(share, -1)
+    if s.attr("normalise"):
+        share = share / (share.sum(-1, keepdims=True) + s.attr("epsilon"))
+    return index, (share * s.attr("scale")).astype(logits.dtype)
+
+
+def _product(s: Step, x: Array, name: str, expert: int) -> Array:
+    matrix, bias = s.need(name)[expert], s.weight(f"{name}_bias")
+    y = x @ (matrix.T if s.attr(f"{name}_transposed") else matrix)
+    return np.asarray(y if bias is None else y + bias[expert])
+
+
+def _hidden(s: Step, x: Array, expert: int) -> Any:
+    act = ACTIVATION_MEANINGS[s.attr("act")]
+    up, packing, limit = _product(s, x, "up", expert), s.attr("packing"), s.attr("limit")
+    if packing == "none" and s.attr("gate") is None:
+        return act(up)
+    if packing == "halves":
+        gate, up = np.split(up, 2)
+    elif packing == "interleaved":
+        gate, up = up[0::2], up[1::2]
+    else:
+        gate = _product(s, x, "gate", expert)
+    if limit:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return act(gate) * (up + s.attr("up_offset"))
+
+
+@meaning("moe")
+def _moe(s: Step) -> Array:
+    x, index, share = s.arg("x"), s.arg("index"), s.arg("share")
+    rows = x.reshape(-1, x.shape[-1])
+    chosen, shares = (a.reshape(-1, a.shape[-1]) for a in (index, share))
+    made = []
+    for row, experts, weights in zip(rows, chosen, shares, strict=True):
+        total: Any = 0.0
+        for e, w in zip(experts, weights, strict=True):
+            if s.attr("share_input"):
+                total = total + _product(s, _hidden(s, row * w, e), "down", e)
+            else:
+                total = total + w * _product(s, _hidden(s, row, e), "down", e)
+        made.append(total)
+    width = s.need("down").shape[-2 if s.attr("down_transposed") else -1]
+    return np.asarray(made, x.dtype).reshape(*x.shape[:-1], width)
