@@ -25,6 +25,8 @@ def find_roles(net: Net) -> dict[str, Any]:
         inputs[value.source] = "token_ids"
     caches = _caches(net, nodes)
     facts = _name_caches(caches, inputs, outputs) | _how_appended(net, caches)
+    if not caches:
+        outputs.update(_started(net, nodes))
     for named in caches:
         if named.cache.beams is not None:
             inputs.update({v.source: "beam_index" for v in walk(named.cache.beams, _never) if v.source})
@@ -73,6 +75,17 @@ def _how_appended(net: Net, caches: Sequence[Named]) -> dict[str, str]:
         plain = operators and operators <= {"ScatterND", "ScatterElements"}
         convention = "static" if plain else "shared_buffer"
     return {"kv_convention": convention, "kv_operator": "/".join(sorted(operators))}
+
+
+def _started(net: Net, nodes: Sequence[Node]) -> dict[str, str]:
+    """Output name -> role of the keys and values of attention layers that begin a cache."""
+    names = {id(v): name for name, v in net.outputs}
+    attention = [n for n in nodes if n.op == "attention"]
+    found: dict[str, str] = {}
+    for kind in ("key", "value"):
+        made = [names.get(id(n.inputs[n.attrs["slots"].index(kind[0])])) for n in attention]
+        found.update((n, f"present.{kind}.{i}") for i, n in enumerate(n for n in made if n is not None))
+    return found
 
 
 def _never(value: Value) -> bool:

@@ -91,4 +91,4 @@ def _follow(probe: Probe, new: int, past: int, meanings: Meanings) -> bool:
         (found,) = probe.evaluate(sizes(new, past), arrays)
     except (MapperError, ValueError):
         return False
-    return bool((found.reshape(-1, new) == np.arange(past, past + new)).all())
+    return found.shape[-1:] == (new,) and bool((found == np.arange(past, past + new)).all())

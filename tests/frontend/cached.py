@@ -306,6 +306,7 @@ def inputs(
         "starts": np.full(batch, past),
         "lengths": np.full(batch, past + new),
         "beams": rng.permutation(batch),
+        "use_cache": np.array([past > 0]),
         "mask": (np.arange(ROOM) >= ROOM - past - new).astype(np.int64)[None].repeat(batch, 0),
     }
     out = {}
@@ -314,3 +315,53 @@ def inputs(
         kind = helper.tensor_dtype_to_np_dtype(dtype)
         out[name] = (known[name] if name in known else noise).astype(kind)
     return out
+
+
+def starting(c: Case, i: int, q: str, k: str, v: str) -> str:
+    """No cache yet: its first rows are outputs."""
+    whole = [c.out(new, f"new_{n}{i}") for n, new in (("k", k), ("v", v))]
+    return scores(c, q, *whole, future(c, whole[0]))
+
+
+def merged(negated: bool = False, first: Attend = starting) -> tuple[onnx.ModelProto, Case]:
+    """A merged decoder: an If on `use_cache` [1] holds the graph that starts a cache and the one that grows
+    it; both read the weights of the graph around them."""
+    cases = [decoder(first), decoder(growing("BHLD"))]
+    outer: dict[bytes, onnx.TensorProto] = {}
+    branches = [_branch(case, f"b{i}_", outer) for i, case in enumerate(cases)]
+    info = helper.make_tensor_value_info
+    case = cases[1]
+    case.given("use_cache", TensorProto.BOOL, 1)
+    condition = "not_use_cache" if negated else "use_cache"
+    then, other = branches if negated else branches[::-1]
+    nodes = [helper.make_node("Not", ["use_cache"], [condition])] if negated else []
+    nodes.append(helper.make_node("If", [condition], case.outputs, "split", then_branch=then, else_branch=other))
+    given = [info(n, t, s) for n, (t, s) in case.inputs.items()]
+    made = [info(n, FLOAT, None) for n in case.outputs]
+    graph = helper.make_graph(nodes, "merged", given, made, list(outer.values()))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), case
+
+
+def _branch(case: Case, tag: str, outer: dict[bytes, onnx.TensorProto]) -> onnx.GraphProto:
+    """The graph of a case without inputs, its names tagged; float tensors go to `outer`, equal ones once."""
+    names = {n: n for n in (*case.inputs, "")}
+    own = []
+    for tensor in case.tensors:
+        if tensor.dims and tensor.data_type == FLOAT:
+            key = tensor.SerializeToString()[-len(tensor.raw_data) :]
+            if key not in outer:
+                outer[key] = onnx.TensorProto()
+                outer[key].CopyFrom(tensor)
+                outer[key].name = f"w{len(outer)}"
+            names[tensor.name] = outer[key].name
+        else:
+            own.append(tensor)
+            names[tensor.name] = tensor.name = tag + tensor.name
+    for node in case.nodes:
+        node.name = tag + node.name if node.name else ""
+        node.input[:] = [names.get(n, tag + n) for n in node.input]
+        node.output[:] = [tag + n for n in node.output]
+    order = ["logits", *sorted(o for o in case.outputs if o != "logits")]
+    case.outputs = order
+    outputs = [helper.make_tensor_value_info(tag + n, FLOAT, None) for n in order]
+    return helper.make_graph(case.nodes, tag, [], outputs, own)

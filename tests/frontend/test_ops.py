@@ -130,6 +130,11 @@ CASES: dict[str, Case] = {
     "GatherND": Case("GatherND", [X, np.array([[0, 1], [1, -1]])]),
     "ScatterND": Case("ScatterND", [X, np.array([[0, 1], [1, 2]]), f(2, 4)]),
     "ScatterElements": Case("ScatterElements", [X, RNG.integers(0, 2, (1, 3, 4)), f(1, 3, 4)], {"axis": 0}),
+    "TensorScatter": Case("TensorScatter", [PK, f(2, 2, 2, 8), i(2, 0)], opset=24),
+    "TensorScatter circular": Case(
+        "TensorScatter", [f(2, 5, 4), f(2, 3, 4), i(4, 1)], {"axis": 1, "mode": "circular"}, opset=24
+    ),
+    "TensorScatter from 0": Case("TensorScatter", [f(2, 4, 5, 3), f(2, 1, 5, 3)], {"axis": -3}, opset=24),
     "Range": Case("Range", [n(2), n(11), n(3)], fixed=[0, 1, 2]),
     "CumSum": Case("CumSum", [X, n(1)], {"exclusive": 1, "reverse": 1}, fixed=[1]),
     "Trilu": Case("Trilu", [f(4, 4), n(1)], {"upper": 0}, fixed=[1]),
