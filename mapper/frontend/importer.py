@@ -29,7 +29,15 @@ MAX_INLINE = 1 << 16  # bytes of a constant held in the graph
 MAX_DIM_TEXT = 200
 
 Names = dict[str, Value]
-Taken = tuple[NodeRecord, bool]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file that can be read in more than one way is read: an If whose condition is not known, with the
+    branch to follow; what caches of fused operators mean (`ops_cache.MODES`)."""
+
+    taken: tuple[NodeRecord, bool] | None = None
+    mode: str = "plain"
 
 
 @dataclass(eq=False)
@@ -39,7 +47,7 @@ class Importer:
     model: GuardedModel
     net: Net
     symbols: Mapping[str, Dim]
-    taken: Taken | None = None
+    reading: Reading = field(default_factory=Reading)
     nodes_left: int = field(default=MAX_NODES)
 
     def run(self) -> None:
@@ -137,8 +145,9 @@ class Importer:
     def branch(self, node: NodeRecord, names: Names, opsets: Mapping[str, int], depth: int) -> list[Value]:
         """An If whose condition is known."""
         condition: float | bool | None = names[node.inputs[0]].scalar
-        if self.taken is not None and node is self.taken[0]:
-            condition = self.taken[1]
+        taken = self.reading.taken
+        if taken is not None and node is taken[0]:
+            condition = taken[1]
         if condition is None:
             raise UnsupportedModelError(f"{label(node)}: the condition depends on the data")
         chosen = node.attributes.get("then_branch" if condition else "else_branch")
@@ -192,11 +201,11 @@ def _bound(node: NodeRecord, given: Mapping[str, AttributeRecord]) -> NodeRecord
 
 
 def import_model(
-    model: GuardedModel, symbols: Mapping[str, Dim] | None = None, taken: Taken | None = None
+    model: GuardedModel, symbols: Mapping[str, Dim] | None = None, reading: Reading | None = None
 ) -> Net:
-    """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions;
-    `taken` is an If whose condition is not known, with the branch to follow."""
+    """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions."""
+    reading = reading or Reading()
     with np.errstate(all="ignore"):
-        importer = Importer(model, Net(), symbols or {}, taken)
+        importer = Importer(model, Net(mode=reading.mode), symbols or {}, reading)
         importer.run()
     return importer.net

@@ -9,7 +9,8 @@ from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend import symbols
 from mapper.frontend.emit import emit
 from mapper.frontend.guard import GuardedModel, read_model
-from mapper.frontend.importer import Taken, declared_dims, import_model
+from mapper.frontend.importer import Reading, declared_dims, import_model
+from mapper.frontend.modes import declared_mode, questions, with_modes
 from mapper.frontend.net import Net
 from mapper.frontend.recognise import recognise as recognise_net
 from mapper.frontend.rewrite import data_values, topological
@@ -27,17 +28,28 @@ def load(path: str | Path, recognise: bool = True) -> Graph:
     """
     model = read_model(path)
     split = find_split(model)
-    if split is None:
-        return load_branch(model, recognise)
-    return phases(split, lambda taken: load_branch(model, recognise, split, taken))
+    if split is not None:
+        return phases(
+            split, lambda taken: load_reading(model, recognise, Reading((split.node, taken)), split)
+        )
+    mode = declared_mode(model.record)
+    if mode is None:
+        return load_reading(model, recognise)
+    graph = load_reading(model, recognise, Reading(mode=mode))
+    return with_modes(
+        graph,
+        mode,
+        lambda other: load_reading(model, recognise, Reading(mode=other)),
+        lambda: questions(canonical(model, Reading(mode="inside")), graph),
+    )
 
 
-def load_branch(
-    model: GuardedModel, recognise: bool, split: Split | None = None, taken: bool = False
+def load_reading(
+    model: GuardedModel, recognise: bool, reading: Reading | None = None, split: Split | None = None
 ) -> Graph:
-    """The graph of a model, of one branch where it is split in two."""
+    """The graph of a model, of one reading where there are several."""
     try:
-        net = canonical(model, None if split is None else (split.node, taken))
+        net = canonical(model, reading)
         refuse_foreign(net)
         if recognise:
             net = recognise_net(net, model.path.parent)
@@ -52,13 +64,13 @@ def load_branch(
     return graph
 
 
-def canonical(model: GuardedModel, taken: Taken | None = None) -> Net:
+def canonical(model: GuardedModel, reading: Reading | None = None) -> Net:
     """The model as canonical primitives, its sizes named batch, sequence and past where it is a decoder."""
     tags = symbols.tags(declared_dims(model))
-    raw = import_model(model, tags, taken)
+    raw = import_model(model, tags, reading)
     if not tags:
         return raw
-    return import_model(model, symbols.untag(symbols.solve(symbols.equations(raw)), tags), taken)
+    return import_model(model, symbols.untag(symbols.solve(symbols.equations(raw)), tags), reading)
 
 
 def refuse_foreign(net: Net) -> None:

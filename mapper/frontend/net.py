@@ -113,6 +113,8 @@ class Net:
     equal: list[tuple[Dim, Dim]] = field(default_factory=list)
     steering: dict[str, str] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
+    mode: str = "plain"  # how caches of fused operators are read: see `ops_cache.MODES`
+    asked: list[tuple[Value, Value, Dim, Dim]] = field(default_factory=list)  # what tells which mode is meant
     origin: str = ""  # how errors name the ONNX node being lowered
     name: str = ""  # its plain name
     _seen: dict[Any, Node] = field(default_factory=dict)

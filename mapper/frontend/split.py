@@ -70,12 +70,14 @@ def _behind(name: str, makers: Mapping[str, NodeRecord], negations: bool = False
 def phases(split: Split, load: Callable[[bool], Graph]) -> Graph:
     """The decode graph of a merged decoder, with the switch between it and the prefill graph. Raises
     UnsupportedModelError where the branches are not these two."""
-    graphs = {taken: load(taken) for taken in (False, True)}
-    cached = [taken for taken, graph in graphs.items() if graph.inputs_with_role("past")]
-    if len(cached) != 1:
+    graphs = [load(taken) for taken in (False, True)]
+    cached = [bool(graph.inputs_with_role("past")) for graph in graphs]
+    if cached[0] == cached[1]:
         reason = (
             "the condition depends on the data, and its branches are not one with and one without a cache"
         )
         raise UnsupportedModelError(f"{label(split.node)}: {reason}")
-    names = {"prefill": not cached[0], "decode": cached[0]}
-    return replace(graphs[cached[0]], switch=Switch(split.holds, graphs.__getitem__, names))
+    names = ["decode" if c else "prefill" for c in cached]
+    found = dict(zip(names, graphs, strict=True))
+    switch = Switch(lambda given: names[split.holds(given)], found.__getitem__, ("prefill", "decode"))
+    return replace(found["decode"], switch=switch)

@@ -46,13 +46,13 @@ class Graph:
 
     def chosen(self, inputs: Mapping[str, Array]) -> Graph:
         """The graph that the file means for these inputs: this one unless a switch says otherwise."""
-        return self if self.switch is None else self.switch.graph(self.switch.holds(inputs))
+        return self if self.switch is None else self.switch.graph(self.switch.choose(inputs))
 
     def phase(self, name: str) -> Graph:
         """The file's graph for "prefill" or "decode": this one where both share it."""
         if self.switch is None or name not in self.switch.phases:
             return self
-        return self.switch.graph(self.switch.phases[name])
+        return self.switch.graph(name)
 
     # the module's parts ------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class Graph:
 
         Rotary frequencies and derived tables are no parameters, nor are weights that nothing uses."""
         seen: dict[Any, int] = {}
-        for graph in (self, *(self.phase(n) for n in (self.switch.phases if self.switch else ()))):
+        for graph in (self, *map(self.phase, self.switch.phases if self.switch else ())):
             for name in parameters(graph):
                 weight = graph.weights[name]
                 key = (weight.file, weight.offset, weight.bytes) if weight.file is not None else name

@@ -1,9 +1,9 @@
-"""A choice between two graphs of one file, made by the inputs that are given."""
+"""A choice between the graphs of one file, made by the inputs that are given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mapper.ir.types import Array
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Switch:
-    """Two graphs with the same inputs and outputs. `holds` reads the inputs' arrays (by name) and may raise
-    ModelError; `graph` gives the graph for either answer; `phases` names answers ("prefill", "decode")."""
+    """Graphs with the same inputs and outputs. `choose` reads the inputs' arrays (by name), names a graph,
+    and may raise ModelError; `graph` gives it; `phases` are those names that are "prefill" or "decode"."""
 
-    holds: Callable[[Mapping[str, Array]], bool]
-    graph: Callable[[bool], Graph]
-    phases: Mapping[str, bool] = field(default_factory=dict)
+    choose: Callable[[Mapping[str, Array]], str]
+    graph: Callable[[str], Graph]
+    phases: tuple[str, ...] = ()

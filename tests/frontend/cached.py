@@ -335,7 +335,9 @@ def merged(negated: bool = False, first: Attend = starting) -> tuple[onnx.ModelP
     condition = "not_use_cache" if negated else "use_cache"
     then, other = branches if negated else branches[::-1]
     nodes = [helper.make_node("Not", ["use_cache"], [condition])] if negated else []
-    nodes.append(helper.make_node("If", [condition], case.outputs, "split", then_branch=then, else_branch=other))
+    nodes.append(
+        helper.make_node("If", [condition], case.outputs, "split", then_branch=then, else_branch=other)
+    )
     given = [info(n, t, s) for n, (t, s) in case.inputs.items()]
     made = [info(n, FLOAT, None) for n in case.outputs]
     graph = helper.make_graph(nodes, "merged", given, made, list(outer.values()))
