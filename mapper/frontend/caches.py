@@ -132,6 +132,8 @@ def origin(value: Value, letters: Letters) -> Origin | None:
             letters, index = cut
             slot += [] if index is None else [index]
             rolls = rolls or index is None
+        elif node.op == "concat":  # room for more rows
+            inner = inner if len(node.inputs) == 2 and _is_zero(node.inputs[1]) else None
         elif node.op == "gather":
             beams = node.inputs[1]
             inner = inner if beams.rank == 1 and inner is not None and not inner.weight else None
@@ -141,6 +143,10 @@ def origin(value: Value, letters: Letters) -> Origin | None:
             return None
         value = inner
     return None
+
+
+def _is_zero(value: Value) -> bool:
+    return (value.args[0] if value.op == "expand" else value).scalar == 0.0
 
 
 def _cut(node: Node, inner: Value, letters: Letters) -> tuple[Letters, int | None] | None:

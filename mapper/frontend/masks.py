@@ -7,7 +7,7 @@ off the numbers; no spelling of the mask is assumed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,11 @@ from mapper.errors import MapperError
 from mapper.frontend.agree import MAX_ELEMENTS, Probe, stored_array, volume
 from mapper.frontend.net import Array, Net, Node, Value
 from mapper.frontend.rewrite import Match, rebuild, topological
-from mapper.frontend.steering import Meanings, fed, from_rows, hypotheses
+from mapper.frontend.steering import Steering, fed, from_rows, hypotheses, unknown
 from mapper.frontend.steering import sizes as buffer_sizes
 
 HIDDEN = -1e4  # scores below this take no part in a softmax
+NOTHING = Steering()
 _LONGEST = 1 << 17
 _SMALL = ((5, 0), (4, 3), (1, 6))  # (new tokens, past) of the first probes
 
@@ -46,20 +47,20 @@ def classify(net: Net, folder: Path) -> Net:
         if id(mask) not in known:
             known[id(mask)], steering = steered_kind(mask, folder, steering)
         matches += _with_kind(node, known[id(mask)])
-    net.steering.update(steering or {})
+    net.steering.update(steering.meanings)
     return rebuild(net, matches)
 
 
-def steered_kind(
-    mask: Value, folder: Path, steering: Meanings | None
-) -> tuple[MaskKind | None, Meanings | None]:
-    """The meaning of a mask and, where there are caches of fixed length, of the inputs that it reads."""
-    if steering is None:
-        return kind_of(mask, folder), None
-    for guess in hypotheses(Probe.of([mask], []).leaves, steering):
-        kind = kind_of(mask, folder, guess)
+def steered_kind(mask: Value, folder: Path, steering: Steering) -> tuple[MaskKind | None, Steering]:
+    """The meaning of a mask and of the inputs that it reads: that with which it is causal, if any."""
+    leaves = Probe.of([mask], []).leaves
+    if not steering.fixed and not unknown(leaves, steering.meanings):
+        return kind_of(mask, folder, steering), steering
+    for guess in hypotheses(leaves, steering.meanings):
+        tried = replace(steering, meanings=guess)
+        kind = kind_of(mask, folder, tried)
         if kind is not None and kind.causal:
-            return kind, guess
+            return kind, tried
     return None, steering
 
 
@@ -73,14 +74,14 @@ def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:
     return [Match(node.outputs[0], node.op, node.attrs["slots"], node.inputs, attrs)]
 
 
-def kind_of(mask: Value, folder: Path, steering: Meanings | None = None) -> MaskKind | None:
-    """The meaning of a mask, None where it cannot be evaluated or is none of those known. `steering`: of the
-    inputs, where caches have a fixed length."""
+def kind_of(mask: Value, folder: Path, steering: Steering = NOTHING) -> MaskKind | None:
+    """The meaning of a mask, None where it cannot be evaluated or is none of those known. `steering`: what
+    its inputs say."""
     probe = Probe.of([mask], [])
     stored = None if any(v.source and v.rank >= 3 for v in probe.leaves) else _stored(probe, folder)
     if stored is None:
         return None
-    cached = steering is not None or any("past" in d.symbols for v in [mask, *probe.leaves] for d in v.dims)
+    cached = steering.fixed or any("past" in d.symbols for v in [mask, *probe.leaves] for d in v.dims)
     kinds = []
     for new, past in _SMALL:
         past = past if cached else 0
@@ -104,16 +105,18 @@ def _stored(probe: Probe, folder: Path) -> dict[int, Array] | None:
 
 
 def evaluate(
-    probe: Probe, stored: Mapping[int, Array], new: int, past: int, steering: Meanings | None = None
+    probe: Probe, stored: Mapping[int, Array], new: int, past: int, steering: Steering = NOTHING
 ) -> Array | None:
     """The mask as scores [H, S, T] for one sequence of `new` tokens after `past`, no padding. Over a cache of
     fixed length, T is cut behind the tokens that are there."""
     sizes = {"batch": 1, "sequence": new, "past": past}
     arrays = dict(stored)
-    if steering is not None:
+    if steering.fixed:
         return _over_buffer(probe, arrays, new, past, steering)
     for leaf in probe.leaves:
-        if leaf.source:
+        if leaf.source in steering.meanings:
+            arrays[id(leaf)] = fed(leaf, new, past, steering.meanings)
+        elif leaf.source:
             shape = tuple(d.evaluate(sizes) if d.symbols <= set(sizes) else new for d in leaf.dims)
             if volume(shape) > MAX_ELEMENTS:
                 return None
@@ -139,11 +142,11 @@ def _as_scores(values: Array, new: int, total: int) -> Array | None:
 
 
 def _over_buffer(
-    probe: Probe, arrays: dict[int, Array], new: int, past: int, steering: Meanings
+    probe: Probe, arrays: dict[int, Array], new: int, past: int, steering: Steering
 ) -> Array | None:
     """The mask over the rows of a cache that hold tokens; None where it lets any other row through."""
     try:
-        arrays |= {id(v): fed(v, new, past, steering) for v in probe.leaves if v.source}
+        arrays |= {id(v): fed(v, new, past, steering.meanings) for v in probe.leaves if v.source}
         (values,) = probe.evaluate(buffer_sizes(new, past), arrays)
     except (MapperError, ValueError):
         return None
@@ -209,7 +212,7 @@ def _window(
     stored: Mapping[int, Array],
     kind: MaskKind | None,
     cached: bool,
-    steering: Meanings | None,
+    steering: Steering,
 ) -> MaskKind | None:
     """`kind` with the window that long sequences show."""
     if kind is None or not kind.causal or kind.slopes or not cached:
@@ -226,7 +229,7 @@ def _window(
 
 
 def _short_window(
-    probe: Probe, stored: Mapping[int, Array], cached: bool, steering: Meanings | None
+    probe: Probe, stored: Mapping[int, Array], cached: bool, steering: Steering
 ) -> MaskKind | None:
     """A causal window so short that the first probes already show it."""
     values = evaluate(probe, stored, *((1, 40) if cached else (41, 0)), steering)

@@ -205,7 +205,7 @@ def _multi_head(c: Call) -> list[Value]:
         raise c.refuse("a cache indirection is not supported")
     q, k, v = (_headed(c, i, heads) for i in range(3))
     if c.has(6) and c.has(8):
-        return _in_buffer(c, q, k, v, (c.x(6), c.x(7)), 8, (4, 5))
+        return _in_buffer(c, (q, k, v), (6, 7, 8), (4, 5), bool(c.integer("unidirectional")))
     past = ZERO
     if c.has(6):
         past = c.x(6).dims[2]
@@ -231,18 +231,20 @@ def _decoder_masked(c: Call) -> list[Value]:
     if not (c.has(5) and c.has(6) and c.has(7) and c.integer("past_present_share_buffer")):
         raise c.refuse("caches that are no shared buffers are not supported")
     q, k, v = (_headed(c, i, c.integer("num_heads"), 10) for i in range(3))
-    return _in_buffer(c, q, k, v, (c.x(5), c.x(6)), 7, (3, 4))
+    return _in_buffer(c, (q, k, v), (5, 6, 7), (3, 4), True)
 
 
 def _in_buffer(
-    c: Call, q: Value, k: Value, v: Value, caches: tuple[Value, Value], length: int, masks: tuple[int, int]
+    c: Call, heads: tuple[Value, ...], caches: tuple[int, int, int], masks: tuple[int, int], causal: bool
 ) -> list[Value]:
-    """Attention over caches of fixed length, of which operand `length` says how many rows are valid; `masks`
-    are the operands of padding and of bias."""
-    net, places = c.net, shared_places(c, length, caches[0], q.dims[2])
-    k, v = (places.appended(net, cache, x) for cache, x in zip(caches, (k, v), strict=True))
+    """Attention over caches of fixed length. `caches` are the operands of keys, values and the number of
+    valid rows, `masks` those of padding and of bias."""
+    net, (q, new_keys, new_values) = c.net, heads
+    places = shared_places(c, caches[2], c.x(caches[0]), q.dims[2])
+    k = places.appended(net, c.x(caches[0]), new_keys)
+    v = places.appended(net, c.x(caches[1]), new_values)
     keys = k.dims[2]
-    mask = additive(net, within(net, places, keys, bool(c.integer("unidirectional"))), q)
+    mask = additive(net, within(net, places, keys, causal), q)
     if c.has(masks[0]):
         padding = c.x(masks[0])
         padding = padding if padding.rank == 1 else stretched(net, padding, keys)

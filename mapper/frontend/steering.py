@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +22,14 @@ LENGTHS = ("write_index", "last_index", "total_length")
 _PROBES = ((3, 4), (1, 5), (4, 0))  # (new tokens, past)
 _MORE = 3  # rows that a cache of unknown length has to spare
 Meanings = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What is known of a graph's small integer inputs, by name. `fixed`: its caches have a fixed length."""
+
+    fixed: bool = False
+    meanings: Meanings = field(default_factory=dict)
 
 
 def sizes(new: int, past: int) -> dict[str, int]:
@@ -70,11 +79,9 @@ def hypotheses(leaves: Sequence[Value], meanings: Meanings) -> Iterator[dict[str
             yield {**meanings, **{v.source: m for v, m in zip(open_, chosen, strict=True)}}
 
 
-def from_rows(nodes: Sequence[Node]) -> dict[str, str] | None:
-    """The meanings that the rows written into caches tell; None where there is no such cache."""
+def from_rows(nodes: Sequence[Node]) -> Steering:
+    """What the rows written into caches tell."""
     rows = {id(n.inputs[2]): n.inputs[2] for n in nodes if n.op == "kv_update"}
-    if not rows:
-        return None
     meanings: dict[str, str] = {}
     for value in rows.values():
         probe = Probe.of([value], [])
@@ -82,7 +89,7 @@ def from_rows(nodes: Sequence[Node]) -> dict[str, str] | None:
             if all(_follow(probe, new, past, guess) for new, past in _PROBES):
                 meanings = guess
                 break
-    return meanings
+    return Steering(bool(rows), meanings)
 
 
 def _follow(probe: Probe, new: int, past: int, meanings: Meanings) -> bool:

@@ -32,6 +32,7 @@ class Case(Builder):
     outputs: list[str] = field(default_factory=list)
     opset: int = 18
     layers: int = 2
+    known: list[str] = field(default_factory=list)
 
     def given(self, name: str, dtype: int, *shape: int | str) -> str:
         """Declares an input."""
@@ -74,13 +75,13 @@ Attend = Callable[[Case, int, str, str, str], str]
 """(case, layer, q, k, v, all [B, H, S, D]) -> [B, H, S, D]."""
 
 
-def decoder(attend: Attend, opset: int = 18, layers: int = 2, seed: int = 0, positions: bool = True) -> Case:
+def decoder(attend: Attend, opset: int = 18, layers: int = 2, seed: int = 0) -> Case:
     """A decoder whose attention and cache are `attend`; rotary positions [B, S] are an input."""
     c = Case(np.random.default_rng(seed), opset=opset, layers=layers)
     c.given("ids", INT, "B", "S")
     table = c.weight(VOCAB, WIDTH, gain=VOCAB**0.5)
     x = c.op("Gather", table, "ids")
-    cos, sin = angles(c, O, c.given("positions", INT, "B", "S")) if positions else ("", "")
+    cos, sin = angles(c, O, c.given("positions", INT, "B", "S"))
     for i in range(layers):
         x = c.op("Add", x, _block(c, i, _norm(c, x), attend, cos, sin))
         x = c.op("Add", x, mlp(c, O, _norm(c, x)))
@@ -98,8 +99,7 @@ def _block(c: Case, i: int, x: str, attend: Attend, cos: str, sin: str) -> str:
     q = split(c, c.op("MatMul", x, c.weight(WIDTH, HEADS * HEAD, gain=SHARP)), HEADS)
     k = split(c, c.op("MatMul", x, c.weight(WIDTH, KV * HEAD, gain=SHARP)), KV)
     v = split(c, c.op("MatMul", x, c.weight(WIDTH, KV * HEAD)), KV)
-    if cos:
-        q, k = rope(c, O, q, cos, sin), rope(c, O, k, cos, sin)
+    q, k = rope(c, O, q, cos, sin), rope(c, O, k, cos, sin)
     y = attend(c, i, q, k, v)
     y = c.op("Reshape", c.op("Transpose", y, perm=[0, 2, 1, 3]), c.ints(0, 0, HEADS * HEAD))
     return c.op("MatMul", y, c.weight(HEADS * HEAD, WIDTH))
@@ -293,12 +293,68 @@ def tensor_scatter(mode: str, fused: bool) -> Attend:
     return attend
 
 
+def flat(c: Case, x: str) -> str:
+    """[B, H, S, D] -> [B, S, H*D]."""
+    return c.op("Reshape", c.op("Transpose", x, perm=[0, 2, 1, 3]), c.ints(0, 0, -1))
+
+
+def heads(c: Case, x: str) -> str:
+    """[B, S, H*D] -> [B, H, S, D]."""
+    return c.op("Transpose", c.op("Reshape", x, c.ints(0, 0, HEADS, HEAD)), perm=[0, 2, 1, 3])
+
+
+def grouped(lengths: str = "mask", rows: str = "P") -> Attend:
+    """GroupQueryAttention, its lengths computed from a mask [B, T] or inputs; caches of `rows` rows."""
+
+    def attend(c: Case, i: int, q: str, k: str, v: str) -> str:
+        if not i:
+            if lengths == "mask":
+                mask = c.given("tokens", INT, "B", "T")
+                last = c.op("Sub", c.op("ReduceSum", mask, c.ints(1), keepdims=0), c.ints(1))
+                c.known = [c.op("Cast", last, to=TensorProto.INT32)]
+                c.known += [c.op("Cast", _count(c, "tokens", 1), to=TensorProto.INT32)]
+            else:
+                c.known = [c.given("last", TensorProto.INT32, "B"), c.given("total", TensorProto.INT32, 1)]
+        past = [c.given(f"past_{n}{i}", FLOAT, "B", KV, rows, HEAD) for n in "kv"]
+        operands = [*(flat(c, x) for x in (q, k, v)), *past, *c.known]
+        y = c.ms("GroupQueryAttention", *operands, outputs=3, num_heads=HEADS, kv_num_heads=KV)[0]
+        c.nodes[-1].output[1:] = [f"new_{n}{i}" for n in "kv"]
+        c.outputs += [f"new_{n}{i}" for n in "kv"]
+        return heads(c, y)
+
+    return attend
+
+
+def buffered(kind: str) -> Attend:
+    """MultiHeadAttention (or its decoder form) with a buffer of fixed length, of which an input says how much
+    is valid."""
+
+    def attend(c: Case, i: int, q: str, k: str, v: str) -> str:
+        if not i:
+            c.given("used", TensorProto.INT32, 1)
+        past = [c.given(f"past_{n}{i}", FLOAT, "B", HEADS, "M", HEAD) for n in "kv"]
+        operands = [flat(c, q), *(flat(c, repeat(c, x)) for x in (k, v))]
+        if kind == "MultiHeadAttention":
+            operands += ["", "", "", *past, "used"]
+            attrs = {"unidirectional": 1}
+        else:
+            operands += ["", "", *past, "used"]
+            attrs = {"past_present_share_buffer": 1}
+        y, *made = c.ms(kind, *operands, outputs=3, num_heads=HEADS, **attrs)
+        for n, value in zip("kv", made, strict=True):
+            c.out(value, f"new_{n}{i}")
+        return heads(c, y)
+
+    return attend
+
+
 def inputs(
     case: Case, new: int = 3, past: int = 4, batch: int = 2, room: int = ROOM, seed: int = 1
 ) -> dict[str, Array]:
     """Inputs for `new` tokens after `past`, no padding; rows of a fixed cache behind the past are noise."""
     rng = np.random.default_rng(seed)
     sizes: dict[Any, int] = {"B": batch, "S": new, "P": past, "M": room, f"B*{KV}": batch * KV}
+    sizes["T"] = past + new
     known = {
         "ids": rng.integers(0, VOCAB, (batch, new)),
         "positions": np.broadcast_to(np.arange(past, past + new), (batch, new)).copy(),
@@ -306,6 +362,10 @@ def inputs(
         "starts": np.full(batch, past),
         "lengths": np.full(batch, past + new),
         "beams": rng.permutation(batch),
+        "tokens": np.ones((batch, past + new)),
+        "last": np.full(batch, past + new - 1),
+        "total": np.array([past + new]),
+        "used": np.array([past]),
         "use_cache": np.array([past > 0]),
         "mask": (np.arange(ROOM) >= ROOM - past - new).astype(np.int64)[None].repeat(batch, 0),
     }

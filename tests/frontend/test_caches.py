@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 import mapper
+from mapper.errors import UnsupportedModelError
 from mapper.frontend.inspect import inspect
 from mapper.frontend.load import load
 from mapper.ir.reference import evaluate
@@ -134,3 +136,85 @@ def test_rows_wrap_around(tmp_path: Path) -> None:
     feeds["starts"][:] = [10, 11]
     assert worst(evaluate(load(path), feeds), oracle(case.model(), feeds)) < 1e-5
     assert np.ptp(feeds["starts"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "DecoderMaskedMultiHeadAttention"])
+def test_buffers_of_fused_attention(kind: str, tmp_path: Path) -> None:
+    one = kind.startswith("Decoder")
+    sizes = [{"new": 1 if one else n, "past": p} for n, p in ((3, 4), (1, 7), (2, 0))]
+    record = compared(cached.decoder(cached.buffered(kind)), tmp_path, *sizes)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["inputs"]["used"]["role"] == "write_index"
+    assert record["kv_cache"]["convention"] == "shared_buffer"
+    assert record["kv_cache"]["operator"] == kind
+
+
+LENGTHS = ["mask", "inputs"]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_grouped_attention_takes_caches_that_grow_and_buffers(lengths: str, tmp_path: Path) -> None:
+    case = cached.decoder(cached.grouped(lengths))
+    sizes: list[dict[str, int]] = [{"batch": 1}, {"new": 1, "past": 6}, {"new": 4, "past": 0}]
+    record = compared(case, tmp_path, *sizes)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["kv_cache"]["convention"] == "concat"
+    assert record["kv_cache"]["operator"] == "GroupQueryAttention"
+    model, graph = case.model(), load(tmp_path / "model.onnx")
+    for given in sizes:
+        feeds = _in_a_buffer(cached.inputs(case, **given))
+        want = oracle(model, feeds)
+        assert worst(evaluate(graph, feeds), want) < 1e-5
+        assert worst(mapper.run(graph, feeds), want) < 1e-5
+
+
+def _in_a_buffer(feeds: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with caches of more rows than are used, noise behind the past."""
+    rng = np.random.default_rng(3)
+    longer = {}
+    for name, array in feeds.items():
+        if array.ndim == 4:
+            rest = rng.standard_normal((*array.shape[:2], cached.ROOM - array.shape[2], array.shape[3]))
+            longer[name] = np.concatenate([array, rest.astype(array.dtype)], axis=2)
+    return feeds | longer
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_sequences_of_unequal_length_in_grouped_attention(lengths: str, buffer: bool, tmp_path: Path) -> None:
+    case = cached.decoder(cached.grouped(lengths))
+    model = case.model()
+    graph = load(saved(model, tmp_path))
+    feeds = cached.inputs(case, new=1, past=6)
+    if lengths == "mask":
+        feeds["tokens"][1, :2] = 0
+    else:
+        feeds["last"][1] -= 2
+    feeds = _in_a_buffer(feeds) if buffer else feeds
+    want = oracle(model, feeds)
+    assert worst(evaluate(graph, feeds), want) < 1e-5
+    assert worst(mapper.run(graph, feeds), want) < 1e-5
+
+
+def test_shapes_that_declare_a_buffer(tmp_path: Path) -> None:
+    case = cached.decoder(cached.grouped("inputs", rows="M"))
+    model = case.model()
+    for value in model.graph.output[1:]:
+        value.CopyFrom(helper.make_tensor_value_info(value.name, cached.FLOAT, ["B", 2, "M", 8]))
+    record = inspect(load(saved(model, tmp_path)))
+    assert recognised(record)
+    assert record["kv_cache"]["convention"] == "shared_buffer"
+    assert record["inputs"]["last"]["role"] == "last_index"
+    assert record["inputs"]["past_k0"]["shape"] == ["batch", 2, "capacity", 8]
+
+
+def test_a_cache_indirection_is_refused(tmp_path: Path) -> None:
+    case = cached.decoder(cached.buffered("DecoderMaskedMultiHeadAttention"))
+    case.given("beam", helper.TensorProto.INT32, 1)
+    case.given("indirection", helper.TensorProto.INT32, "B", 1, "M")
+    node = next(n for n in case.nodes if n.op_type.startswith("DecoderMasked"))
+    node.input.extend(["beam", "indirection"])
+    with pytest.raises(UnsupportedModelError, match="DecoderMasked.*cache indirection"):
+        load(saved(case.model(), tmp_path))
