@@ -213,6 +213,33 @@ CASES: dict[str, Case] = {
          "rotary_interleaved": 1},
         outputs=3, domain=MS,
     ),
+    "MS GroupQueryAttention buffer": Case(
+        "GroupQueryAttention",
+        [f(2, 1, 64), f(2, 1, 32), f(2, 1, 32), f(2, 2, 9, 16), f(2, 2, 9, 16), np.array([4, 6], np.int32),
+         np.array(7, np.int32), WIDE_COS, WIDE_SIN, None, f(1, 4, 1, 7)],
+        {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "local_window_size": 3},
+        outputs=3, domain=MS,
+    ),
+    "MS GroupQueryAttention uneven": Case(
+        "GroupQueryAttention",
+        [f(2, 1, 64), f(2, 1, 32), f(2, 1, 32), f(2, 2, 6, 16), f(2, 2, 6, 16), np.array([4, 6], np.int32),
+         np.array(7, np.int32), WIDE_COS, WIDE_SIN],
+        {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "rotary_interleaved": 1},
+        outputs=3, domain=MS,
+    ),
+    "MS MultiHeadAttention buffer": Case(
+        "MultiHeadAttention",
+        [f(2, 3, 32), f(2, 3, 32), f(2, 3, 32), f(96),
+         np.array([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]], np.int32), f(1, 4, 3, 5),
+         f(2, 4, 7, 8), f(2, 4, 7, 8), np.array(2, np.int32)],
+        {"num_heads": 4, "unidirectional": 1}, outputs=3, domain=MS,
+    ),
+    "MS DecoderMaskedMultiHeadAttention": Case(
+        "DecoderMaskedMultiHeadAttention",
+        [f(2, 1, 32), f(2, 1, 32), f(2, 1, 32), np.array([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]], np.int32),
+         f(1, 4, 1, 5), f(2, 4, 7, 8), f(2, 4, 7, 8), np.array(4, np.int32), None, None, f(96)],
+        {"num_heads": 4, "past_present_share_buffer": 1, "scale": 0.4}, outputs=3, domain=MS,
+    ),
     "MS MultiHeadAttention": Case(
         "MultiHeadAttention",
         [f(2, 3, 32), f(2, 5, 32), f(2, 5, 32), f(96), None, f(1, 4, 3, 5)], {"num_heads": 4}, domain=MS,
