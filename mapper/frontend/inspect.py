@@ -215,12 +215,14 @@ def _tied(graph: Graph, by_kind: dict[str, list[Any]]) -> bool | None:
 
 def _cache(graph: Graph, by_kind: dict[str, list[Any]]) -> dict[str, Any]:
     past = graph.inputs_with_role("past")
+    cross = graph.inputs_with_role("past.cross_key") + graph.inputs_with_role("past.cross_value")
     convention = graph.roles.get("kv_convention", "inputs" if past else "none")
     return {
         "convention": convention,
         "operator": graph.roles.get("kv_operator", ""),
         "layout": graph.roles.get("kv_layout", ""),
-        "tensors": len(past),
+        "tensors": len(past) - len(cross),
+        "cross_tensors": len(cross),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mapper.frontend.caches import Cache, find_caches
+from mapper.frontend.caches import Cache, find_caches, origin
 from mapper.frontend.net import Net, Node, Value, walk
 from mapper.frontend.rewrite import topological
 from mapper.frontend.symbols import lookups, strip_views, token_inputs
@@ -25,8 +25,10 @@ def find_roles(net: Net) -> dict[str, Any]:
         inputs[value.source] = "token_ids"
     caches = _caches(net, nodes)
     facts = _name_caches(caches, inputs, outputs) | _how_appended(net, caches)
+    crossed = _crossed(net, nodes, tokens)
+    _name_crossed(net, crossed, inputs, outputs)
     if not caches:
-        outputs.update(_started(net, nodes))
+        outputs.update(_started(net, [n for n in nodes if n not in crossed]))
     for named in caches:
         if named.cache.beams is not None:
             inputs.update({v.source: "beam_index" for v in walk(named.cache.beams, _never) if v.source})
@@ -77,13 +79,41 @@ def _how_appended(net: Net, caches: Sequence[Named]) -> dict[str, str]:
     return {"kv_convention": convention, "kv_operator": "/".join(sorted(operators))}
 
 
+def _crossed(net: Net, nodes: Sequence[Node], tokens: Sequence[Value]) -> list[Node]:
+    """The attention layers whose keys do not depend on the tokens: cross attention."""
+    known = {id(v) for v in tokens}
+    for node in nodes:
+        if any(id(v) in known for v in node.inputs):
+            known.update(id(o) for o in node.outputs)
+    return [n for n in nodes if n.op == "attention" and tokens and id(_operand(n, "k")) not in known]
+
+
+def _operand(node: Node, slot: str) -> Value:
+    return node.inputs[node.attrs["slots"].index(slot)]
+
+
+def _name_crossed(net: Net, layers: Sequence[Node], inputs: dict[str, str], outputs: dict[str, str]) -> None:
+    """Sets the roles of keys and values of cross attention that are given, or made to be given next time."""
+    names: dict[int, list[str]] = {}
+    for name, value in net.outputs:
+        names.setdefault(id(value), []).append(name)
+    for i, node in enumerate(layers):
+        for kind in ("key", "value"):
+            value = _operand(node, kind[0])
+            found = origin(value, ("B", "H", "L", "D"))
+            if found is not None and inputs[found.source.source] == "other":
+                inputs[found.source.source] = f"past.cross_{kind}.{i}"
+            made = names.get(id(value), []) + (names.get(id(found.source), []) if found else [])
+            outputs.update((name, f"present.cross_{kind}.{i}") for name in made)
+
+
 def _started(net: Net, nodes: Sequence[Node]) -> dict[str, str]:
     """Output name -> role of the keys and values of attention layers that begin a cache."""
     names = {id(v): name for name, v in net.outputs}
     attention = [n for n in nodes if n.op == "attention"]
     found: dict[str, str] = {}
     for kind in ("key", "value"):
-        made = [names.get(id(n.inputs[n.attrs["slots"].index(kind[0])])) for n in attention]
+        made = [names.get(id(_operand(n, kind[0]))) for n in attention]
         found.update((n, f"present.{kind}.{i}") for i, n in enumerate(n for n in made if n is not None))
     return found
 

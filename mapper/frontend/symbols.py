@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from mapper.frontend.build import is_float
 from mapper.frontend.caches import Cache, find_caches
 from mapper.frontend.net import Net, Node, Value
 from mapper.ir.dims import Dim
@@ -67,9 +68,14 @@ def equations(net: Net) -> list[tuple[Dim, Dim]]:
     grows = any(c.grows and not c.rolls for c in caches)
     total = past + sequence if grows else None if caches else sequence
     sources = {id(c.source) for c in caches}
+    known = solve(net.equal)
+    others = [v for v in net.inputs if v.rank > 2 and is_float(v) and id(v) not in sources]
+    foreign = {d.substitute(known) for v in others for d in v.dims if not d.is_const}
     for value in net.inputs:
         if id(value) in sources or value in tokens or value.rank != 2 or id(value) not in used:
             continue
+        if value.dims[1].substitute(known) in foreign:
+            continue  # as long as an encoder's states, or as the keys made of them
         if value.dims == tokens[0].dims:
             continue
         if _reaches(live, value, ("cos", "sin", "gather")):

@@ -293,6 +293,29 @@ def tensor_scatter(mode: str, fused: bool) -> Attend:
     return attend
 
 
+def crossed(first: bool) -> Attend:
+    """Self-attention with a cache and cross-attention to encoder keys and values [B, Hkv, E, D]: projected
+    from `encoder` [B, E, W] and handed out (`first`), or given and passed on."""
+    own = starting if first else growing("BHLD")
+
+    def attend(c: Case, i: int, q: str, k: str, v: str) -> str:
+        if not i:
+            padding = c.op("Cast", c.given("encoder_mask", INT, "B", "E"), to=TensorProto.BOOL)
+            c.known = [c.op("Unsqueeze", c.op("Not", padding), c.ints(1, 2))]
+            c.given("encoder", FLOAT, "B", "E", WIDTH)
+        whole = []
+        for n in "kv":
+            weight = c.weight(WIDTH, KV * HEAD, gain=SHARP)
+            given = c.given(f"cross_{n}{i}", FLOAT, "B", KV, "C", HEAD)
+            made = split(c, c.op("MatMul", "encoder", weight), KV) if first else given
+            whole.append(made)
+            c.out(made, f"new_cross_{n}{i}")
+        y = own(c, i, q, k, v)
+        return c.op("Add", y, scores(c, q, *whole, c.known[0]))
+
+    return attend
+
+
 def flat(c: Case, x: str) -> str:
     """[B, H, S, D] -> [B, S, H*D]."""
     return c.op("Reshape", c.op("Transpose", x, perm=[0, 2, 1, 3]), c.ints(0, 0, -1))
@@ -354,7 +377,7 @@ def inputs(
     """Inputs for `new` tokens after `past`, no padding; rows of a fixed cache behind the past are noise."""
     rng = np.random.default_rng(seed)
     sizes: dict[Any, int] = {"B": batch, "S": new, "P": past, "M": room, f"B*{KV}": batch * KV}
-    sizes["T"] = past + new
+    sizes |= {"T": past + new, "E": 5, "C": 5 if past else 0}
     known = {
         "ids": rng.integers(0, VOCAB, (batch, new)),
         "positions": np.broadcast_to(np.arange(past, past + new), (batch, new)).copy(),
@@ -362,6 +385,7 @@ def inputs(
         "starts": np.full(batch, past),
         "lengths": np.full(batch, past + new),
         "beams": rng.permutation(batch),
+        "encoder_mask": (np.arange(5) < 4)[None].repeat(batch, 0),
         "tokens": np.ones((batch, past + new)),
         "last": np.full(batch, past + new - 1),
         "total": np.array([past + new]),
@@ -383,20 +407,22 @@ def starting(c: Case, i: int, q: str, k: str, v: str) -> str:
     return scores(c, q, *whole, future(c, whole[0]))
 
 
-def merged(negated: bool = False, first: Attend = starting) -> tuple[onnx.ModelProto, Case]:
+def merged(
+    negated: bool = False, first: Attend = starting, then: Attend | None = None
+) -> tuple[onnx.ModelProto, Case]:
     """A merged decoder: an If on `use_cache` [1] holds the graph that starts a cache and the one that grows
     it; both read the weights of the graph around them."""
-    cases = [decoder(first), decoder(growing("BHLD"))]
+    cases = [decoder(first), decoder(then or growing("BHLD"))]
     outer: dict[bytes, onnx.TensorProto] = {}
     branches = [_branch(case, f"b{i}_", outer) for i, case in enumerate(cases)]
     info = helper.make_tensor_value_info
     case = cases[1]
     case.given("use_cache", TensorProto.BOOL, 1)
     condition = "not_use_cache" if negated else "use_cache"
-    then, other = branches if negated else branches[::-1]
+    taken, other = branches if negated else branches[::-1]
     nodes = [helper.make_node("Not", ["use_cache"], [condition])] if negated else []
     nodes.append(
-        helper.make_node("If", [condition], case.outputs, "split", then_branch=then, else_branch=other)
+        helper.make_node("If", [condition], case.outputs, "split", then_branch=taken, else_branch=other)
     )
     given = [info(n, t, s) for n, (t, s) in case.inputs.items()]
     made = [info(n, FLOAT, None) for n in case.outputs]

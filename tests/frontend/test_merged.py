@@ -72,3 +72,17 @@ def test_a_condition_made_from_data_stays_refused(tmp_path: Path) -> None:
     model.graph.node.extend([*nodes, chosen])
     with pytest.raises(UnsupportedModelError, match=r"'split' \(If\).*depends on the data"):
         load(saved(model, tmp_path))
+
+
+def test_encoder_decoder_with_caches_of_both_kinds(tmp_path: Path) -> None:
+    model, case = cached.merged(first=cached.crossed(True), then=cached.crossed(False))
+    graph = load(saved(model, tmp_path))
+    for past, new in ((0, 4), (4, 1)):
+        feeds = cached.inputs(case, new, past)
+        want = oracle(model, feeds)
+        assert worst(evaluate(graph, feeds), want) < 1e-5
+        assert worst(mapper.run(graph, feeds), want) < 1e-5
+    phases = inspect(graph)["phases"]
+    assert phases["decode"]["kv_cache"]["cross_tensors"] == 4
+    made = {v["role"] for v in phases["prefill"]["outputs"].values()}
+    assert made == {v["role"] for v in phases["decode"]["outputs"].values()}
