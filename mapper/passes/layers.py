@@ -15,6 +15,7 @@ from mapper.ir.types import TensorType
 
 PRIVATE = ("load", "constant")
 """Ops that are copied into the layer that reads them."""
+_VIEWS = frozenset({"transpose", "reshape", "squeeze", "unsqueeze", "cast", "concat", "select"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,15 @@ def hidden_path(graph: Graph) -> list[DataflowOp]:
         if not shape_only and any(v in found for v in op.operands):
             found.update(op.results)
             path.append(op)
-    return path
+    return [op for op in path if not is_tail(op)]
+
+
+def is_tail(op: DataflowOp) -> bool:
+    """Whether an op only gives an output its form: views and stacks of caches. It belongs to no layer."""
+    uses = [use.operation for result in op.results for use in result.uses]
+    return op.mnemonic in _VIEWS and all(
+        isinstance(u, OutputOp) or (isinstance(u, DataflowOp) and is_tail(u)) for u in uses
+    )
 
 
 def segments(path: Sequence[DataflowOp]) -> list[Segment]:
@@ -134,8 +143,9 @@ def structure(segment: Segment, weights: Mapping[str, TensorType]) -> Shape:
 
 
 def is_output(value: SSAValue) -> bool:
-    """Whether the value is an output of the graph."""
-    return any(isinstance(u.operation, OutputOp) for u in value.uses)
+    """Whether the value is an output of the graph, or something that only becomes one."""
+    users = (u.operation for u in value.uses)
+    return any(isinstance(u, OutputOp) or (isinstance(u, DataflowOp) and is_tail(u)) for u in users)
 
 
 def _with_private(segment: Segment) -> list[DataflowOp]:

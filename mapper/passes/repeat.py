@@ -19,6 +19,7 @@ from mapper.passes.layers import (
     has_repeat,
     hidden_path,
     is_output,
+    is_tail,
     segments,
     slot_name,
     structure,
@@ -70,7 +71,8 @@ class _Grouping:
     runs: Sequence[Run]
 
     def run(self) -> Graph:
-        """The graph with each run as a repeat: first what the hidden path does not touch, then the path."""
+        """The graph with each run as a repeat: first what the hidden path does not touch, then the path, then
+        what only gives outputs their form."""
         graph = self.graph
         new: GraphBuilder = builder_like(graph)
         values: Values = {}
@@ -80,7 +82,9 @@ class _Grouping:
         path = hidden_path(graph)
         on_path = set(path)
         grouped = {op: run for run in self.runs for s in self.cut[run.start : run.stop] for op in s.ops}
-        for op in [o for o in graph.top() if o not in on_path]:
+        rest = [op for op in graph.top() if op not in on_path]
+        tail = [op for op in rest if is_tail(op)]
+        for op in [op for op in rest if op not in set(tail)]:
             values.update(zip(op.results, new.copy(op, values).results, strict=True))
         done: set[Run] = set()
         for op in path:
@@ -89,6 +93,8 @@ class _Grouping:
             elif grouped[op] not in done:
                 done.add(grouped[op])
                 self._place(new, grouped[op], values)
+        for op in tail:
+            values.update(zip(op.results, new.copy(op, values).results, strict=True))
         outputs = {name: values[v] for name, v in graph.output_values.items()}
         facts = {k: v for k, v in graph.roles.items() if k not in ("inputs", "outputs")}
         return new.finish(outputs, graph.roles["outputs"], verify=False, **facts)
