@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo test check format bench corpus clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ format: $(STAMP)  ## format and mend what the linter can
 
 bench: $(STAMP)  ## run the benchmarks
 	$(BIN)/python -m pytest --benchmark-only benchmarks
+
+corpus: $(STAMP)  ## load and run every graph of the corpus in ../shared/corpus (or MAPPER_CORPUS)
+	$(BIN)/python -m benchmarks.corpus
 
 clean:  ## remove caches and outputs, not the environment
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks demo-out build dist

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mapper.errors import MapperError, UsageError
 from mapper.runtime.interface import Array, Memories, Semantics
@@ -18,12 +18,16 @@ from mapper.runtime.interface import Array, Memories, Semantics
 if TYPE_CHECKING:
     from mapper.bounds import Bound
     from mapper.ir.graph import Graph
+    from mapper.ir.weights import WeightSymbol
     from mapper.machine import Machine
     from mapper.schedule.checks import Check
     from mapper.schedule.mutate import Mutation
     from mapper.schedule.tables import Phase, Request, Schedule
 
-__all__ = ["GROUP", "Array", "Artifact", "Backend", "Memories", "Semantics", "discover", "load"]
+__all__ = [
+    "GROUP", "Array", "Artifact", "Backend", "Memories", "Semantics", "WeightSource", "discover", "load",
+    "weight_source",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,34 @@ class Artifact:
 
     name: str
     data: bytes
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """How a schedule gets a weight: the value expression, the stored weights and the constants it reads."""
+
+    expression: Any
+    files: Mapping[str, WeightSymbol]
+    constants: Mapping[str, Array]
+
+
+def weight_source(symbol: WeightSymbol) -> WeightSource:
+    """The array of a weight as it is computed in: read from its file, held here, or made from its parts."""
+    if symbol.packing is not None:
+        scheme, parts = symbol.packing.scheme, symbol.packing.parts
+        sources = {name: weight_source(part) for name, part in parts.items()}
+        given = [sources[n].expression if n in sources else None for n in _PARTS]
+        how = [scheme.bits, scheme.block, scheme.axis, scheme.layout]
+        made = ["dequantise", how, list(symbol.shape), symbol.type.numpy.name, *given]
+        files = {name: w for s in sources.values() for name, w in s.files.items()}
+        constants = {name: a for s in sources.values() for name, a in s.constants.items()}
+        return WeightSource(made, files, constants)
+    if symbol.data is not None:
+        return WeightSource(["const", symbol.name], {}, {symbol.name: symbol.data})
+    return WeightSource(["weight", symbol.name], {symbol.name: symbol}, {})
+
+
+_PARTS = ("values", "scales", "zeros", "order")
 
 
 class Backend(Protocol):

@@ -325,3 +325,16 @@ def trilu(x: Any, y: Any, upper: bool, k: int) -> None:
             for c in range(x.shape[2]):
                 keep = c - r >= k if upper else c - r <= k
                 y[b, r, c] = x[b, r, c] if keep else 0
+
+
+@jit
+def round_blocks(x: Any, y: Any, block: int) -> None:
+    """y [K] = x [K] in whole multiples of 1/127 of the largest magnitude of each run of `block`; float32."""
+    for first in range(0, x.shape[0], block):
+        last = min(first + block, x.shape[0])
+        top = np.float32(0)
+        for i in range(first, last):
+            top = max(top, abs(x[i]))
+        scale = top / np.float32(127)
+        for i in range(first, last):
+            y[i] = np.rint(x[i] / scale) * scale if scale > 0 else np.float32(0)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mapper.errors import MapperError, ModelError
-from mapper.frontend.emit import Emitter
+from mapper.frontend.emit import Emitter, symbol_of
 from mapper.frontend.net import Array, Node, Value, numpy_of
 from mapper.frontend.resize import resized
 from mapper.frontend.rewrite import Match
@@ -179,9 +179,8 @@ def stored_array(leaf: Value, folder: Path, largest: int = 1 << 26) -> Array | N
     ref = leaf.weight
     if ref is None or ref.bytes > largest:
         return None
-    symbol = WeightSymbol(ref.name, ref.dims, ref.dtype, ref.file, ref.offset, ref.bytes, ref.data, folder)
     try:
-        return np.array(symbol.load())
+        return np.array(symbol_of(ref, folder).load())
     except MapperError:
         return None
 

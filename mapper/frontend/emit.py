@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mapper.errors import ModelError, UnsupportedModelError
-from mapper.frontend.net import Net, Node, Value, numpy_of
+from mapper.frontend.net import Net, Node, Value, WeightRef, numpy_of
 from mapper.frontend.resize import resized
 from mapper.ir.builder import GraphBuilder
 from mapper.ir.dims import ONE, Call, Dim, Monomial
 from mapper.ir.types import TensorType
-from mapper.ir.weights import WeightSymbol
+from mapper.ir.weights import Packing, WeightSymbol
 
 if TYPE_CHECKING:
     from xdsl.ir import SSAValue
@@ -35,6 +35,21 @@ OPERANDS = {
     "route": ("logits",),
     "moe": ("x", "index", "share"),
 }
+
+
+def symbol_of(ref: WeightRef, folder: Path | None) -> WeightSymbol:
+    """The weight symbol of a stored tensor; `folder` is the model's."""
+    packing = None
+    if ref.packed is not None:
+        p = ref.packed
+        values, scales, zeros, order = (
+            None if part is None else symbol_of(part, folder)
+            for part in (p.values, p.scales, p.zeros, p.order)
+        )
+        assert values is not None and scales is not None
+        packing = Packing(p.scheme, values, scales, zeros, order)
+    where = (ref.file, ref.offset, ref.bytes)
+    return WeightSymbol(ref.name, ref.dims, ref.dtype, *where, ref.data, folder, packing=packing)
 
 
 class Emitter:
@@ -95,12 +110,7 @@ class Emitter:
             return self.b.weight(stand_in)
         if value.weight is None:
             raise ModelError(f"value of {value.op!r} is no weight")
-        ref = value.weight
-        return self.b.weight(
-            WeightSymbol(
-                ref.name, ref.dims, ref.dtype, ref.file, ref.offset, ref.bytes, ref.data, self.b.folder
-            )
-        )
+        return self.b.weight(symbol_of(value.weight, self.b.folder))
 
     def scalar(self, dim: Dim) -> SSAValue:
         """An i64 scalar that computes a dimension from the shapes of the inputs."""

@@ -22,7 +22,7 @@ from mapper.frontend.resize import resized, small_widths
 from mapper.frontend.rewrite import Match
 from mapper.ir.dims import ONE, Dim
 
-_VIEWS = frozenset(["reshape", "expand", "transpose", "cast", "slice", "gather"])
+_VIEWS = frozenset(["reshape", "expand", "transpose", "cast", "slice", "gather", "round_blocks"])
 _STEPS = 24  # nodes between two products, or from the last one to the sum
 
 
@@ -268,6 +268,8 @@ def _forms(
     inputs = [False, True]
     orders = [first] if len(first) == 1 else [first, first[::-1]]
     packings = ["none"] if len(first) == 2 else ["halves", "interleaved", "none"]
+    blocks = {n.attrs["block"] for n in region if n.op == "round_blocks"}
+    rounding = {"round_block": blocks.pop()} if len(blocks) == 1 else {}
     options = (dict.fromkeys(acts), dict.fromkeys(limits), dict.fromkeys(offsets))
     for order, packing, share_input in combinations(orders, packings, inputs):
         names = _weights(order, last, biases, packing)
@@ -276,7 +278,7 @@ def _forms(
         for act, limit, offset in combinations(*options):
             attrs: dict[str, Any] = {f"{n}_transposed": p.transposed for n, p in _named(order, last).items()}
             attrs |= {"act": act, "packing": packing, "share_input": share_input}
-            yield attrs | {"limit": limit, "up_offset": offset}, names
+            yield attrs | {"limit": limit, "up_offset": offset} | rounding, names
 
 
 def _named(order: list[Product], last: Product) -> dict[str, Product]:

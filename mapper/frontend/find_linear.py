@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mapper.frontend.agree import Checker
 from mapper.frontend.cut import ELEMENTWISE, View, forward
-from mapper.frontend.net import Node, Value
+from mapper.frontend.net import Node, Value, walk
 from mapper.frontend.rewrite import Match
 from mapper.frontend.symbols import lookups, strip_views, token_inputs
 
@@ -48,12 +50,15 @@ def linears(view: View, checker: Checker) -> list[Match]:
 
 def _linear(view: View, checker: Checker, node: Node, weight: Value, transposed: bool) -> Match | None:
     x, out = node.inputs[0], node.outputs[0]
+    attrs: dict[str, Any] = {"transposed": transposed}
+    if x.node is not None and x.op == "round_blocks":
+        attrs["round_block"] = x.node.attrs["block"]
+        x = x.args[0]
     k, n = _SMALL
     shapes = {
         id(x): (2, 3, k)[-x.rank :] if x.rank < 4 else (2, 2, 3, k),
         id(weight): (n, k) if transposed else (k, n),
     }
-    attrs = {"transposed": transposed}
     bound = (x, weight)
     reader = view.sole_reader(out)
     if reader is not None and reader.op == "add":
@@ -82,7 +87,7 @@ def embeds(view: View, checker: Checker) -> list[Match]:
         ):
             continue
         table, ids = node.inputs
-        if (ids.const is not None and ids.rank == 0) or view.is_data(ids):
+        if (ids.const is not None and ids.rank == 0) or view.is_data(ids) or _chosen(ids):
             continue  # a row picked once, or picked by what was computed: routing
         added = any(n.op == "add" for v in _same(view, node.outputs[0]) for n in view.next_nodes(v))
         if id(strip_views(ids)) in tokens or added:
@@ -90,6 +95,10 @@ def embeds(view: View, checker: Checker) -> list[Match]:
             if checker.holds(match, {id(table): (4, 6)}):
                 found.append(match)
     return found
+
+
+def _chosen(ids: Value) -> bool:
+    return any(v.op in ("topk", "argmax") for v in walk(ids, lambda v: v.node is None))
 
 
 def _same(view: View, value: Value) -> list[Value]:
@@ -147,6 +156,6 @@ def heads(view: View, checker: Checker) -> list[Match]:
             value = data[0]
         if value.op == "linear" and value.node and value.dims[-1] in tables:
             node = value.node
-            attrs = {"transposed": node.attrs["transposed"]}
+            attrs = {k: v for k, v in node.attrs.items() if k != "slots"}
             found.append(Match(value, "lm_head", node.attrs["slots"], node.inputs, attrs))
     return found

@@ -73,6 +73,8 @@ def _mlp(view: View, down: Node) -> Match | None:
 def _assemble(down: Node, inner: dict[str, Node], act: Node, op: str) -> Match:
     x = next(iter(inner.values())).inputs[0]
     slots, inputs, attrs = ["x"], [x], {"act": act.attrs["kind"]}
+    if "round_block" in down.attrs:
+        attrs["round_block"] = down.attrs["round_block"]
     for name, node in {**inner, "down": down}.items():
         slots.append(name)
         inputs.append(node.inputs[1])

@@ -37,11 +37,11 @@ def inspect(graph: Graph) -> dict[str, Any]:
 def structure(graph: Graph) -> dict[str, Any]:
     """What `inspect` says of one graph."""
     ops = list(walk(graph))
-    by_kind: dict[str, list[tuple[DataflowOp, int, int]]] = {}
+    by_kind: dict[str, list[Counted]] = {}
     for item in ops:
         by_kind.setdefault(item[0].mnemonic, []).append(item)
-    attention = [_attention(graph, *item) for kind in ATTENTIONS for item in by_kind.get(kind, [])]
-    mlps = [_mlp(graph, *item) for kind in _MLPS for item in by_kind.get(kind, [])]
+    attention = [(_attention(op), n) for kind in ATTENTIONS for op, n in by_kind.get(kind, [])]
+    mlps = [(_mlp(graph, op), n) for kind in _MLPS for op, n in by_kind.get(kind, [])]
     left = primitives_left(graph)
     return {
         "name": graph.name,
@@ -58,14 +58,14 @@ def structure(graph: Graph) -> dict[str, Any]:
         "masks": _counted(attention, ("mask", "window")),
         "rope": _rope(graph, by_kind),
         "norms": _counted(
-            [_norm(op) for op, _, _ in by_kind.get("norm", [])], ("kind", "eps", "weight_offset")
+            [(_norm(op), n) for op, n in by_kind.get("norm", [])], ("kind", "eps", "weight_offset")
         ),
         "mlp": _counted(mlps, ("op", "act", "inner")),
         "kv_cache": _cache(graph, by_kind),
         "tied_embeddings": _tied(graph, by_kind),
         "inputs": {n: _described(graph.roles["inputs"].get(n, "other"), t) for n, t in graph.inputs},
         "outputs": {n: _described(graph.roles["outputs"].get(n, "other"), t) for n, t in graph.outputs},
-        "weight_formats": dict(sorted(Counter(w.dtype for w in graph.weights.values()).items())),
+        "weight_formats": _formats(graph),
         "primitives_left": dict(sorted(left.items())),
         "recognised_fraction": _fraction(ops, left),
     }
@@ -75,12 +75,22 @@ ATTENTIONS = ("attention", "latent_attention")
 _MLPS = ("gated_mlp", "packed_mlp", "mlp", "moe")
 
 
-def walk(graph: Graph) -> Iterator[tuple[DataflowOp, int, int]]:
-    """(op, iteration, first iteration?) of every op, those of a repeat once per iteration."""
+def _formats(graph: Graph) -> dict[str, int]:
+    """Storage format -> number of weights; a packed weight counts once, its parts not."""
+    parts = {p.name for w in graph.weights.values() if w.packing for p in w.packing.parts.values()}
+    counts = Counter(w.format for n, w in graph.weights.items() if n not in parts)
+    return dict(sorted(counts.items()))
+
+
+Counted = tuple[DataflowOp, int]
+Facts = dict[str, Any]
+
+
+def walk(graph: Graph) -> Iterator[Counted]:
+    """(op, how often it is done) of every op, those of a repeat once."""
     for section in graph.sections():
-        for iteration in range(section.count):
-            for op in section.ops:
-                yield op, iteration, section.count
+        for op in section.ops:
+            yield op, section.count
 
 
 def primitives_left(graph: Graph) -> Counter[str]:
@@ -111,13 +121,13 @@ def _hidden_values(ops: Any, start: set[Any]) -> set[Any]:
     return data
 
 
-def _fraction(ops: list[tuple[DataflowOp, int, int]], left: Counter[str]) -> float:
-    recognised = sum(op.mnemonic in _RECOGNISED for op, _, _ in ops)
+def _fraction(ops: list[Counted], left: Counter[str]) -> float:
+    recognised = sum(n for op, n in ops if op.mnemonic in _RECOGNISED)
     total = recognised + sum(left.values())
     return round(recognised / total, 4) if total else 0.0
 
 
-def _attention(graph: Graph, op: DataflowOp, iteration: int, count: int) -> dict[str, Any]:
+def _attention(op: DataflowOp) -> Facts:
     q, k, v = (tensor_type(value) for value in op.operands[:3])
     heads, kv_heads = q.shape[1], k.shape[1]
     kind = "MHA" if heads == kv_heads else "MQA" if kv_heads.is_const and kv_heads.value == 1 else "GQA"
@@ -164,52 +174,54 @@ def _number(dim: Any) -> int | str:
     return dim.value if dim.is_const else str(dim)
 
 
-def _norm(op: DataflowOp) -> dict[str, Any]:
+def _norm(op: DataflowOp) -> Facts:
     return {"kind": op.attr("kind"), "eps": _round(op.attr("eps")), "weight_offset": op.attr("weight_offset")}
 
 
-def _mlp(graph: Graph, op: DataflowOp, iteration: int, count: int) -> dict[str, Any]:
-    down = graph.weight(op, "down", iteration)
+def _mlp(graph: Graph, op: DataflowOp) -> Facts:
+    down = graph.weight(op, "down")
     transposed = op.attr("down_transposed")
     inner = None if down is None else down.shape[-1 if transposed else -2]
     return {"op": op.mnemonic, "act": op.attr("act"), "inner": inner}
 
 
-def _counted(items: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+def _counted(items: list[tuple[Facts, int]], keys: tuple[str, ...]) -> list[Facts]:
     """The distinct items by `keys`, each with how often it occurs, in order of first occurrence."""
-    counts = Counter(tuple(item[k] for k in keys) for item in items)
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for item, times in items:
+        counts[tuple(item[k] for k in keys)] += times
     return [dict(zip(keys, values, strict=True), layers=n) for values, n in counts.items()]
 
 
-def _common(items: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, Any]:
+def _common(items: list[tuple[Facts, int]], keys: tuple[str, ...]) -> Facts:
     """Per key the value of all items, or the list of distinct ones, or None."""
-    out: dict[str, Any] = {}
+    out: Facts = {}
     for key in keys:
-        values = list(dict.fromkeys(item[key] for item in items))
+        values = list(dict.fromkeys(item[key] for item, _ in items))
         out[key] = values[0] if len(values) == 1 else values or None
     return out
 
 
 def _hidden(graph: Graph, by_kind: dict[str, list[Any]]) -> int | None:
-    for op, iteration, _ in by_kind.get("embed", []):
-        table = graph.weight(op, "table", iteration)
+    for op, _ in by_kind.get("embed", []):
+        table = graph.weight(op, "table")
         if table is not None:
             return table.shape[1]
-    widths = [tensor_type(op.operands[0]).shape[-1] for op, _, _ in by_kind.get("norm", [])]
+    widths = [tensor_type(op.operands[0]).shape[-1] for op, _ in by_kind.get("norm", [])]
     return widths[0].value if widths and widths[0].is_const else None
 
 
 def _vocabulary(graph: Graph, by_kind: dict[str, list[Any]]) -> int | None:
-    for op, _, _ in by_kind.get("lm_head", []):
+    for op, _ in by_kind.get("lm_head", []):
         width = tensor_type(op.results[0]).shape[-1]
         return width.value if width.is_const else None
-    tables = [graph.weight(op, "table", i) for op, i, _ in by_kind.get("embed", [])]
+    tables = [graph.weight(op, "table") for op, _ in by_kind.get("embed", [])]
     return max((t.shape[0] for t in tables if t is not None), default=None)
 
 
 def _tied(graph: Graph, by_kind: dict[str, list[Any]]) -> bool | None:
-    tables = {op.attr("table") for op, _, _ in by_kind.get("embed", [])}
-    heads = [op.attr("weight") for op, _, _ in by_kind.get("lm_head", [])]
+    tables = {op.attr("table") for op, _ in by_kind.get("embed", [])}
+    heads = [op.attr("weight") for op, _ in by_kind.get("lm_head", [])]
     return heads[0] in tables if heads else None
 
 
@@ -232,10 +244,11 @@ def _described(role: str, kind: Any) -> dict[str, Any]:
 
 def _rope(graph: Graph, by_kind: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Distinct rotary embeddings: style, width, base frequency where the angles can be evaluated."""
-    found: list[dict[str, Any]] = []
+    found: list[tuple[Facts, int]] = []
     thetas: dict[Any, tuple[float | None, float | None]] = {}
-    for op, _, _ in by_kind.get("rope", []):
-        cos, sin = (_outside(graph, op, op.operand(n)) for n in ("cos", "sin"))
+    outside = _outside(graph)
+    for op, times in by_kind.get("rope", []):
+        cos, sin = (outside.get(v, v) for v in (op.operand("cos"), op.operand("sin")))
         if (cos, sin) not in thetas:
             thetas[cos, sin] = base_frequency(graph, cos, sin, op.attr("style"), op.attr("rotary_dim"))
         theta, factor = thetas[cos, sin]
@@ -245,20 +258,17 @@ def _rope(graph: Graph, by_kind: dict[str, list[Any]]) -> list[dict[str, Any]]:
             "theta": theta,
             "factor": factor,
         }
-        found.append(keys)
+        found.append((keys, times))
     return _counted(found, ("style", "rotary_dim", "theta", "factor"))
 
 
-def _outside(graph: Graph, op: DataflowOp, value: Any) -> Any:
-    """A value outside the repeat that an argument inside it stands for (of the first iteration)."""
+def _outside(graph: Graph) -> dict[Any, Any]:
+    """Argument inside a repeat -> the value outside that it stands for (in the first iteration)."""
+    found: dict[Any, Any] = {}
     for section in graph.sections():
-        for shared in section.shared:
-            if shared.argument is value:
-                return shared.value
-        for slot in section.inputs:
-            if slot.argument is value:
-                return slot.values[0]
-    return value
+        found.update((shared.argument, shared.value) for shared in section.shared)
+        found.update((slot.argument, slot.values[0]) for slot in section.inputs)
+    return found
 
 
 def base_frequency(

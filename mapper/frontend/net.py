@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from mapper.errors import ModelError
 from mapper.ir.dims import ONE, Dim
+from mapper.lowbit import Scheme
 
 Array = npt.NDArray[Any]
 Dims = tuple[Dim, ...]
@@ -26,8 +27,20 @@ MAX_TERMS, MAX_TEXT = 64, 400  # of one dimension's expression
 
 
 @dataclass(frozen=True)
+class PackedRef:
+    """The stored parts of a weight of low-bit integers."""
+
+    scheme: Scheme
+    values: WeightRef
+    scales: WeightRef
+    zeros: WeightRef | None = None
+    order: WeightRef | None = None
+
+
+@dataclass(frozen=True)
 class WeightRef:
-    """A stored tensor: its ONNX name and where its bytes are; or its data, where it holds typed elements."""
+    """A stored tensor: its ONNX name and where its bytes are; its data, where it holds typed elements; or its
+    parts, where it is packed."""
 
     name: str
     dims: tuple[int, ...]
@@ -36,6 +49,7 @@ class WeightRef:
     offset: int
     bytes: int
     data: Array | None = None
+    packed: PackedRef | None = None
 
 
 @dataclass(eq=False)

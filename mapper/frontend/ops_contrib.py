@@ -12,7 +12,7 @@ import numpy as np
 from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend.lower import Call, lowers
-from mapper.frontend.net import Net, Value
+from mapper.frontend.net import Net, Value, product
 from mapper.frontend.ops_cache import Places, grouped_places, shared_places, stretched, within
 from mapper.frontend.ops_nn import (
     additive,
@@ -27,7 +27,9 @@ from mapper.frontend.ops_nn import (
     silu,
     split_heads,
 )
+from mapper.frontend.packed import packed_weight
 from mapper.ir.dims import ONE, ZERO, Dim
+from mapper.lowbit import Scheme
 
 MS = "com.microsoft"
 
@@ -312,54 +314,28 @@ def _packed(c: Call) -> list[Value]:
 
 @lowers("MatMulNBits", domain=MS)
 def _matmul_bits(c: Call) -> list[Value]:
-    """x times the transpose of a matrix of 4- or 8-bit blocks: B [N, blocks, bytes], scales [N, blocks]."""
+    """x times the transpose of a matrix of low-bit blocks: B [N, blocks, bytes], scales [N, blocks]."""
     net, x = c.net, c.x(0)
     bits, block = c.integer("bits", 4), c.integer("block_size")
     rows, columns = c.integer("N"), c.integer("K")
-    if bits not in (4, 8) or block < 1 or c.has(4):
-        raise c.refuse(
-            f"{bits}-bit blocks with a group index are not supported" if c.has(4) else f"{bits} bits"
-        )
+    if bits not in (2, 4, 8) or block < 1 or rows < 1 or columns < 1:
+        raise c.refuse(f"{bits}-bit integers in blocks of {block}")
     blocks = -(-columns // block)
-    stored = _unpacked(net, b.reshape(net, c.x(1), [rows, blocks, block * bits // 8]), bits, blocks * block)
-    whole = b.reshape(net, stored, [rows, blocks, block])
-    zero: Value = net.constant(np.array(1 << (bits - 1), np.float32), "f32")
-    if c.has(3) and c.x(3).dtype == "u8":
-        per_row = blocks * bits // 8 if bits == 8 else (blocks + 1) // 2
-        points = _unpacked(net, b.reshape(net, c.x(3), [rows, 1, per_row]), bits, blocks)
-        zero = b.reshape(net, points, [rows, blocks, 1])
-    elif c.has(3):
-        zero = b.reshape(net, c.x(3), [rows, blocks, 1])
-    scales = b.reshape(net, c.x(2), [rows, blocks, 1])
-    matrix = b.binary(net, "mul", b.binary(net, "sub", whole, zero), b.cast(net, scales, "f32"))
-    matrix = b.reshape(net, matrix, [rows, blocks * block])
-    matrix = b.slice_(net, matrix, [ZERO], [Dim.of(columns)], [1], [1])
-    if c.integer("accuracy_level") == 4:
-        x = _rounded(net, x, columns, block)
+    counts = {1: rows * blocks * (block * bits // 8), 2: rows * blocks}
+    for operand, count in counts.items():
+        if product(c.x(operand).dims) != Dim.of(count):
+            raise ModelError(
+                f"{net.origin}: operand {operand} has not the {count} elements of {rows} x {columns}"
+            )
+    given = [c.x(i) if c.has(i) else None for i in range(1, 5)]
+    values, scales, zeros, order = given
+    assert values is not None and scales is not None
+    matrix = packed_weight(Scheme(bits, block), (rows, columns), x.dtype, values, scales, zeros, order)
+    if matrix is None:
+        raise c.refuse("a matrix that is computed is not supported")
+    # onnxruntime's kernels on 8-bit activations take neither float zero points nor a group index
+    plain = order is None and (zeros is None or zeros.dtype == "u8")
+    if c.integer("accuracy_level") == 4 and plain:
+        x = net.make("round_blocks", [x], {"block": block})
     out = b.matmul(net, x, b.transpose(net, matrix, (1, 0)))
     return [b.binary(net, "add", out, c.x(5)) if c.has(5) else out]
-
-
-def _rounded(net: Net, x: Value, columns: int, block: int) -> Value:
-    """Activations as accuracy level 4 computes them: rounded to 8 bits, one scale per block."""
-    if columns % block:
-        return x
-    parts = b.reshape(net, x, [*x.dims[:-1], Dim.of(columns // block), Dim.of(block)])
-    largest = b.reduce(net, "max", b.unary(net, "abs", parts), [parts.rank - 1], True)
-    scale = b.binary(net, "mul", b.binary(net, "max", largest, net.scalar(1e-30, x)), net.scalar(1 / 127, x))
-    steps = b.unary(net, "round", b.binary(net, "div", parts, scale))
-    return b.reshape(net, b.binary(net, "mul", steps, scale), x.dims)
-
-
-def _unpacked(net: Net, packed: Value, bits: int, columns: int) -> Value:
-    """[N, a, bytes] of u8 as f32 [N, columns]; 4-bit formats hold two elements per byte, low one first."""
-    rows = packed.dims[0]
-    wide = b.cast(net, packed, "i32")
-    if bits == 4:
-        sixteen = net.constant(np.array(16, np.int32), "i32")
-        pair = [*wide.dims, ONE]
-        low = b.reshape(net, b.binary(net, "mod", wide, sixteen), pair)
-        high = b.reshape(net, b.binary(net, "div", wide, sixteen), pair)
-        wide = b.concat(net, [low, high], 3)
-    wide = b.cast(net, b.reshape(net, wide, [rows, Dim.of(-1)]), "f32")
-    return b.slice_(net, wide, [ZERO], [Dim.of(columns)], [1], [1])

@@ -50,7 +50,7 @@ COMPARE = ["eq", "lt", "le", "gt", "ge"]
 Types = list[tuple[Dims, str]]
 
 
-@rule(*UNARY, "softmax", "cumsum", "trilu")
+@rule(*UNARY, "softmax", "cumsum", "trilu", "round_blocks")
 def _same(net: Net, ins: Sequence[Value], attrs: dict[str, Any]) -> Types:
     return [(ins[0].dims, ins[0].dtype)]
 

@@ -156,6 +156,8 @@ class GraphBuilder(BlockBuilder):
             and (known.type != symbol.type or known.file != symbol.file)
         ):
             raise ModelError(f"two weights called {symbol.name!r}")
+        for part in symbol.packing.parts.values() if symbol.packing else ():
+            self.weight(part)
         self._weights[symbol.name] = symbol
         self.scope.weights[symbol.name] = symbol.type
         return symbol.name
@@ -184,6 +186,7 @@ class GraphBuilder(BlockBuilder):
             {k: StringAttr(v) for k, v in self._model.items()}
         )
         graph = Graph(module, self.path, self.folder)
+        graph.know(self._weights)
         if verify:
             graph.verify()
         return graph

@@ -8,8 +8,9 @@ rows only; attention over a cache reads the rows that its window lets through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from mapper.ir.dims import ONE, ZERO, Dim
 from mapper.ir.graph import Graph
@@ -17,7 +18,42 @@ from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.structure import RepeatOp
 from mapper.ir.types import BITS, TensorType
 
-Lookup = Callable[[str], TensorType]
+
+class Kind(Protocol):
+    """What is asked of a weight: its shape, and the bytes it takes as it is stored."""
+
+    @property
+    def shape(self) -> Sequence[Dim]:
+        """Dimensions."""
+
+    @property
+    def elements(self) -> Dim:
+        """Number of elements."""
+
+    @property
+    def bytes(self) -> Dim:
+        """Bytes of all its stored parts."""
+
+
+@dataclass(frozen=True)
+class PackedKind:
+    """A weight of low-bit integers."""
+
+    type: TensorType
+    bytes: Dim
+
+    @property
+    def shape(self) -> Sequence[Dim]:
+        """Dimensions of the weight."""
+        return self.type.shape
+
+    @property
+    def elements(self) -> Dim:
+        """Elements of the weight."""
+        return self.type.elements
+
+
+Lookup = Callable[[str], Kind]
 
 _VIEWS = ("reshape", "squeeze", "unsqueeze", "shape_of", "constant", "load", "repeat")
 _COPIES = ("transpose", "expand", "concat", "split", "slice", "gather", "gather_elements", "gather_nd", "pad",
@@ -60,7 +96,9 @@ class Cost:
 
 def costs(graph: Graph) -> list[tuple[DataflowOp, int, Cost]]:
     """(op, how often it runs, cost of one run) of every op, those inside repeats included."""
-    types = {n: w.type for n, w in graph.weights.items()}
+    types: dict[str, Kind] = {
+        n: PackedKind(w.type, Dim.of(w.bytes)) if w.packing else w.type for n, w in graph.weights.items()
+    }
     found: list[tuple[DataflowOp, int, Cost]] = []
     for section in graph.sections():
         slots = {slot: types[symbols[0]] for slot, symbols in section.table.items()}

@@ -54,7 +54,8 @@ class MoeOp(DataflowOp):
     and up are [E, D, F], down [E, F, D], each with its last two axes exchanged where its `transposed` flag is
     set. `packing`: `up` holds gate and up in 2F columns, as two halves (gate first) or alternating (gate
     first), and there is no `gate`. `limit` > 0 clamps the gate from above and up from both sides.
-    `share_input`: the share multiplies the expert's input, not its output."""
+    `share_input`: the share multiplies the expert's input, not its output.
+    `round_block` > 0: the operand of each product is rounded first, as `round_blocks` does."""
 
     name = "dataflow.moe"
     x = operand_def(TensorType)
@@ -75,3 +76,4 @@ class MoeOp(DataflowOp):
     limit = opt_attr_def(FLOAT, _ZERO)
     up_offset = opt_attr_def(FLOAT, _ZERO)
     share_input = opt_attr_def(BOOL, _NO)
+    round_block = opt_attr_def(INT, INT.encode(0))

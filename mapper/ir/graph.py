@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -97,8 +97,19 @@ class Graph:
     @cached_property
     def weights(self) -> dict[str, WeightSymbol]:
         """Every weight symbol by name."""
-        found = [op for op in self.module.ops if isinstance(op, WeightOp)]
-        return {op.attr("sym_name"): WeightSymbol.from_op(op, self.folder) for op in found}
+        found: dict[str, WeightSymbol] = {}
+        for op in self.module.ops:
+            if isinstance(op, WeightOp):  # parts of a packed weight stand before it
+                found[op.attr("sym_name")] = WeightSymbol.from_op(op, self.folder, found)
+        return found
+
+    def know(self, weights: Mapping[str, WeightSymbol]) -> None:
+        """Spares the decoding of weight ops that were just made of `weights`."""
+        found = {
+            n: w if w.file is None or w.folder == self.folder else replace(w, folder=self.folder)
+            for n, w in weights.items()
+        }
+        self.__dict__["weights"] = found
 
     @cached_property
     def roles(self) -> dict[str, Any]:
@@ -160,10 +171,13 @@ class Graph:
         Rotary frequencies and derived tables are no parameters, nor are weights that nothing uses."""
         seen: dict[Any, int] = {}
         for graph in (self, *map(self.phase, self.switch.phases if self.switch else ())):
-            for name in parameters(graph):
-                weight = graph.weights[name]
-                key = (weight.file, weight.offset, weight.bytes) if weight.file is not None else name
-                seen[key] = weight.elements
+            symbols = graph.weights
+            parts = {p.name for w in symbols.values() if w.packing for p in w.packing.parts.values()}
+            for name in parameters(graph) - parts:
+                weight = symbols[name]
+                stored = weight if weight.packing is None else weight.packing.values
+                key = (stored.file, stored.offset, stored.bytes) if stored.file is not None else name
+                seen[key] = weight.elements  # of a packed weight those it stands for
         return sum(seen.values())
 
     @cached_property

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from mapper.ir.dims import ONE, Dim
 from mapper.ir.infer import Call, broadcast, rule
-from mapper.ir.primitives_compute import ArgmaxOp, ConvOp, CumsumOp, MatmulOp, ReduceOp, SoftmaxOp, TopkOp
+from mapper.ir.primitives_compute import (
+    ArgmaxOp,
+    ConvOp,
+    CumsumOp,
+    MatmulOp,
+    ReduceOp,
+    RoundBlocksOp,
+    SoftmaxOp,
+    TopkOp,
+)
 from mapper.ir.primitives_elementwise import (
     BinaryOp,
     CastOp,
@@ -33,6 +42,12 @@ def _along_axis(call: Call) -> Types:
     x = call.type("x")
     call.axis(call.attrs["axis"], x.rank)
     return [x]
+
+
+@rule(RoundBlocksOp)
+def _round_blocks(call: Call) -> Types:
+    call.need(call.attrs["block"] > 0 and call.type("x").rank > 0, f"blocks of {call.attrs['block']}")
+    return [call.type("x")]
 
 
 @rule(NotOp, IsNaNOp, IsInfOp)

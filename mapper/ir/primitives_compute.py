@@ -104,3 +104,15 @@ class TopkOp(DataflowOp):
     k = attr_def(INT)
     axis = opt_attr_def(INT, INT.encode(-1))
     largest = opt_attr_def(BOOL, BOOL.encode(True))
+
+
+@irdl_op_definition
+class RoundBlocksOp(DataflowOp):
+    """x with each run of `block` elements along the last axis (the last run may be shorter) rounded to whole
+    multiples, at most 127 in size, of a 127th of its largest magnitude: what a product with 8-bit activations
+    computes on. Source: onnxruntime's MatMulNBits, accuracy level 4."""
+
+    name = "dataflow.round_blocks"
+    x = operand_def(TensorType)
+    y = result_def(TensorType)
+    block = attr_def(INT)

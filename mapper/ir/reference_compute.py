@@ -160,3 +160,19 @@ def _conv(s: Step) -> Array:
                        [1, 9, 2, *range(5, 5 + spatial)], [0, 1, 9, *range(3, 3 + spatial)])  # fmt: skip
     result = result.reshape(batch, w.shape[0], *out)
     return np.asarray(result if bias is None else result + bias.reshape(-1, *[1] * spatial))
+
+
+def round_blocks(x: Array, block: int) -> Array:
+    """x [..., K] in multiples of 1/127 of each block's largest magnitude."""
+    columns = x.shape[-1]
+    padded = np.zeros((*x.shape[:-1], -(-columns // block) * block), x.dtype)
+    padded[..., :columns] = x
+    runs = padded.reshape(*x.shape[:-1], -1, block)
+    scale = np.abs(runs).max(-1, keepdims=True) / x.dtype.type(127)
+    steps = np.rint(runs / np.where(scale > 0, scale, 1))
+    return np.asarray((steps * scale).reshape(padded.shape)[..., :columns], x.dtype)
+
+
+@meaning("round_blocks")
+def _round_blocks(s: Step) -> Array:
+    return round_blocks(s.arg("x"), s.attr("block"))

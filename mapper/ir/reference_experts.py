@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mapper.ir.reference import Step, meaning
-from mapper.ir.reference_compute import sigmoid, softmax
+from mapper.ir.reference_compute import round_blocks, sigmoid, softmax
 from mapper.ir.reference_transformer import ACTIVATION_MEANINGS
 from mapper.ir.types import Array
 
@@ -47,6 +47,7 @@ def _route(s: Step) -> tuple[Array, Array]:
 
 def _product(s: Step, x: Array, name: str, expert: int) -> Array:
     matrix, bias = s.need(name)[expert], s.weight(f"{name}_bias")
+    x = round_blocks(x, s.attr("round_block")) if s.attr("round_block") else x
     y = x @ (matrix.T if s.attr(f"{name}_transposed") else matrix)
     return np.asarray(y if bias is None else y + bias[expert])
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mapper.ir.reference import Step, meaning
-from mapper.ir.reference_compute import erf, sigmoid, softmax
+from mapper.ir.reference_compute import erf, round_blocks, sigmoid, softmax
 from mapper.ir.types import Array
 
 ACTIVATION_MEANINGS: dict[str, Callable[[Array], Any]] = {
@@ -45,6 +45,7 @@ def _embed_at(s: Step) -> Array:
 
 def _linear(s: Step, x: Array, name: str, bias: str, flag: str) -> Array:
     weight, offset = s.need(name), s.weight(bias)
+    x = round_blocks(x, s.attr("round_block")) if s.attr("round_block") else x
     y = x @ (weight.T if s.attr(flag) else weight)
     return np.asarray(y if offset is None else y + offset)
 

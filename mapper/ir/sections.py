@@ -70,20 +70,22 @@ def sections_of(
     """Cuts a graph's ops at its repeats. `inputs` and `outputs` are the graph's, by name."""
     sections: list[Section] = []
     plain: list[DataflowOp] = []
+    input_names = {v: n for n, v in inputs.items()}
+    output_names = {v: n for n, v in outputs.items()}
     for op in ops:
         if isinstance(op, RepeatOp):
             if plain:
                 sections.append(Section(tuple(plain)))
-            sections.append(_repeat_section(op, inputs, outputs))
+            sections.append(_repeat_section(op, input_names, output_names))
             plain = []
         else:
             plain.append(op)
     return [*sections, Section(tuple(plain))] if plain else sections
 
 
-def _repeat_section(op: RepeatOp, inputs: Mapping[str, SSAValue], outputs: Mapping[str, SSAValue]) -> Section:
-    input_names = {v: n for n, v in inputs.items()}
-    output_names = {v: n for n, v in outputs.items()}
+def _repeat_section(
+    op: RepeatOp, input_names: Mapping[SSAValue, str], output_names: Mapping[SSAValue, str]
+) -> Section:
     last = op.block.last_op
     assert isinstance(last, YieldOp)
     n, m = op.attr("carried"), op.attr("shared")

@@ -21,8 +21,9 @@ from xdsl.printer import Printer
 from xdsl.traits import IsolatedFromAbove, IsTerminator, SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
-from mapper.ir.op import BOOL, BYTES, INT, TEXT, DataflowOp, Kind
+from mapper.ir.op import BOOL, BYTES, INT, TEXT, WEIGHT, DataflowOp, Kind, TextKind
 from mapper.ir.types import TensorType
+from mapper.lowbit import LAYOUTS
 
 
 class NamesKind(Kind):
@@ -86,7 +87,8 @@ class WeightOp(DataflowOp):
     """A weight symbol: `bytes` bytes at `offset` of `file` (relative to the model's folder), or `data` held
     here.
 
-    `derived`: made by a pass (a table of rotary angles), no parameter of the model."""
+    `derived`: made by a pass (a table of rotary angles), no parameter of the model. A packed weight names its
+    parts, weights themselves, and how they stand for it (see `mapper.lowbit`)."""
 
     name = "dataflow.weight"
     sym_name = attr_def(TEXT)
@@ -96,6 +98,14 @@ class WeightOp(DataflowOp):
     bytes = opt_attr_def(INT, INT.encode(0))
     data = opt_attr_def(BYTES)
     derived = opt_attr_def(BOOL, BOOL.encode(False))
+    values = opt_attr_def(WEIGHT)
+    scales = opt_attr_def(WEIGHT)
+    zeros = opt_attr_def(WEIGHT)
+    order = opt_attr_def(WEIGHT)
+    bits = opt_attr_def(INT, INT.encode(0))
+    block = opt_attr_def(INT, INT.encode(0))
+    axis = opt_attr_def(INT, INT.encode(-1))
+    layout = opt_attr_def(TextKind(LAYOUTS), TEXT.encode("rows"))
     traits = traits_def(SymbolOpInterface())
 
     def print(self, printer: Printer) -> None:

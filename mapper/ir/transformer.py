@@ -50,7 +50,9 @@ class EmbedOp(DataflowOp):
 
 @irdl_op_definition
 class LinearOp(DataflowOp):
-    """y = x @ W + bias over the last axis of x [..., K]; W [K, N], or [N, K] with `transposed`."""
+    """y = x @ W + bias over the last axis of x [..., K]; W [K, N], or [N, K] with `transposed`.
+
+    `round_block` > 0: x is rounded first, as `round_blocks` does; in MLPs the operand of each product."""
 
     name = "dataflow.linear"
     x = operand_def(TensorType)
@@ -59,6 +61,7 @@ class LinearOp(DataflowOp):
     bias = opt_attr_def(WEIGHT)
     transposed = opt_attr_def(BOOL, _FALSE)
     format = opt_attr_def(TEXT, TEXT.encode("f32"))
+    round_block = opt_attr_def(INT, INT.encode(0))
 
 
 @irdl_op_definition
@@ -73,6 +76,7 @@ class LmHeadOp(DataflowOp):
     bias = opt_attr_def(WEIGHT)
     transposed = opt_attr_def(BOOL, _FALSE)
     format = opt_attr_def(TEXT, TEXT.encode("f32"))
+    round_block = opt_attr_def(INT, INT.encode(0))
 
 
 @irdl_op_definition
@@ -206,6 +210,7 @@ class MlpOp(DataflowOp):
     down_bias = opt_attr_def(WEIGHT)
     up_transposed = opt_attr_def(BOOL, _FALSE)
     down_transposed = opt_attr_def(BOOL, _FALSE)
+    round_block = opt_attr_def(INT, INT.encode(0))
 
 
 @irdl_op_definition
@@ -226,6 +231,7 @@ class GatedMlpOp(DataflowOp):
     gate_transposed = opt_attr_def(BOOL, _FALSE)
     up_transposed = opt_attr_def(BOOL, _FALSE)
     down_transposed = opt_attr_def(BOOL, _FALSE)
+    round_block = opt_attr_def(INT, INT.encode(0))
 
 
 @irdl_op_definition
@@ -246,6 +252,7 @@ class PackedMlpOp(DataflowOp):
     gate_up_transposed = opt_attr_def(BOOL, _FALSE)
     down_transposed = opt_attr_def(BOOL, _FALSE)
     packing = opt_attr_def(PACKING, PACKING.encode("halves"))
+    round_block = opt_attr_def(INT, INT.encode(0))
 
 
 @irdl_op_definition

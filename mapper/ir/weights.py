@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from xdsl.ir import Attribute
 
 from mapper.errors import ModelError, WeightsMissingError
 from mapper.ir.structure import WeightOp
 from mapper.ir.types import TensorType, numpy_dtype, type_of
+from mapper.lowbit import Scheme, dequantise
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The stored parts of a weight of low-bit integers, each a weight of its own: see `mapper.lowbit`."""
+
+    scheme: Scheme
+    values: WeightSymbol
+    scales: WeightSymbol
+    zeros: WeightSymbol | None = None
+    order: WeightSymbol | None = None
+
+    @property
+    def parts(self) -> dict[str, WeightSymbol]:
+        """Part name -> weight, of those that are there."""
+        named = {"values": self.values, "scales": self.scales, "zeros": self.zeros, "order": self.order}
+        return {name: part for name, part in named.items() if part is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +43,8 @@ class WeightSymbol:
     folder); or, where `file` is None, the array `data`. 4-bit formats hold two elements per byte, the first
     one low.
 
-    `derived` marks a table that a pass made: no parameter of the model.
+    `derived` marks a table that a pass made: no parameter of the model. With `packing`, the weight is
+    computed from its parts, `dtype` is the type it is computed in, and `bytes` are those of all parts.
     """
 
     name: str
@@ -34,6 +56,7 @@ class WeightSymbol:
     data: Array | None = None
     folder: Path | None = None
     derived: bool = False
+    packing: Packing | None = None
 
     @staticmethod
     def of(name: str, data: Array, derived: bool = False) -> WeightSymbol:
@@ -41,7 +64,7 @@ class WeightSymbol:
         kind = type_of(data)
         return WeightSymbol(name, data.shape, kind.dtype, data=data, bytes=data.nbytes, derived=derived)
 
-    @property
+    @cached_property
     def type(self) -> TensorType:
         """The tensor type."""
         return TensorType.of(self.shape, self.dtype)
@@ -51,8 +74,22 @@ class WeightSymbol:
         """Number of elements."""
         return self.type.elements.value
 
+    @property
+    def format(self) -> str:
+        """The storage format: its element type, or the name of its packing."""
+        return self.dtype if self.packing is None else self.packing.scheme.name
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for weights that are stored alike: type and packing."""
+        if self.packing is None:
+            return (self.type,)
+        return (self.type, self.packing.scheme, *((n, p.type) for n, p in self.packing.parts.items()))
+
     def load(self) -> Array:
         """The array, mapped read-only from its file where it has one. Raises WeightsMissingError."""
+        if self.packing is not None:
+            return self._unpacked(self.packing)
         if self.data is not None:
             return self.data
         if self.file is None or self.folder is None:
@@ -65,26 +102,61 @@ class WeightSymbol:
         raw = np.memmap(path, np.uint8, "r", self.offset, (self.bytes,))
         return decode(raw, self.shape, self.dtype)
 
+    def _unpacked(self, packing: Packing) -> Array:
+        parts = {name: part.load() for name, part in packing.parts.items()}
+        try:
+            return dequantise(packing.scheme, self.shape, dtype=numpy_dtype(self.dtype), **parts)
+        except ValueError as error:
+            raise ModelError(f"weight {self.name!r}: {error}") from error
+
     def op(self) -> WeightOp:
         """The IR op that declares it."""
+        return WeightOp.create(attributes=self._attributes)
+
+    @cached_property
+    def _attributes(self) -> dict[str, Attribute]:
         made = WeightOp.create(attributes={})
         values = {"file": self.file, "offset": self.offset, "bytes": self.bytes, "derived": self.derived}
         data = None if self.data is None else encode(self.data)
         made.set_attr("sym_name", self.name)
+        if self.packing is not None:
+            scheme = self.packing.scheme
+            values |= {
+                "bits": scheme.bits,
+                "block": scheme.block,
+                "axis": scheme.axis,
+                "layout": scheme.layout,
+            }
+            values |= {n: p.name for n, p in self.packing.parts.items()}
         for name, value in {**values, "type": self.type, "data": data}.items():
             made.set_attr(name, value)
-        return made
+        return made.attributes
 
     @staticmethod
-    def from_op(op: WeightOp, folder: Path | None) -> WeightSymbol:
-        """Inverse of `op`."""
+    def from_op(
+        op: WeightOp, folder: Path | None, others: Mapping[str, WeightSymbol] | None = None
+    ) -> WeightSymbol:
+        """Inverse of `op`; `others` holds the parts of a packed weight."""
         kind: TensorType = op.attr("type")
         raw = op.attr("data")
         data = None if raw is None else decode(np.frombuffer(raw, np.uint8), kind.ints, kind.dtype)
         where = (op.attr("file"), op.attr("offset"), op.attr("bytes"))
+        packing = _packing(op, others or {}) if op.attr("values") is not None else None
         return WeightSymbol(
-            op.attr("sym_name"), kind.ints, kind.dtype, *where, data, folder, op.attr("derived")
+            op.attr("sym_name"), kind.ints, kind.dtype, *where, data, folder, op.attr("derived"), packing
         )
+
+
+def _packing(op: WeightOp, others: Mapping[str, WeightSymbol]) -> Packing:
+    scheme = Scheme(op.attr("bits"), op.attr("block"), op.attr("axis"), op.attr("layout"))
+    names = {n: op.attr(n) for n in ("values", "scales", "zeros", "order")}
+    missing = [n for n in names.values() if n is not None and n not in others]
+    if missing or names["scales"] is None:
+        raise ModelError(
+            f"weight {op.attr('sym_name')!r}: its parts {missing or ['scales']} are not declared"
+        )
+    found = {n: others[name] for n, name in names.items() if name is not None}
+    return Packing(scheme, **found)
 
 
 def decode(raw: npt.NDArray[np.uint8], shape: tuple[int, ...], dtype: str) -> Array:

@@ -11,7 +11,6 @@ from xdsl.ir import SSAValue
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, fields
 from mapper.ir.structure import OutputOp, RepeatOp
-from mapper.ir.types import TensorType
 
 PRIVATE = ("load", "constant")
 """Ops that are copied into the layer that reads them."""
@@ -120,8 +119,9 @@ class Shape:
     ops: list[DataflowOp] = field(default_factory=list)
 
 
-def structure(segment: Segment, weights: Mapping[str, TensorType]) -> Shape:
-    """The structure of a segment; its private loads and constants are taken in."""
+def structure(segment: Segment, weights: Mapping[str, Any]) -> Shape:
+    """The structure of a segment; its private loads and constants are taken in. `weights`: what of each
+    weight has to be equal."""
     shape = Shape(None)
     local: dict[SSAValue, int] = {segment.entry: -1}
     keys: list[Any] = [segment.entry.type]

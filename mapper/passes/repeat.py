@@ -48,7 +48,7 @@ class Repeat:
         return Dce(weights=False).apply(_Grouping(graph, cut, runs).run())
 
     def _runs(self, graph: Graph, cut: Sequence[Segment]) -> list[Run]:
-        weights = {n: w.type for n, w in graph.weights.items()}
+        weights = {n: w.key for n, w in graph.weights.items()}
         keys = [structure(s, weights).key for s in cut]
         numbers: dict[object, int] = {}
         hashes = [numbers.setdefault(k, len(numbers)) for k in keys]
@@ -109,7 +109,7 @@ class _Grouping:
         return bodies
 
     def _place(self, new: GraphBuilder, run: Run, values: Values) -> None:
-        weights = {n: w.type for n, w in self.graph.weights.items()}
+        weights = {n: w.key for n, w in self.graph.weights.items()}
         bodies = self._bodies(run)
         shapes = [structure(body, weights) for body in bodies]
         if len({s.key for s in shapes}) != 1:  # layers equal one by one, but not in what they share

@@ -13,6 +13,8 @@ to fetch them. Each expression is a list `[op, ...]`:
     ["pad", e, axis, before, after]   with zeros
     ["concat", [e, ...], axis]
     ["mul", e, e]  ["add", e, e]  NumPy broadcasting, in the operands' common type
+    ["dequantise", [bits, block, axis, layout], [dims], dtype, values, scales, zeros | null, order | null]
+                                  a weight from its low-bit parts (see mapper.lowbit)
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import ScheduleError
+from mapper.lowbit import Scheme, dequantise
 from mapper.schedule.dtypes import dtype
 
 Array = npt.NDArray[Any]
@@ -32,7 +35,7 @@ Lookup = Callable[[str], Array]
 
 OPS = (
     *("weight", "const", "zeros", "full", "cast", "transpose", "reshape"),
-    *("take", "slice", "pad", "concat", "mul", "add"),
+    *("take", "slice", "pad", "concat", "mul", "add", "dequantise"),
 )
 MAX_BYTES = 1 << 36
 """An array that an expression makes up (not one that it reads) stays below this."""
@@ -87,6 +90,14 @@ def _evaluate(expr: Any, weight: Lookup, const: Lookup) -> Array:
             return np.asarray(np.multiply(sub(rest[0]), sub(rest[1])))
         case "add":
             return np.asarray(np.add(sub(rest[0]), sub(rest[1])))
+        case "dequantise":
+            scheme, dims, name, *parts = rest
+            _bounded(dims, name)
+            arrays = [None if e is None else sub(e) for e in parts]
+            values, scales, zeros, order = arrays
+            if values is None or scales is None:
+                raise ScheduleError("a value expression dequantises without integers or scales")
+            return dequantise(Scheme(*scheme), tuple(dims), values, scales, zeros, order, dtype(name))
     raise ScheduleError(f"unknown value expression {op!r}")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from xdsl.ir import SSAValue
 
+from mapper.backend import weight_source
 from mapper.errors import LoweringError
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
@@ -43,11 +44,10 @@ class Weights:
         key = weight.name if weight.dtype == form.dtype else f"{weight.name}:{form.dtype}"
         key += ":transposed" if form.turned else ""
         if key not in self.values:
-            source: Any = ["const" if weight.file is None else "weight", weight.name]
-            if weight.file is None:
-                self.arrays[weight.name] = np.ascontiguousarray(weight.load())
-            else:
-                self.symbols[weight.name] = weight
+            stored = weight_source(weight)
+            source = stored.expression
+            self.symbols.update(stored.files)
+            self.arrays.update({n: np.ascontiguousarray(a) for n, a in stored.constants.items()})
             if weight.dtype != form.dtype:
                 source = ["cast", source, np.dtype(_numpy(form.dtype)).name]
             if form.turned:

@@ -22,6 +22,7 @@ from mapper_host.opcodes import (
     ONE_HOT,
     REDUCE,
     ROPE,
+    ROUND_BLOCKS,
     ROUTE,
     SCATTER_ELEMENTS,
     SCATTER_ND,
@@ -116,6 +117,8 @@ def _moe(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
                 factor = np.float32(1)
             else:
                 t[0, :] = x[0]
+            if a[18] != 0:
+                elementwise.round_blocks(t[0], t[0], a[18])
             if gated:
                 _expert(r, 3, a, e, t, g, a[9], a[12])
             _expert(r, up, a, e, t, u, a[10], a[13])
@@ -123,6 +126,8 @@ def _moe(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
                 moe.combine(packing, act, f[15], f[16], u[0], g[0])
             else:
                 moe.plain(act, u[0], g[0])
+            if a[18] != 0:
+                elementwise.round_blocks(g[0], g[0], a[18])
             _expert(r, down, a, e, g, z, a[11], a[14])
             moe.add_scaled(factor, z[0], y)
 
@@ -241,6 +246,11 @@ def interpret_general(
             _matmul(r, a, part, parts)
         elif op == CONV:
             _conv(r, a, part, parts)
+        elif op == ROUND_BLOCKS:
+            low, high = share(a[0], 1, part, parts)
+            for row in range(low, high):
+                at = 4 * row * a[1]
+                elementwise.round_blocks(f32(r[0] + at, a[1]), f32(r[1] + at, a[1]), a[2])
         elif op == ROUTE:
             _route(r, a, f, part, parts)
         elif op == MOE:

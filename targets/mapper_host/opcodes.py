@@ -18,14 +18,14 @@ OPCODES = (
     "gather_elements",
     "gather_nd", "scatter_nd", "scatter_elements", "reduce", "softmax", "cumsum", "topk", "argmax",
     "matmul", "conv",
-    "moe", "vector", "route",
+    "moe", "vector", "route", "round_blocks",
 )  # fmt: skip
 """Opcode names; the position is the opcode."""
 (
     LINEAR_NK, LINEAR_KN, NORM, ROPE_AT, ROPE, CACHE_APPEND, CACHED_ATTENTION, ATTENTION, EMBED_AT,
     GATE, ACTIVATION, ELEMENTWISE, COPY, FILL, ARANGE, ONE_HOT, TRILU, GATHER, GATHER_ELEMENTS,
     GATHER_ND, SCATTER_ND, SCATTER_ELEMENTS, REDUCE, SOFTMAX, CUMSUM, TOPK, ARGMAX, MATMUL, CONV,
-    MOE, VECTOR, ROUTE,
+    MOE, VECTOR, ROUTE, ROUND_BLOCKS,
 ) = range(len(OPCODES))  # fmt: skip
 
 SIZES = (4, 8, 2, 2, 1, 1, 8, 4, 2, 1, 8, 4, 2, 1, 1)
@@ -243,6 +243,7 @@ _EXTENTS: dict[int, Callable[[Args], list[int]]] = {
     CONV: _conv,
     MOE: _moe,
     ROUTE: _route,
+    ROUND_BLOCKS: lambda a: [4 * a[0] * a[1]] * 2,
     VECTOR: lambda a: [4 * a[1], 4 * (1 if a[2] else a[1]), 4 * a[1]],
 }
 

@@ -39,7 +39,7 @@ def _moe(c: Context, op: DataflowOp) -> None:
         rows, experts, d, inner, width, k, PACKINGS.index(op.attr("packing")), int(gate is not None),
         ACTIVATIONS[op.attr("act")], *(int(op.attr(f"{m}_transposed")) for m in _MATRICES),
         *(int(weights[f"{m}_bias"] is not None) for m in _MATRICES), bits(op.attr("limit")),
-        bits(op.attr("up_offset")), int(op.attr("share_input")),
+        bits(op.attr("up_offset")), int(op.attr("share_input")), op.attr("round_block"),
     ]  # fmt: skip
     one = sum(v.items for v in (gate, up, down) if v is not None) // experts
     stored = sum(v.bytes for v in weights.values() if v is not None) // experts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mapper.ir.op import DataflowOp, tensor_type
+from mapper.ir.op import DataflowOp, fields, tensor_type
 from mapper_host.context import Context, rule
 from mapper_host.opcodes import (
     ACTIVATION,
@@ -18,6 +18,7 @@ from mapper_host.opcodes import (
     NORM,
     ROPE,
     ROPE_AT,
+    ROUND_BLOCKS,
     SCATTER_ELEMENTS,
     SIZES,
     bits,
@@ -45,8 +46,11 @@ def _embed_at(c: Context, op: DataflowOp) -> None:
 
 
 def linear(c: Context, x: Value, matrix: tuple[Value, bool], bias: Value | None, y: Value) -> None:
-    """Emit y = x W + bias over the last axis; W as `Context.matrix` gives it."""
+    """Emit y = x W + bias over the last axis; W as `Context.matrix` gives it. x is rounded first where the op
+    says so."""
     weight, transposed = matrix
+    if c.op is not None and (block := c.op.attr("round_block") if "round_block" in fields(type(c.op)) else 0):
+        x = rounded(c, x, block)
     n, k = weight.shape if transposed else weight.shape[::-1]
     m = y.items // n if n else 0
     opcode = LINEAR_NK if transposed else LINEAR_KN
@@ -57,6 +61,19 @@ def linear(c: Context, x: Value, matrix: tuple[Value, bool], bias: Value | None,
         [x, weight, *([] if bias is None else [bias]), y],
         2 * m * n * k + (m * n if bias else 0),
     )
+
+
+def rounded(c: Context, x: Value, block: int) -> Value:
+    """Emit the rounding of x to 8-bit multiples per block; the rounded copy."""
+    y, d = c.temporary(x.shape, "f32"), x.shape[-1]
+    c.emit(ROUND_BLOCKS, [x.items // d if d else 0, d, block], [x, y], 4 * x.items)
+    return y
+
+
+@rule("round_blocks")
+def _round_blocks(c: Context, op: DataflowOp) -> None:
+    x = c.f32(op.operands[0])
+    c.emit(ROUND_BLOCKS, [x.items // x.shape[-1], x.shape[-1], op.attr("block")], [x, c.out()], 4 * x.items)
 
 
 @rule("linear", "lm_head")

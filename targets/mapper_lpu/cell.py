@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from xdsl.ir import SSAValue
 
-from mapper.errors import LoweringError
+from mapper.errors import LoweringError, UnsupportedModelError
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.machine import Machine
@@ -153,6 +153,10 @@ class Cell:
 
     def _weight(self, name: str) -> Any:
         symbol = self.graph.weights[name]
+        if symbol.packing is not None:
+            raise UnsupportedModelError(
+                f"weight {name!r}: cells of {symbol.format} weights are not supported"
+            )
         if symbol.data is None:
             self.weight_files[name] = symbol
             return ["weight", name]

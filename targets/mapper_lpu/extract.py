@@ -93,6 +93,8 @@ def _norm(op: DataflowOp, number: Numbering) -> Norm:
 
 
 def _matrix(op: DataflowOp, weight: str, flag: str, k: int, n: int, op_id: int) -> Matrix:
+    if op.attr("round_block"):
+        raise _refuse(op, "its activations are rounded to 8 bits; products are in fp16 here")
     bias = {"weight": "bias"}.get(weight, f"{weight}_bias")
     if op.attr(bias) is not None:
         raise _refuse(op, "a bias")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mapper.backend import weight_source
 from mapper.ir.weights import WeightSymbol
 from mapper.schedule.tables import PortKind
 from mapper_lpu.chain import Tile
@@ -82,8 +83,11 @@ class Weights:
         symbol = self.declared[name]
         if symbol.data is not None:
             return ["const", self.constant(f"weight/{name}", symbol.data)]
-        self.symbols[name] = symbol
-        return ["weight", name]
+        source = weight_source(symbol)
+        self.symbols.update(source.files)
+        for part, array in source.constants.items():
+            self.constant(part, array)
+        return source.expression
 
     def matrix(
         self,

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("MAPPER_CORPUS", ROOT.parent / "shared" / "corpus"))
 
 
-def entries(*expect: str) -> list[dict[str, Any]]:
+def entries(*expect: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     """The manifest's entries with one of the given expectations; none where there is no corpus."""
-    manifest = FOLDER / "manifest.json"
+    manifest = folder / "manifest.json"
     if not manifest.is_file():
         return []
     models: list[dict[str, Any]] = json.loads(manifest.read_text())["models"]

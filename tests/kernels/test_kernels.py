@@ -197,7 +197,14 @@ def test_small_floats_round_as_their_format_does(
 def _routed(scores: Any, k: int, correction: Any, **options: Any) -> tuple[Any, Any]:
     """`moe.route` with defaults, on a copy of the scores."""
     chosen, weight = np.empty(k, np.int64), np.empty(k, np.float32)
-    given = {"scoring": 0, "groups": 0, "kept": 0, "pairs": False, "fill": 0.0, "normalise": False}
+    given: dict[str, Any] = {
+        "scoring": 0,
+        "groups": 0,
+        "kept": 0,
+        "pairs": False,
+        "fill": 0.0,
+        "normalise": False,
+    }
     given |= {"epsilon": 0.0, "scale": 1.0} | options
     moe.route(scores.copy(), correction, chosen, weight, *given.values())
     return chosen, weight

@@ -110,9 +110,9 @@ class _Common:
         if symbol.data is not None:
             self.constants.setdefault(name, np.asarray(symbol.data, np.float32))
             return self.lasts(name, "constant", shape, ["const", name])
-        kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(symbol.dtype)
+        kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(symbol.format)
         if kind is None:
-            raise LoweringError(f"scalar: weight {name} is {symbol.dtype}")
+            raise LoweringError(f"scalar: weight {name} is {symbol.format}")
         self.weights[name] = {
             "file": symbol.file, "offset": symbol.offset, "bytes": symbol.bytes, "dtype": kind,
             "shape": list(shape),
@@ -152,6 +152,8 @@ class _Lowering:
             rule = RULES.get(op.mnemonic)
             if rule is None:
                 raise LoweringError(f"scalar: {op.mnemonic} at {op.node}: this target has no opcode for it")
+            if op.attributes.get("round_block") is not None:
+                raise LoweringError(f"scalar: {op.mnemonic} ({op.node}): activations rounded to 8 bits")
             if op.mnemonic not in ("reshape", "squeeze", "unsqueeze", "constant"):
                 self._list(op)
             rule(self, op)
