@@ -237,5 +237,5 @@ def emit(net: Net, path: Path, sha256: str, roles: Mapping[str, Any]) -> Graph:
     for node in live:
         emitter.node(node)
     outputs = {name: emitter.value(value) for name, value in net.outputs}
-    facts = {k: v for k, v in roles.items() if isinstance(v, str)}
+    facts = {k: v for k, v in roles.items() if k not in ("inputs", "outputs")}
     return builder.finish(outputs, roles["outputs"], None, False, **facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,10 @@ def find_roles(net: Net) -> dict[str, Any]:
     return {**roles, **facts}
 
 
-def _name_caches(caches: Sequence[Named], inputs: dict[str, str], outputs: dict[str, str]) -> dict[str, str]:
-    """Sets the roles of the caches' inputs and outputs; the layout and the convention that they share."""
+def _name_caches(caches: Sequence[Named], inputs: dict[str, str], outputs: dict[str, str]) -> dict[str, Any]:
+    """Sets the roles of the caches' inputs and outputs; their layouts, and a table of where each one is."""
+    if not caches:
+        return {}
     layouts: dict[str, str] = {}
     for roles, prefix, place in ((inputs, "past", _input_name), (outputs, "present", _output_name)):
         held: dict[str, list[Named]] = {}
@@ -56,10 +58,29 @@ def _name_caches(caches: Sequence[Named], inputs: dict[str, str], outputs: dict[
         for name, group in held.items():
             roles[name] = f"{prefix}.{stack_name(group)}"
             if prefix == "past":
-                layouts.setdefault(layout_of(group), name)
-    if not caches:
+                layouts[name] = layout_of(group)
+    return {"kv_layout": "/".join(dict.fromkeys(layouts.values())), **_table(caches, layouts)}
+
+
+def _table(caches: Sequence[Named], layouts: Mapping[str, str]) -> dict[str, Any]:
+    """Where every cache is, for graphs whose caches are not all inputs [B, H, past, D] of their own."""
+    plain = all(n.cache.grows and not n.cache.rolls and not n.cache.slot for n in caches)
+    if plain and set(layouts.values()) == {"BHLD"}:
         return {}
-    return {"kv_layout": "/".join(layouts)}
+    table = {}
+    for named in caches:
+        cache = named.cache
+        dims = cache.source.dims
+        layout = layouts[_input_name(named)]
+        rows = dims[cache.layout.index("L")] if "L" in cache.layout else ""
+        table[f"{named.kind}.{named.layer}"] = {
+            "input": _input_name(named),
+            "output": cache.output,
+            "slot": ",".join(map(str, cache.slot)),
+            "layout": layout,
+            "rows": str(rows),
+        }
+    return {"caches": table}
 
 
 def _how_appended(net: Net, caches: Sequence[Named]) -> dict[str, str]:
