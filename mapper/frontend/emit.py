@@ -230,7 +230,8 @@ def emit(net: Net, path: Path, sha256: str, roles: Mapping[str, Any]) -> Graph:
     """The graph with its roles, unverified. Raises UnsupportedModelError where no input tells a size."""
     builder = GraphBuilder(path.stem, path, path.parent, sha256)
     emitter = Emitter(builder)
-    live = net.live(v for _, v in net.outputs)
+    made = sorted(net.outputs, key=lambda o: roles["outputs"].get(o[0], "").startswith("present."))
+    live = net.live(v for _, v in made)  # what is no cache first: every layer's nodes then have one order
     for value in net.inputs:
         role = roles["inputs"].get(value.source, "other")
         emitter.leaf(value, builder.input(value.source, TensorType.of(value.dims, value.dtype), role))
