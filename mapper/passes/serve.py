@@ -141,7 +141,7 @@ class _Server:
     def _cache_inputs(self) -> None:
         """Declares the caches, in layer order, in place of the past key/value inputs."""
         found = self._appended() if self.probe.cached else self._begun()
-        if not found:
+        if not found and not self.probe.cached:
             raise UnsupportedModelError("the graph has no key/value cache inputs; export it with a KV cache")
         for what, made in sorted(found, key=lambda p: (int(p[0].split(".")[1]), p[0])):
             kind = tensor_type(made)
