@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mapper.errors import ModelError
 from mapper.frontend.net import Dims, Net, Node, Value, product
-from mapper.ir.dims import ONE
+from mapper.ir.dims import ONE, Dim
 
 WRITES = ("kv_update", "scatter_elements", "scatter_nd")
 _DEPTH = 24  # views between an append and its input
@@ -173,7 +174,7 @@ def reshaped_letters(letters: Letters, dims: Dims, before: Dims) -> Letters:
         while at < len(dims) and dims[at] == ONE != size:
             at += 1
         group = 1
-        while at + group <= len(dims) and product(dims[at : at + group]) != size:
+        while at + group <= len(dims) and not _is_product(size, dims[at : at + group]):
             group += 1
         if at + group > len(dims):
             return (*found, *("?" for _ in before[place:]))
@@ -181,3 +182,10 @@ def reshaped_letters(letters: Letters, dims: Dims, before: Dims) -> Letters:
         found.append(name if group == 1 else f"({name})")
         at += group
     return tuple(found)
+
+
+def _is_product(size: Dim, factors: Dims) -> bool:
+    try:
+        return product(factors) == size
+    except ModelError:  # too complex an expression
+        return False

@@ -42,7 +42,7 @@ def source(value: SSAValue, inputs: Mapping[SSAValue, str]) -> tuple[str, Slot] 
             return None
         inner = op.operands[0]
         if op.mnemonic == "select":
-            inner = next((v for v in op.operands[1:] if _leads(v, inputs)), inner)
+            inner = next((v for v in op.operands[1:] if not _is_constant(v)), inner)
         elif op.mnemonic == "slice":
             axes, starts = op.attr("axes"), op.attr("starts")
             before, after = tensor_type(inner).shape, tensor_type(value).shape
@@ -53,5 +53,5 @@ def source(value: SSAValue, inputs: Mapping[SSAValue, str]) -> tuple[str, Slot] 
     return None
 
 
-def _leads(value: SSAValue, inputs: Mapping[SSAValue, str]) -> bool:
-    return tensor_type(value).rank >= 3 and source(value, inputs) is not None
+def _is_constant(value: SSAValue) -> bool:
+    return isinstance(value.owner, DataflowOp) and value.owner.mnemonic in ("constant", "expand", "fill")

@@ -18,11 +18,11 @@ from mapper.passes.layers import (
     best_run,
     has_repeat,
     hidden_path,
-    is_output,
-    is_tail,
+    output_values,
     segments,
     slot_name,
     structure,
+    tail_ops,
 )
 from mapper.passes.rewrite import Values, add_repeat, body_scope, builder_like
 
@@ -49,7 +49,8 @@ class Repeat:
 
     def _runs(self, graph: Graph, cut: Sequence[Segment]) -> list[Run]:
         weights = {n: w.key for n, w in graph.weights.items()}
-        keys = [structure(s, weights).key for s in cut]
+        outputs = output_values(graph)
+        keys = [structure(s, weights, outputs).key for s in cut]
         numbers: dict[object, int] = {}
         hashes = [numbers.setdefault(k, len(numbers)) for k in keys]
         sizes = [len(s.ops) for s in cut]
@@ -83,8 +84,8 @@ class _Grouping:
         on_path = set(path)
         grouped = {op: run for run in self.runs for s in self.cut[run.start : run.stop] for op in s.ops}
         rest = [op for op in graph.top() if op not in on_path]
-        tail = [op for op in rest if is_tail(op)]
-        for op in [op for op in rest if op not in set(tail)]:
+        tail = tail_ops(graph)
+        for op in [op for op in rest if op not in tail]:
             values.update(zip(op.results, new.copy(op, values).results, strict=True))
         done: set[Run] = set()
         for op in path:
@@ -93,7 +94,7 @@ class _Grouping:
             elif grouped[op] not in done:
                 done.add(grouped[op])
                 self._place(new, grouped[op], values)
-        for op in tail:
+        for op in [op for op in rest if op in tail]:
             values.update(zip(op.results, new.copy(op, values).results, strict=True))
         outputs = {name: values[v] for name, v in graph.output_values.items()}
         facts = {k: v for k, v in graph.roles.items() if k not in ("inputs", "outputs")}
@@ -111,7 +112,8 @@ class _Grouping:
     def _place(self, new: GraphBuilder, run: Run, values: Values) -> None:
         weights = {n: w.key for n, w in self.graph.weights.items()}
         bodies = self._bodies(run)
-        shapes = [structure(body, weights) for body in bodies]
+        outputs = output_values(self.graph)
+        shapes = [structure(body, weights, outputs) for body in bodies]
         if len({s.key for s in shapes}) != 1:  # layers equal one by one, but not in what they share
             for body in bodies:
                 for op in body.ops:
@@ -128,7 +130,7 @@ class _Grouping:
         scope = body_scope(new.scope, dict(new.scope.weights), block.args[1:], sources)
         builder = BlockBuilder(block, scope)
         table, yielded = self._body(builder, bodies[0], shapes, local)
-        watched = any(is_output(body.exit) for body in bodies[:-1])
+        watched = any(body.exit in outputs for body in bodies[:-1])
         yielded += yielded[:1] if watched else []
         results = add_repeat(
             new,
