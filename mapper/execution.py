@@ -15,7 +15,7 @@ from mapper.backend import Array
 from mapper.catalog import machine_for
 from mapper.errors import UsageError
 from mapper.runtime.execute import Session
-from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.inputs import Entry, Interface, states
 from mapper.runtime.verify import Judge, OracleJudge
 from mapper.schedule.tables import Request, Schedule
 
@@ -56,7 +56,7 @@ def judge_for(schedule: Schedule, model: Path, names: Interface, start: Mapping[
     from mapper.frontend.load import load
     from mapper.judge import FormatJudge, Formats
 
-    return FormatJudge(load(model), names, Formats(**arithmetic), start)
+    return FormatJudge(load(model), names, Formats(**arithmetic), start, states(schedule))
 
 
 _sessions: WeakKeyDictionary[Graph, dict[tuple[Any, ...], Session]] = WeakKeyDictionary()

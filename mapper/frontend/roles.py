@@ -33,6 +33,9 @@ def find_roles(net: Net) -> dict[str, Any]:
         if named.cache.beams is not None:
             inputs.update({v.source: "beam_index" for v in walk(named.cache.beams, _never) if v.source})
     inputs.update(net.steering)
+    for _, length, _, _ in net.asked:
+        told = [v for v in walk(length, _never) if v.source and v.rank <= 1]
+        inputs.update({v.source: "total_length" for v in told if inputs[v.source] == "other"})
     total = Dim.symbol("sequence") + (Dim.symbol("past") if caches else 0)
     used = {id(v) for n in nodes for v in n.inputs}
     for value in net.inputs:
