@@ -14,8 +14,9 @@ from mapper import backend as targets
 from mapper.backend import Array
 from mapper.catalog import machine_for
 from mapper.errors import UsageError
+from mapper.runtime.caches import Entry
 from mapper.runtime.execute import Session
-from mapper.runtime.inputs import Entry, Interface, states
+from mapper.runtime.inputs import Interface, states
 from mapper.runtime.verify import Judge, OracleJudge
 from mapper.schedule.tables import Request, Schedule
 

@@ -23,7 +23,8 @@ from mapper.ir.reference_transformer import position_mask
 from mapper.ir.transformer import AttentionOp
 from mapper.ir.types import Array
 from mapper.passes.unroll import Unroll
-from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.caches import Entry
+from mapper.runtime.inputs import Interface
 from mapper.runtime.verify import Wanted
 
 SLACK = 4.0

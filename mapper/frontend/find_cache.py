@@ -37,7 +37,7 @@ def _match(view: View, cache: Cache) -> Match | None:
 
 
 def _rows(net: Net, index: Value) -> Value | None:
-    """The [S] or [B, S] row numbers behind an index [B, H, S, D] that is the same for all heads and columns."""
+    """The [S] or [B, S] row numbers behind an index [B, H, S, D] alike for all heads and columns."""
     if index.op == "expand":
         index = index.args[0]
     if index.rank != 4 or index.dims[1] != ONE or index.dims[3] != ONE:

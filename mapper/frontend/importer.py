@@ -11,7 +11,7 @@ from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend import ops_basic, ops_cache, ops_contrib, ops_moe, ops_nn, tensors
 from mapper.frontend.guard import GuardedModel, label
 from mapper.frontend.lower import LOWERINGS, Call, lower
-from mapper.frontend.net import Array, Net, Value, WeightRef
+from mapper.frontend.net import Array, CacheFacts, Net, Value, WeightRef
 from mapper.frontend.proto import (
     AttributeRecord,
     FunctionRecord,
@@ -206,6 +206,6 @@ def import_model(
     """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions."""
     reading = reading or Reading()
     with np.errstate(all="ignore"):
-        importer = Importer(model, Net(mode=reading.mode), symbols or {}, reading)
+        importer = Importer(model, Net(caches=CacheFacts(reading.mode)), symbols or {}, reading)
         importer.run()
     return importer.net

@@ -141,8 +141,16 @@ REFUSED: dict[str, str] = {
 
 
 APPENDS = frozenset(
-    ["Concat", "TensorScatter", "ScatterND", "ScatterElements", "Attention", "MultiHeadAttention"]
-    + ["GroupQueryAttention", "DecoderMaskedMultiHeadAttention"]
+    (
+        "Concat",
+        "TensorScatter",
+        "ScatterND",
+        "ScatterElements",
+        "Attention",
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+        "DecoderMaskedMultiHeadAttention",
+    )
 )
 """Operators that may add new rows to a key-value cache."""
 
@@ -161,7 +169,7 @@ def lower(call: Call) -> list[Value]:
     call.net.origin = label(node)
     call.net.name = node.name or next(iter(node.outputs), "")
     if node.op in APPENDS:
-        call.net.spelled[call.net.name] = node.op
+        call.net.caches.spelled[call.net.name] = node.op
     try:
         return found(call)
     except (IndexError, ValueError, ArithmeticError, TypeError, KeyError, StopIteration) as error:

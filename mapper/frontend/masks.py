@@ -47,7 +47,7 @@ def classify(net: Net, folder: Path) -> Net:
         if id(mask) not in known:
             known[id(mask)], steering = steered_kind(mask, folder, steering)
         matches += _with_kind(node, known[id(mask)])
-    net.steering.update(steering.meanings)
+    net.caches.steering.update(steering.meanings)
     return rebuild(net, matches)
 
 

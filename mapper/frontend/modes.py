@@ -45,7 +45,7 @@ def questions(net: Net, graph: Graph) -> Graph:
     """The graph that says where each cache's new rows start, how many tokens there are, the cache's rows and
     the new ones: outputs start.<i>, total.<i>, past.<i>, count.<i>."""
     outputs = []
-    for i, (start, total, past, count) in enumerate(net.asked):
+    for i, (start, total, past, count) in enumerate(net.caches.asked):
         answers = (start, total, net.ints([past], 0), net.ints([count], 0))
         outputs += [(f"{name}.{i}", value) for name, value in zip(_QUESTIONS, answers, strict=True)]
     asking = Net(list(net.inputs), outputs, net.nodes)

@@ -116,19 +116,28 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 
 
 @dataclass(eq=False)
+class CacheFacts:
+    """What is noted of a file's key-value caches, shared by all copies of its net.
+
+    `mode`: how caches of fused operators are read (`ops_cache.MODES`); `asked`: per such cache the values and
+    sizes that tell which mode inputs mean (first new row, tokens in all, rows, new rows); `spelled`: the
+    ONNX operator that a node's origin names, where it may add to a cache; `steering`: what inputs mean."""
+
+    mode: str = "plain"
+    asked: list[tuple[Value, Value, Dim, Dim]] = field(default_factory=list)
+    spelled: dict[str, str] = field(default_factory=dict)
+    steering: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Net:
-    """A graph under construction. `equal` collects pairs of dimensions that operators require to be equal;
-    `steering` says what inputs of caches of fixed length mean, once that is known; `spelled` which ONNX operator
-    a node comes from, by the node's origin, for operators that may add to a cache."""
+    """A graph under construction. `equal` collects pairs of dimensions that operators require to be equal."""
 
     inputs: list[Value] = field(default_factory=list)
     outputs: list[tuple[str, Value]] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     equal: list[tuple[Dim, Dim]] = field(default_factory=list)
-    steering: dict[str, str] = field(default_factory=dict)
-    spelled: dict[str, str] = field(default_factory=dict)
-    mode: str = "plain"  # how caches of fused operators are read: see `ops_cache.MODES`
-    asked: list[tuple[Value, Value, Dim, Dim]] = field(default_factory=list)  # what tells which mode is meant
+    caches: CacheFacts = field(default_factory=CacheFacts)
     origin: str = ""  # how errors name the ONNX node being lowered
     name: str = ""  # its plain name
     _seen: dict[Any, Node] = field(default_factory=dict)

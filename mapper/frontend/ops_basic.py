@@ -249,9 +249,9 @@ def _gather_nd(c: Call) -> list[Value]:
 
 @lowers("ScatterND")
 def _scatter_nd(c: Call) -> list[Value]:
-    reduction, operands = c.text("reduction", "none"), [c.x(i) for i in range(3)]
-    rows = scattered_rows(c.net, *operands) if reduction == "none" else None
-    return [build_index.scatter_nd(c.net, *operands, reduction) if rows is None else rows]
+    reduction, (x, indices, updates) = c.text("reduction", "none"), (c.x(i) for i in range(3))
+    rows = scattered_rows(c.net, x, indices, updates) if reduction == "none" else None
+    return [build_index.scatter_nd(c.net, x, indices, updates, reduction) if rows is None else rows]
 
 
 @lowers("ScatterElements", "Scatter")

@@ -70,10 +70,10 @@ def grouped_places(c: Call, count: Dim) -> Places:
     start = b.binary(net, "sub", last, net.ints([count - 1], 0))
     start = b.binary(net, "max", start, net.constant(np.array(0, np.int64), "i64"))
     total = b.cast(net, b.reshape(net, c.x(6), []), "i64")
-    net.asked.append((start, total, past, count))
-    if net.mode == "plain":
+    net.caches.asked.append((start, total, past, count))
+    if net.caches.mode == "plain":
         return Places(past, count)
-    return Places(past, count, start, count if net.mode == "beyond" else ZERO, cleared=True)
+    return Places(past, count, start, count if net.caches.mode == "beyond" else ZERO, cleared=True)
 
 
 def shared_places(c: Call, length: int, cache: Value, count: Dim) -> Places:

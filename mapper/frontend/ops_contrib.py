@@ -128,7 +128,7 @@ def _per_head(net: Net, table: Value) -> Value:
 
 @lowers("GroupQueryAttention", domain=MS)
 def _grouped(c: Call) -> list[Value]:
-    """What the cache's length means is said by `net.mode`."""
+    """What the cache's length means is said by `net.caches.mode`."""
     net, heads, kv_heads = c.net, c.integer("num_heads"), c.integer("kv_num_heads")
     if heads < 1 or kv_heads < 1:
         raise ModelError(f"{net.origin}: no head counts")

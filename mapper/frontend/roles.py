@@ -32,8 +32,8 @@ def find_roles(net: Net) -> dict[str, Any]:
     for named in caches:
         if named.cache.beams is not None:
             inputs.update({v.source: "beam_index" for v in walk(named.cache.beams, _never) if v.source})
-    inputs.update(net.steering)
-    for _, length, _, _ in net.asked:
+    inputs.update(net.caches.steering)
+    for _, length, _, _ in net.caches.asked:
         told = [v for v in walk(length, _never) if v.source and v.rank <= 1]
         inputs.update({v.source: "total_length" for v in told if inputs[v.source] == "other"})
     total = Dim.symbol("sequence") + (Dim.symbol("past") if caches else 0)
@@ -90,7 +90,7 @@ def _how_appended(net: Net, caches: Sequence[Named]) -> dict[str, str]:
     """The convention of the caches (see the frontend's README) and the ONNX operator that adds new rows."""
     if not caches:
         return {}
-    operators = {net.spelled.get(n.cache.node.origin, "") for n in caches} - {""}
+    operators = {net.caches.spelled.get(n.cache.node.origin, "") for n in caches} - {""}
     if any(n.cache.slot for n in caches):
         convention = "stacked"
     elif all(n.cache.grows for n in caches):
@@ -113,7 +113,8 @@ def _crossed(net: Net, nodes: Sequence[Node], tokens: Sequence[Value]) -> list[N
 
 
 def _operand(node: Node, slot: str) -> Value:
-    return node.inputs[node.attrs["slots"].index(slot)]
+    index: int = node.attrs["slots"].index(slot)
+    return node.inputs[index]
 
 
 def _name_crossed(net: Net, layers: Sequence[Node], inputs: dict[str, str], outputs: dict[str, str]) -> None:

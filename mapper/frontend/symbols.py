@@ -87,7 +87,7 @@ def equations(net: Net) -> list[tuple[Dim, Dim]]:
 
 
 def cache_sizes(cache: Cache) -> list[tuple[Dim, Dim]]:
-    """What a cache says of its input's dimensions: its batch, and the past (where it grows) or its capacity."""
+    """What a cache says of its input's dimensions: its batch, and past (where it grows) or capacity."""
     batch, dims = Dim.symbol("batch"), cache.source.dims
     out = []
     for letter, dim in zip(cache.layout, dims, strict=True):

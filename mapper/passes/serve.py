@@ -154,7 +154,7 @@ class _Server:
         """(name, result) of every append to a cache."""
         names = cache_names(self.static.roles)
         inputs = {v: n for n, v in self.static.input_values.items()}
-        found = []
+        found: list[tuple[str, SSAValue]] = []
         for op in self.static.top():
             place_ = source(op.operands[0], inputs) if op.mnemonic in APPENDS else None
             if place_ in names:

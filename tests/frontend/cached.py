@@ -15,12 +15,26 @@ import onnx
 from onnx import TensorProto, helper
 
 from tests.frontend.tiny import (
-    HEAD, HEADS, KV, LOW, SHARP, VOCAB, WIDTH, Array, Builder, Options, angles, mlp, norm, repeat, rope, split,
+    HEAD,
+    HEADS,
+    KV,
+    LOW,
+    SHARP,
+    VOCAB,
+    WIDTH,
+    Array,
+    Builder,
+    Options,
+    angles,
+    mlp,
+    repeat,
+    rope,
+    split,
 )  # fmt: skip
 
 ROOM = 12  # rows of a cache of fixed length
 FLOAT, HALF, INT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
-O = Options()
+OPTIONS = Options()
 PERMS = {"BHLD": (0, 1, 2, 3), "BLHD": (0, 2, 1, 3), "BHDL": (0, 1, 3, 2), "LBHD": (2, 0, 1, 3)}
 
 
@@ -81,10 +95,10 @@ def decoder(attend: Attend, opset: int = 18, layers: int = 2, seed: int = 0) -> 
     c.given("ids", INT, "B", "S")
     table = c.weight(VOCAB, WIDTH, gain=VOCAB**0.5)
     x = c.op("Gather", table, "ids")
-    cos, sin = angles(c, O, c.given("positions", INT, "B", "S"))
+    cos, sin = angles(c, OPTIONS, c.given("positions", INT, "B", "S"))
     for i in range(layers):
         x = c.op("Add", x, _block(c, i, _norm(c, x), attend, cos, sin))
-        x = c.op("Add", x, mlp(c, O, _norm(c, x)))
+        x = c.op("Add", x, mlp(c, OPTIONS, _norm(c, x)))
     c.out(c.op("MatMul", _norm(c, x), c.weight(WIDTH, VOCAB)), "logits")
     return c
 
@@ -99,15 +113,15 @@ def _block(c: Case, i: int, x: str, attend: Attend, cos: str, sin: str) -> str:
     q = split(c, c.op("MatMul", x, c.weight(WIDTH, HEADS * HEAD, gain=SHARP)), HEADS)
     k = split(c, c.op("MatMul", x, c.weight(WIDTH, KV * HEAD, gain=SHARP)), KV)
     v = split(c, c.op("MatMul", x, c.weight(WIDTH, KV * HEAD)), KV)
-    q, k = rope(c, O, q, cos, sin), rope(c, O, k, cos, sin)
+    q, k = rope(c, OPTIONS, q, cos, sin), rope(c, OPTIONS, k, cos, sin)
     y = attend(c, i, q, k, v)
     y = c.op("Reshape", c.op("Transpose", y, perm=[0, 2, 1, 3]), c.ints(0, 0, HEADS * HEAD))
     return c.op("MatMul", y, c.weight(HEADS * HEAD, WIDTH))
 
 
-def scores(c: Case, q: str, k: str, v: str, hidden: str) -> str:
+def scores(c: Case, q: str, whole: list[str], hidden: str) -> str:
     """Attention of q over whole keys and values; `hidden` [.., S, T] truths are left out."""
-    k, v = repeat(c, k), repeat(c, v)
+    k, v = (repeat(c, x) for x in whole)
     s = c.op("Mul", c.op("MatMul", q, c.op("Transpose", k, perm=[0, 1, 3, 2])), c.const(HEAD**-0.5))
     return c.op("MatMul", c.op("Softmax", c.op("Where", hidden, c.const(LOW), s), axis=-1), v)
 
@@ -129,7 +143,8 @@ def growing(layout: str) -> Attend:
     """Caches of some layout that new rows are joined to."""
     perm = PERMS[layout]
     back = [perm.index(i) for i in range(4)]
-    shape = [{"B": "B", "H": KV, "L": "P", "D": HEAD}[a] for a in layout]
+    sizes: dict[str, int | str] = {"B": "B", "H": KV, "L": "P", "D": HEAD}
+    shape = [sizes[a] for a in layout]
 
     def attend(c: Case, i: int, q: str, k: str, v: str) -> str:
         whole = []
@@ -138,7 +153,7 @@ def growing(layout: str) -> Attend:
             new = new if layout == "BHLD" else c.op("Transpose", new, perm=list(perm))
             joined = c.out(c.op("Concat", past, new, axis=layout.index("L")), f"new_{n}{i}")
             whole.append(joined if layout == "BHLD" else c.op("Transpose", joined, perm=back))
-        return scores(c, q, *whole, future(c, whole[0]))
+        return scores(c, q, whole, future(c, whole[0]))
 
     return attend
 
@@ -147,8 +162,8 @@ def merged_heads(c: Case, i: int, q: str, k: str, v: str) -> str:
     """Keys [B*H, D, P] and values [B*H, P, D], as older BLOOM exports have them."""
     whole = []
     for n, new, order in (("k", k, [0, 1, 3, 2]), ("v", v, [0, 1, 2, 3])):
-        axis, last = (2, [HEAD, "P"]) if n == "k" else (1, ["P", HEAD])
-        past = c.given(f"past_{n}{i}", FLOAT, f"B*{KV}", *last)
+        axis = 2 if n == "k" else 1
+        past = c.given(f"past_{n}{i}", FLOAT, f"B*{KV}", *((HEAD, "P") if n == "k" else ("P", HEAD)))
         rows = c.op("Transpose", new, perm=order)
         size = [c.op("Shape", rows, start=j, end=j + 1) for j in (2, 3)]
         flat = c.op("Reshape", rows, c.op("Concat", c.ints(-1), *size, axis=0))
@@ -156,7 +171,7 @@ def merged_heads(c: Case, i: int, q: str, k: str, v: str) -> str:
         size = [c.op("Shape", joined, start=j, end=j + 1) for j in (1, 2)]
         wide = c.op("Reshape", joined, c.op("Concat", c.ints(-1, KV), *size, axis=0))
         whole.append(c.op("Transpose", wide, perm=order))
-    return scores(c, q, *whole, future(c, whole[0]))
+    return scores(c, q, whole, future(c, whole[0]))
 
 
 def layer_stack(c: Case, i: int, q: str, k: str, v: str) -> str:
@@ -168,7 +183,7 @@ def layer_stack(c: Case, i: int, q: str, k: str, v: str) -> str:
     ]
     parts = [c.op("Unsqueeze", x, c.ints(0)) for x in whole]
     c.out(c.op("Concat", *parts, axis=0), f"new_{i}")
-    return scores(c, q, *whole, future(c, whole[0]))
+    return scores(c, q, whole, future(c, whole[0]))
 
 
 def full_stack(kinds: bool, layers: int = 2) -> Attend:
@@ -179,7 +194,7 @@ def full_stack(kinds: bool, layers: int = 2) -> Attend:
     def attend(c: Case, i: int, q: str, k: str, v: str) -> str:
         whole = []
         for j, (n, new) in enumerate((("k", k), ("v", v))):
-            shape = ["B", KV, "P", HEAD]
+            shape: list[int | str] = ["B", KV, "P", HEAD]
             if kinds:
                 past = c.op(
                     "Gather", c.given(f"past_{n}", FLOAT, layers, *shape), c.const(i, np.int64), axis=0
@@ -200,7 +215,7 @@ def full_stack(kinds: bool, layers: int = 2) -> Attend:
                     c.out(stacks[n], f"new_{n}")
             else:
                 c.out(c.op("Concat", *(c.op("Unsqueeze", stacks[n], c.ints(1)) for n in "kv"), axis=1), "new")
-        return scores(c, q, *whole, future(c, whole[0]))
+        return scores(c, q, whole, future(c, whole[0]))
 
     return attend
 
@@ -212,7 +227,7 @@ def half(c: Case, i: int, q: str, k: str, v: str) -> str:
         past = c.given(f"past_{n}{i}", HALF, "B", KV, "P", HEAD)
         joined = c.op("Concat", past, c.op("Cast", new, to=HALF), axis=2)
         whole.append(c.op("Cast", c.out(joined, f"half_{n}{i}"), to=FLOAT))
-    return scores(c, q, *whole, future(c, whole[0]))
+    return scores(c, q, whole, future(c, whole[0]))
 
 
 def beams(c: Case, i: int, q: str, k: str, v: str) -> str:
@@ -223,7 +238,7 @@ def beams(c: Case, i: int, q: str, k: str, v: str) -> str:
     for n, new in (("k", k), ("v", v)):
         past = c.op("Gather", c.given(f"past_{n}{i}", FLOAT, "B", KV, "P", HEAD), "beams", axis=0)
         whole.append(c.out(c.op("Concat", past, new, axis=2), f"new_{n}{i}"))
-    return scores(c, q, *whole, future(c, whole[0]))
+    return scores(c, q, whole, future(c, whole[0]))
 
 
 def rolling(c: Case, i: int, q: str, k: str, v: str) -> str:
@@ -236,7 +251,7 @@ def rolling(c: Case, i: int, q: str, k: str, v: str) -> str:
         rest = c.op("Slice", past, c.op("Shape", "ids", start=1, end=2), c.ints(ROOM), c.ints(2))
         whole.append(c.out(c.op("Concat", rest, new, axis=2), f"new_{n}{i}"))
     padding = c.op("Not", c.op("Cast", c.op("Unsqueeze", "mask", c.ints(1, 2)), to=TensorProto.BOOL))
-    return scores(c, q, *whole, c.op("Or", future(c, whole[0]), padding))
+    return scores(c, q, whole, c.op("Or", future(c, whole[0]), padding))
 
 
 def later(c: Case, positions: str) -> str:
@@ -264,7 +279,7 @@ def static(kind: str) -> Attend:
                 index = c.op("Expand", c.op("Reshape", "rows", c.ints(1, 1, -1, 1)), c.op("Shape", new))
                 made = c.op("ScatterElements", past, index, new, axis=2)
             whole.append(c.out(made, f"new_{n}{i}"))
-        return scores(c, q, *whole, later(c, "rows"))
+        return scores(c, q, whole, later(c, "rows"))
 
     return attend
 
@@ -288,7 +303,7 @@ def tensor_scatter(mode: str, fused: bool) -> Attend:
         places = c.op("Add", c.op("Unsqueeze", "starts", c.ints(1)), steps)
         rows = c.op("Range", zero, _count(c, "past_k0", 2), one)
         hidden = c.op("Greater", rows, c.op("Unsqueeze", places, c.ints(1, 3)))
-        return scores(c, q, *whole, hidden)
+        return scores(c, q, whole, hidden)
 
     return attend
 
@@ -311,7 +326,7 @@ def crossed(first: bool) -> Attend:
             whole.append(made)
             c.out(made, f"new_cross_{n}{i}")
         y = own(c, i, q, k, v)
-        return c.op("Add", y, scores(c, q, *whole, c.known[0]))
+        return c.op("Add", y, scores(c, q, whole, c.known[0]))
 
     return attend
 
@@ -397,14 +412,14 @@ def inputs(
     for name, (dtype, shape) in case.inputs.items():
         noise = rng.standard_normal([sizes.get(s, s) for s in shape])
         kind = helper.tensor_dtype_to_np_dtype(dtype)
-        out[name] = (known[name] if name in known else noise).astype(kind)
+        out[name] = known.get(name, noise).astype(kind)
     return out
 
 
 def starting(c: Case, i: int, q: str, k: str, v: str) -> str:
     """No cache yet: its first rows are outputs."""
     whole = [c.out(new, f"new_{n}{i}") for n, new in (("k", k), ("v", v))]
-    return scores(c, q, *whole, future(c, whole[0]))
+    return scores(c, q, whole, future(c, whole[0]))
 
 
 def merged(

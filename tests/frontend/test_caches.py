@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 import mapper
 from mapper.errors import UnsupportedModelError
@@ -212,11 +212,11 @@ def test_shapes_that_declare_a_buffer(tmp_path: Path) -> None:
 
 def test_a_cache_indirection_is_refused(tmp_path: Path) -> None:
     case = cached.decoder(cached.buffered("DecoderMaskedMultiHeadAttention"))
-    case.given("beam", helper.TensorProto.INT32, 1)
-    case.given("indirection", helper.TensorProto.INT32, "B", 1, "M")
+    case.given("beam", TensorProto.INT32, 1)
+    case.given("indirection", TensorProto.INT32, "B", 1, "M")
     node = next(n for n in case.nodes if n.op_type.startswith("DecoderMasked"))
     node.input.extend(["beam", "indirection"])
-    with pytest.raises(UnsupportedModelError, match="DecoderMasked.*cache indirection"):
+    with pytest.raises(UnsupportedModelError, match=r"DecoderMasked.*cache indirection"):
         load(saved(case.model(), tmp_path))
 
 
