@@ -25,6 +25,11 @@ def joined(net: Net, parts: Sequence[Value], axis: int) -> Value:
             there = _TO_BHLD[axis]
             whole = net.make("concat", [b.transpose(net, p, there) for p in parts], {"axis": 2})
             return b.transpose(net, whole, _inverse(there))
+        heads = _flat_heads(net, past) if rank == 3 and axis == 1 else 0
+        if heads:
+            parts = [_with_heads(net, p, heads) for p in parts]
+            whole = joined(net, parts, 1)
+            return b.reshape(net, whole, [*whole.dims[:2], whole.dims[2] * whole.dims[3]])
         if rank == 3 and axis > 0 and _merges_heads(new):
             batch, heads = new.args[0].dims[:2]
             net.same(past.dims[0], new.dims[0])
@@ -36,6 +41,16 @@ def joined(net: Net, parts: Sequence[Value], axis: int) -> Value:
 
 def _is_cache(value: Value) -> bool:
     return origin(value, ("?",) * value.rank) is not None
+
+
+def _flat_heads(net: Net, cache: Value) -> int:
+    """The heads in the last axis of a [B, P, H*D] cache; 0 where nothing is known of them."""
+    found = origin(cache, ("?",) * cache.rank)
+    return net.caches.heads.get(found.source.source, 0) if found else 0
+
+
+def _with_heads(net: Net, rows: Value, heads: int) -> Value:
+    return b.reshape(net, rows, [*rows.dims[:2], Dim.of(heads), rows.dims[2] // heads])
 
 
 def _merges_heads(value: Value) -> bool:
@@ -53,6 +68,10 @@ def _inverse(perm: Sequence[int]) -> tuple[int, ...]:
 def written(net: Net, cache: Value, new: Value, rows: Value, axis: int) -> Value:
     """`cache` with row rows[b, s] (or rows[s]) along `axis` replaced by new's row s; b counts the first axis.
     The sizes of the other axes are noted as equal."""
+    heads = _flat_heads(net, cache) if cache.rank == 3 and axis == 1 else 0
+    if heads:
+        whole = written(net, _with_heads(net, cache, heads), _with_heads(net, new, heads), rows, 1)
+        return b.reshape(net, whole, cache.dims)
     there = _TO_BHLD[axis] if cache.rank == 4 else tuple(range(cache.rank))
     old, fresh = (b.transpose(net, v, there) for v in (cache, new))
     at = there.index(axis)

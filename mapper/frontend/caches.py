@@ -61,6 +61,25 @@ def find_caches(net: Net, nodes: Sequence[Node]) -> list[Cache]:
     return sorted(found.values(), key=lambda c: order[id(c.node)])
 
 
+def flat_heads(net: Net, nodes: Sequence[Node]) -> dict[str, int]:
+    """Input -> heads, of caches [B, P, H*D]: as their readers split the last axis."""
+    found: dict[str, int] = {}
+    flat = [c for c in find_caches(net, nodes) if c.node.outputs[0].rank == 3]
+    made = {id(c.node.outputs[0]): c for c in flat}
+    for node in nodes if flat else ():
+        cache = made.get(id(node.inputs[0])) if node.op == "reshape" else None
+        out = node.outputs[0]
+        if (
+            cache is None
+            or out.rank != 4
+            or out.dims[:2] != node.inputs[0].dims[:2]
+            or not out.dims[2].is_const
+        ):
+            continue
+        found.setdefault(cache.source.source, out.dims[2].value)
+    return found
+
+
 def _appends(value: Value) -> Iterator[Node]:
     """The nodes that may add rows to a cache, behind views, casts and stacking of an output."""
     stack, seen = [value], set[int]()

@@ -34,10 +34,12 @@ Names = dict[str, Value]
 @dataclass(frozen=True)
 class Reading:
     """How a file that can be read in more than one way is read: an If whose condition is not known, with the
-    branch to follow; what caches of fused operators mean (`ops_cache.MODES`)."""
+    branch to follow; what caches of fused operators mean (`ops_cache.MODES`); how many heads caches [B, P,
+    H*D] hold, by input."""
 
     taken: tuple[NodeRecord, bool] | None = None
     mode: str = "plain"
+    heads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -206,6 +208,8 @@ def import_model(
     """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions."""
     reading = reading or Reading()
     with np.errstate(all="ignore"):
-        importer = Importer(model, Net(caches=CacheFacts(reading.mode)), symbols or {}, reading)
+        importer = Importer(
+            model, Net(caches=CacheFacts(reading.mode, reading.heads)), symbols or {}, reading
+        )
         importer.run()
     return importer.net

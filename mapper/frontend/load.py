@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend import symbols
+from mapper.frontend.caches import find_caches, flat_heads
 from mapper.frontend.emit import emit
 from mapper.frontend.guard import GuardedModel, read_model
 from mapper.frontend.importer import Reading, declared_dims, import_model
@@ -68,9 +70,19 @@ def canonical(model: GuardedModel, reading: Reading | None = None) -> Net:
     """The model as canonical primitives, its sizes named batch, sequence and past where it is a decoder."""
     tags = symbols.tags(declared_dims(model))
     raw = import_model(model, tags, reading)
+    heads = flat_heads(raw, topological(raw))
+    if heads:
+        reading = replace(reading or Reading(), heads=heads)
+        raw = import_model(model, tags, reading)
     if not tags:
         return raw
-    return import_model(model, symbols.untag(symbols.solve(symbols.equations(raw)), tags), reading)
+    pairs = symbols.equations(raw)
+    if any("?" in cache.layout for cache in find_caches(raw, topological(raw))):
+        # axes of caches that only show once sizes are known to be equal
+        known = symbols.solve(raw.equal)
+        clearer = import_model(model, {s: t.substitute(known) for s, t in tags.items()}, reading)
+        pairs = [*raw.equal, *symbols.equations(clearer)]
+    return import_model(model, symbols.untag(symbols.solve(pairs), tags), reading)
 
 
 def refuse_foreign(net: Net) -> None:

@@ -6,7 +6,7 @@ arithmetic of the original graph disappears while it is built. Equal nodes are b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,9 +121,11 @@ class CacheFacts:
 
     `mode`: how caches of fused operators are read (`ops_cache.MODES`); `asked`: per such cache the values and
     sizes that tell which mode inputs mean (first new row, tokens in all, rows, new rows); `spelled`: the
-    ONNX operator that a node's origin names, where it may add to a cache; `steering`: what inputs mean."""
+    ONNX operator that a node's origin names, where it may add to a cache; `steering`: what inputs mean;
+    `heads`: how many heads an input [B, P, H*D] holds."""
 
     mode: str = "plain"
+    heads: Mapping[str, int] = field(default_factory=dict)
     asked: list[tuple[Value, Value, Dim, Dim]] = field(default_factory=list)
     spelled: dict[str, str] = field(default_factory=dict)
     steering: dict[str, str] = field(default_factory=dict)

@@ -62,7 +62,8 @@ def _name_caches(caches: Sequence[Named], inputs: dict[str, str], outputs: dict[
             roles[name] = f"{prefix}.{stack_name(group)}"
             if prefix == "past":
                 layouts[name] = layout_of(group)
-    return {"kv_layout": "/".join(dict.fromkeys(layouts.values())), **_table(caches, layouts)}
+    ordered = [layouts[_input_name(n)] for n in sorted(caches, key=lambda n: n.kind)]
+    return {"kv_layout": "/".join(dict.fromkeys(ordered)), **_table(caches, layouts)}
 
 
 def _table(caches: Sequence[Named], layouts: Mapping[str, str]) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def _table(caches: Sequence[Named], layouts: Mapping[str, str]) -> dict[str, Any
             "slot": ",".join(map(str, cache.slot)),
             "layout": layout,
             "rows": str(rows),
+            "heads": str(cache.node.outputs[0].dims[1]) if cache.node.outputs[0].rank == 4 else "",
         }
     return {"caches": table}
 

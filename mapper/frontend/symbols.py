@@ -8,6 +8,7 @@ solved, so that a file which itself uses the name `past` for something else cann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mapper.frontend.build import is_float
@@ -29,6 +30,8 @@ def solve(pairs: Iterable[tuple[Dim, Dim]]) -> dict[str, Dim]:
     found: dict[str, Dim] = {}
     for left, right in pairs:
         difference = left.substitute(found) - right.substitute(found)
+        common = math.gcd(*(c for _, c in difference.terms))
+        difference = difference // common if common > 1 else difference
         chosen = _eliminable(difference)
         if chosen is None:
             continue

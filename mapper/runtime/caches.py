@@ -21,13 +21,14 @@ AXES = "BHLD"
 class Place:
     """A cache's input and output. `layout` names the axes: those of AXES, some of them stored as one in
     parentheses, and axes of a stack, along which `slot` indexes. `rows` None: the cache grows; else it has
-    that many rows, 0: any number."""
+    that many rows, 0: any number. `heads` must be known where they are stored as one with another axis."""
 
     input: str
     output: str
     slot: tuple[int, ...] = ()
     layout: str = AXES
     rows: int | None = None
+    heads: int = 0
 
     @property
     def axes(self) -> list[str]:
@@ -41,7 +42,9 @@ class Place:
         kept = [a for a in self.axes if set(a) <= set(AXES)]
         sizes: list[int] = []
         for name, size in zip(kept, part.shape, strict=True):
-            sizes += [size] if len(name) == 1 else [batch if a == "B" else size // batch for a in name]
+            one = {"B": batch, "H": self.heads}
+            rest = size // max(int(np.prod([one.get(a, 1) for a in name])), 1)
+            sizes += [size] if len(name) == 1 else [one.get(a, rest) for a in name]
         flat = part.reshape(sizes)
         return np.transpose(flat, ["".join(kept).index(a) for a in AXES])
 
@@ -97,6 +100,10 @@ def read_places(table: Any) -> dict[Entry, Place]:
         fixed = None if grows else int(rows) if rows.isdigit() else 0
         slot = tuple(int(i) for i in str(row["slot"]).split(",") if i)
         found[(kind, int(layer))] = Place(
-            str(row["input"]), str(row["output"]), slot, str(row["layout"]), fixed
+            str(row["input"]), str(row["output"]), slot, str(row["layout"]), fixed, _number(row["heads"])
         )
     return found
+
+
+def _number(text: Any) -> int:
+    return int(text) if str(text).isdigit() else 0

@@ -102,7 +102,7 @@ class Interface:
 
 def _empty(place: Place, state: Sequence[int] | None, declared: Sequence[Any], batch: int) -> Array:
     """No rows of a cache [B, Hkv, 0, D]; its heads and width are the state's, or as declared."""
-    known = dict(zip(place.axes, declared, strict=True))
+    known = dict(zip(place.axes, declared, strict=True)) if state is None else {}
     _, heads, _, width = state or (batch, known["H"], 0, known["D"])
     return np.zeros((batch, heads, 0, width), np.float32)
 

@@ -174,6 +174,26 @@ def merged_heads(c: Case, i: int, q: str, k: str, v: str) -> str:
     return scores(c, q, whole, future(c, whole[0]))
 
 
+def flat_rows(axis: int, written: bool = False) -> Attend:
+    """Caches [B, P, Hkv*D], joined before the heads are split; or (`written`, opset 24) [B, M, Hkv*D]."""
+
+    def attend(c: Case, i: int, q: str, k: str, v: str) -> str:
+        whole = []
+        for n, new in (("k", k), ("v", v)):
+            past = c.given(f"past_{n}{i}", FLOAT, "B", "M" if written else "P", KV * HEAD)
+            if written:
+                rows = c.op("TensorScatter", past, flat(c, new), c.given("starts", INT, "B"), axis=axis)
+            else:
+                rows = c.op("Concat", past, flat(c, new), axis=axis)
+            wide = c.op("Reshape", c.out(rows, f"new_{n}{i}"), c.ints(0, 0, KV, HEAD))
+            whole.append(c.op("Transpose", wide, perm=[0, 2, 1, 3]))
+        if not written:
+            return scores(c, q, whole, future(c, whole[0]))
+        return c.op("Attention", q, *whole, "", "", "", c.given("lengths", INT, "B"), is_causal=1)
+
+    return attend
+
+
 def layer_stack(c: Case, i: int, q: str, k: str, v: str) -> str:
     """One [2, B, H, P, D] tensor per layer."""
     past = c.given(f"past_{i}", FLOAT, 2, "B", KV, "P", HEAD)

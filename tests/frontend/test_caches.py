@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mapper.frontend.inspect import inspect
 from mapper.frontend.load import load
 from mapper.ir.reference import evaluate
 from tests.frontend import cached
+from tests.frontend.test_variants import renamed, shuffle, structure
 from tests.frontend.tiny import oracle, saved, worst
 
 STACKED = {
@@ -67,6 +69,15 @@ def test_heads_stored_in_the_batch(tmp_path: Path) -> None:
     assert recognised(record)
     assert roles(record) == PAIRS
     assert record["kv_cache"]["layout"] == "(BH)DL/(BH)LD"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_heads_stored_in_the_rows(written: bool, tmp_path: Path) -> None:
+    case = cached.decoder(cached.flat_rows(1, written), opset=24 if written else 18)
+    record = compared(case, tmp_path)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["kv_cache"]["layout"] == "BL(HD)"
 
 
 @pytest.mark.parametrize("layout", STACKED)
@@ -235,3 +246,45 @@ def test_keys_of_the_encoder_are_made(tmp_path: Path) -> None:
     record = compared(cached.decoder(cached.crossed(True)), tmp_path, {"past": 0}, {"new": 5, "past": 0})
     assert record["primitives_left"] == {}
     assert roles(record, "present") == sorted(f"present.{c.removeprefix('past.')}" for c in [*CROSS, *PAIRS])
+
+
+CONVENTIONS = {
+    **{layout: cached.growing(layout) for layout in cached.PERMS},
+    "heads in the batch": cached.merged_heads,
+    "heads in the rows": cached.flat_rows(-2),
+    "stack of a layer": cached.layer_stack,
+    "stack of all": cached.full_stack(False, 3),
+    "stacks of keys and of values": cached.full_stack(True, 3),
+    "half": cached.half,
+    "beams": cached.beams,
+    "rolling": cached.rolling,
+    "static": cached.static("ScatterND"),
+    "scatter": cached.tensor_scatter("circular", True),
+    "grouped": cached.grouped("inputs"),
+    "buffer": cached.buffered("MultiHeadAttention"),
+    "crossed": cached.crossed(False),
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_names_and_order_do_not_matter(name: str, tmp_path: Path) -> None:
+    case = cached.decoder(CONVENTIONS[name], opset=24 if name == "scatter" else 18, layers=3)
+    model, rng = case.model(), random.Random(name)
+    feeds = cached.inputs(case)
+    if name == "grouped":
+        feeds = cached.inputs(case, new=1, past=6)
+    want = oracle(model, feeds)
+    original = load(saved(model, tmp_path))
+    new = renamed(model, rng)
+    shuffle(model.graph.node, rng)
+    for values in (model.graph.input, model.graph.output):
+        shuffled = rng.sample(list(values), len(values))
+        del values[:]
+        values.extend(shuffled)
+    graph = load(saved(model, tmp_path, "variant.onnx"))
+    assert structure(inspect(graph)) == structure(inspect(original))
+    roles = original.roles["inputs"] | original.roles["outputs"]
+    assert {new[k]: v for k, v in roles.items()} == graph.roles["inputs"] | graph.roles["outputs"]
+    got = evaluate(graph, {new[k]: v for k, v in feeds.items()})
+    tolerance = 1e-3 if name == "half" else 1e-5
+    assert worst({k: got[new[k]] for k in want}, want) < tolerance

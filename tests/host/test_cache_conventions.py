@@ -16,6 +16,7 @@ CASES = {
     "axes in another order": cached.growing("LBHD"),
     "keys turned": cached.growing("BHDL"),
     "heads in the batch": cached.merged_heads,
+    "heads in the rows": cached.flat_rows(1),
     "stack of a layer": cached.layer_stack,
     "stack of all": cached.full_stack(False),
     "stacks of keys and of values": cached.full_stack(True),
