@@ -25,9 +25,9 @@ def joined(net: Net, parts: Sequence[Value], axis: int) -> Value:
             there = _TO_BHLD[axis]
             whole = net.make("concat", [b.transpose(net, p, there) for p in parts], {"axis": 2})
             return b.transpose(net, whole, _inverse(there))
-        heads = _flat_heads(net, past) if rank == 3 and axis == 1 else 0
-        if heads:
-            parts = [_with_heads(net, p, heads) for p in parts]
+        count = _flat_heads(net, past) if rank == 3 and axis == 1 else 0
+        if count:
+            parts = [_with_heads(net, p, count) for p in parts]
             whole = joined(net, parts, 1)
             return b.reshape(net, whole, [*whole.dims[:2], whole.dims[2] * whole.dims[3]])
         if rank == 3 and axis > 0 and _merges_heads(new):

@@ -103,6 +103,25 @@ def decoder(attend: Attend, opset: int = 18, layers: int = 2, seed: int = 0) -> 
     return c
 
 
+def packed() -> Case:
+    """A decoder of com.microsoft Attention, which holds keys and values of a layer in one [2, B, H, P, D]."""
+    c = Case(np.random.default_rng(0), layers=2)
+    c.given("ids", INT, "B", "S")
+    c.given("packed_mask", TensorProto.INT32, "B", "T")
+    x = c.op("Gather", c.weight(VOCAB, WIDTH, gain=VOCAB**0.5), "ids")
+    for i in range(c.layers):
+        gains = np.repeat([SHARP, SHARP, 1.0], WIDTH)
+        weight = c.const(gains * c.rng.standard_normal((WIDTH, 3 * WIDTH)) / WIDTH**0.5)
+        past = c.given(f"past_{i}", FLOAT, 2, "B", HEADS, "P", WIDTH // HEADS)
+        operands = [_norm(c, x), weight, c.weight(3 * WIDTH), "packed_mask", past]
+        y, made = c.ms("Attention", *operands, outputs=2, num_heads=HEADS, unidirectional=1)
+        c.out(made, f"new_{i}")
+        x = c.op("Add", x, c.op("MatMul", y, c.weight(WIDTH, WIDTH)))
+        x = c.op("Add", x, mlp(c, OPTIONS, _norm(c, x)))
+    c.out(c.op("MatMul", _norm(c, x), c.weight(WIDTH, VOCAB)), "logits")
+    return c
+
+
 def _norm(c: Case, x: str) -> str:
     square = c.op("ReduceMean", c.op("Mul", x, x), c.ints(-1))
     root = c.op("Sqrt", c.op("Add", square, c.const(1e-5)))
@@ -420,6 +439,7 @@ def inputs(
         "starts": np.full(batch, past),
         "lengths": np.full(batch, past + new),
         "beams": rng.permutation(batch),
+        "packed_mask": np.ones((batch, past + new)),
         "encoder_mask": (np.arange(5) < 4)[None].repeat(batch, 0),
         "tokens": np.ones((batch, past + new)),
         "last": np.full(batch, past + new - 1),

@@ -90,6 +90,15 @@ def test_stacked_caches(layout: str, tmp_path: Path) -> None:
     assert (found["convention"], found["layout"], found["tensors"]) == ("stacked", layout, len(expected))
 
 
+def test_stacks_of_packed_attention(tmp_path: Path) -> None:
+    record = compared(cached.packed(), tmp_path)
+    assert recognised(record)
+    assert roles(record) == ["past.kv.0", "past.kv.1"]
+    assert record["inputs"]["packed_mask"]["role"] == "attention_mask"
+    assert record["kv_cache"]["layout"] == "2BHLD"
+    assert record["kv_cache"]["operator"] == "Attention"
+
+
 def test_half_precision_caches(tmp_path: Path) -> None:
     record = compared(cached.decoder(cached.half), tmp_path, tolerance=1e-3)
     assert recognised(record)
