@@ -11,16 +11,11 @@ import numpy as np
 
 from mapper.errors import MapperError
 from mapper.frontend.agree import MAX_ELEMENTS, volume
+from mapper.frontend.left import RECOGNISED, ends, primitives_left
 from mapper.ir.dims import ONE
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.reference import evaluate_values
-
-VIEWS = frozenset(
-    {"reshape", "transpose", "slice", "concat", "split", "expand", "squeeze", "unsqueeze", "cast", "load"}
-    | {"constant", "shape_of"}
-)
-_SOURCES = frozenset({"embed", "embed_at", "linear", "conv"})
 
 
 def inspect(graph: Graph) -> dict[str, Any]:
@@ -42,7 +37,8 @@ def structure(graph: Graph) -> dict[str, Any]:
         by_kind.setdefault(item[0].mnemonic, []).append(item)
     attention = [(_attention(op), n) for kind in ATTENTIONS for op, n in by_kind.get(kind, [])]
     mlps = [(_mlp(graph, op), n) for kind in _MLPS for op, n in by_kind.get(kind, [])]
-    left = primitives_left(graph)
+    around = ends(graph)
+    left = primitives_left(graph, around.ops)
     return {
         "name": graph.name,
         "params": graph.params,
@@ -63,6 +59,7 @@ def structure(graph: Graph) -> dict[str, Any]:
         "mlp": _counted(mlps, ("op", "act", "inner")),
         "kv_cache": _cache(graph, by_kind),
         "tied_embeddings": _tied(graph, by_kind),
+        "ends": around.facts,
         "inputs": {n: _described(graph.roles["inputs"].get(n, "other"), t) for n, t in graph.inputs},
         "outputs": {n: _described(graph.roles["outputs"].get(n, "other"), t) for n, t in graph.outputs},
         "weight_formats": _formats(graph),
@@ -93,36 +90,8 @@ def walk(graph: Graph) -> Iterator[Counted]:
             yield op, section.count
 
 
-def primitives_left(graph: Graph) -> Counter[str]:
-    """Primitives on the hidden path that recognition left, views and residual additions not counted."""
-    found: Counter[str] = Counter()
-    for section in graph.sections():
-        data = _hidden_values(section.ops, {c.argument for c in section.carried})
-        for op in section.ops:
-            if op.mnemonic in _RECOGNISED or op.mnemonic in VIEWS or not any(r in data for r in op.results):
-                continue
-            residual = op.mnemonic == "add" and all(v in data for v in op.operands)
-            if not residual:
-                found[op.mnemonic] += section.count
-    return found
-
-
-_RECOGNISED = frozenset(
-    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "kv_update", "activation"}
-    | {"mlp", "gated_mlp", "latent_attention", "packed_mlp", "moe", "route", "sample", "repeat"}
-)
-
-
-def _hidden_values(ops: Any, start: set[Any]) -> set[Any]:
-    data = set(start)
-    for op in ops:
-        if op.mnemonic in _SOURCES or any(v in data for v in op.operands):
-            data.update(op.results)
-    return data
-
-
 def _fraction(ops: list[Counted], left: Counter[str]) -> float:
-    recognised = sum(n for op, n in ops if op.mnemonic in _RECOGNISED)
+    recognised = sum(n for op, n in ops if op.mnemonic in RECOGNISED)
     total = recognised + sum(left.values())
     return round(recognised / total, 4) if total else 0.0
 
