@@ -126,6 +126,14 @@ def test_static_caches(kind: str, tmp_path: Path) -> None:
     assert record["kv_cache"]["convention"] == "static"
 
 
+def test_a_counter_says_where_rows_go(tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.counter, positions=False), tmp_path)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["inputs"]["counter"]["role"] == "write_index"
+    assert len(record["rope"]) == 1
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("mode", ["linear", "circular"])
 def test_tensor_scatter_caches(mode: str, fused: bool, tmp_path: Path) -> None:
@@ -268,6 +276,7 @@ CONVENTIONS = {
     "beams": cached.beams,
     "rolling": cached.rolling,
     "static": cached.static("ScatterND"),
+    "scatter elements": cached.static("ScatterElements"),
     "scatter": cached.tensor_scatter("circular", True),
     "grouped": cached.grouped("inputs"),
     "buffer": cached.buffered("MultiHeadAttention"),
