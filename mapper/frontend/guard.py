@@ -21,12 +21,14 @@ TEXT_SUFFIXES = {".json", ".txt", ".textproto", ".prototxt", ".onnxtxt", ".onnxj
 
 @dataclass(frozen=True)
 class GuardedModel:
-    """A model whose structure has been checked. `locations` is keyed by `id` of the tensor record."""
+    """A model whose structure has been checked. `locations` is keyed by `id` of the tensor record; `looked`
+    collects the names of weights whose numbers recognition reads."""
 
     path: Path
     record: ModelRecord
     source: Source
     locations: dict[int, Location] = field(default_factory=dict)
+    looked: set[str] = field(default_factory=set)
 
 
 def read_model(path: str | Path) -> GuardedModel:

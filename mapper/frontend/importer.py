@@ -78,9 +78,7 @@ class Importer:
         """A tensor of the file: a constant where it is small and steers shapes or scales, else a weight."""
         location = self.model.locations[id(tensor)]
         dtype = tensors.DTYPES[tensor.dtype][0]
-        count = tensors.elements(tensor.dims, f"tensor {name!r}")
-        steering = dtype in ("i64", "i32", "bool") or count == 1
-        if steering and location.bytes <= MAX_INLINE and dtype in tensors.NUMPY:
+        if is_held(tensor, location, inline=False):
             try:
                 return self.net.constant(self.array(tensor), dtype)
             except ModelError:
@@ -89,8 +87,8 @@ class Importer:
                 if location.file == self.model.path.name:
                     raise ModelError(f"tensor {name[:80]!r} cannot be read: {error}") from error
         data = self.array(tensor) if location.file is None else None
-        ref = WeightRef(name, tuple(tensor.dims), dtype, location.file, location.offset, location.bytes, data)
-        return self.weight(ref)
+        where = location.file, location.offset, location.bytes
+        return self.weight(WeightRef(name, tuple(tensor.dims), dtype, *where, data, looked=self.model.looked))
 
     def weight(self, ref: WeightRef) -> Value:
         """The value of a weight symbol."""
@@ -140,7 +138,7 @@ class Importer:
         location = self.model.locations.get(id(tensor))
         if location is None:
             raise UnsupportedModelError(f"{label(node)}: only numeric constants are supported")
-        if location.bytes <= MAX_INLINE and tensors.DTYPES[tensor.dtype][0] in tensors.NUMPY:
+        if is_held(tensor, location, inline=True):
             return self.net.constant(self.array(tensor), tensors.DTYPES[tensor.dtype][0])
         return self.stored(tensor, node.outputs[0])
 
@@ -169,6 +167,14 @@ class Importer:
         opsets = dict(function.opsets) or dict(self.model.record.opsets)
         self.run_nodes(body, inner, opsets, depth + 1)
         return [inner[name] for name in function.outputs]
+
+
+def is_held(tensor: TensorRecord, location: tensors.Location, inline: bool) -> bool:
+    """Whether a tensor of the file becomes a constant of the graph: a small one that is in a Constant node
+    (`inline`), or steers shapes or scales."""
+    dtype = tensors.DTYPES[tensor.dtype][0]
+    steering = inline or dtype in ("i64", "i32", "bool") or all(d == 1 for d in tensor.dims)
+    return steering and location.bytes <= MAX_INLINE and dtype in tensors.NUMPY
 
 
 def input_dims(value: ValueRecord) -> list[Dim]:

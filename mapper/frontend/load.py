@@ -6,10 +6,12 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from mapper.errors import ModelError, UnsupportedModelError
+from mapper.errors import MapperError, ModelError, UnsupportedModelError
 from mapper.frontend import symbols
+from mapper.frontend.abridge import abridge
 from mapper.frontend.caches import find_caches, flat_heads
 from mapper.frontend.emit import emit
+from mapper.frontend.extend import NotAlike, extend
 from mapper.frontend.guard import GuardedModel, read_model
 from mapper.frontend.importer import Reading, declared_dims, import_model
 from mapper.frontend.modes import declared_mode, questions, with_modes
@@ -49,7 +51,23 @@ def load(path: str | Path, recognise: bool = True) -> Graph:
 def load_reading(
     model: GuardedModel, recognise: bool, reading: Reading | None = None, split: Split | None = None
 ) -> Graph:
-    """The graph of a model, of one reading where there are several."""
+    """The graph of a model, of one reading where there are several; layers that repeat others are not looked
+    at where that is enough."""
+    short = abridge(model) if recognise and split is None else None
+    if short is not None:
+        try:
+            graph = extend(load_whole(short.model, recognise, reading), short)
+            graph.verify()
+            return graph
+        except (NotAlike, MapperError):
+            pass  # the whole model tells what is wrong
+    return load_whole(model, recognise, reading, split)
+
+
+def load_whole(
+    model: GuardedModel, recognise: bool = True, reading: Reading | None = None, split: Split | None = None
+) -> Graph:
+    """The graph of a model, every layer looked at."""
     try:
         net = canonical(model, reading)
         refuse_foreign(net)

@@ -40,7 +40,7 @@ class PackedRef:
 @dataclass(frozen=True)
 class WeightRef:
     """A stored tensor: its ONNX name and where its bytes are; its data, where it holds typed elements; or its
-    parts, where it is packed."""
+    parts, where it is packed. Who reads its numbers adds the name to `looked`."""
 
     name: str
     dims: tuple[int, ...]
@@ -50,6 +50,7 @@ class WeightRef:
     bytes: int
     data: Array | None = None
     packed: PackedRef | None = None
+    looked: set[str] = field(default_factory=set, compare=False, repr=False)
 
 
 @dataclass(eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from xdsl.ir import SSAValue
@@ -12,6 +13,8 @@ from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, fields
 from mapper.ir.structure import OutputOp, RepeatOp
 
+MOST_RUNS = 64
+MOST_STEPS = 2_000_000  # comparisons while the best repetition is searched
 PRIVATE = ("load", "constant")
 """Ops that are copied into the layer that reads them."""
 _VIEWS = frozenset({"transpose", "reshape", "squeeze", "unsqueeze", "cast", "concat", "select"})
@@ -95,18 +98,37 @@ def segments(path: Sequence[DataflowOp]) -> list[Segment]:
     return found
 
 
+def best_runs(keys: Sequence[Any], sizes: Sequence[int], least: int) -> list[Run]:
+    """Repetitions of at least `least` bodies that do not overlap, in order: the best one, then the best of
+    what is before and after it, and so on."""
+    found: list[Run] = []
+    stretches = [(0, len(keys))]
+    while stretches and len(found) < MOST_RUNS:
+        start, stop = stretches.pop()
+        run = best_run(keys[start:stop], sizes[start:stop])
+        if run is not None and run.count >= least:
+            run = Run(run.start + start, run.period, run.count)
+            found.append(run)
+            stretches += [(start, run.start), (run.stop, stop)]
+    return sorted(found, key=lambda r: r.start)
+
+
 def best_run(keys: Sequence[Any], sizes: Sequence[int]) -> Run | None:
-    """The repetition that covers most ops; of equal ones the one with the shortest period, then the first."""
+    """The repetition that covers most ops; of equal ones the one with the shortest period, then the first.
+    Periods are bounded where there are very many keys."""
+    before = [0, *accumulate(sizes)]
     best: tuple[int, int, int] | None = None
     chosen: Run | None = None
-    for period in range(1, len(keys) // 2 + 1):
+    for period in range(1, min(len(keys) // 2, MOST_STEPS // max(len(keys), 1)) + 1):
+        if best is not None and best[0] == before[-1]:
+            break  # all is covered
         length = 0
         for start in range(len(keys) - period - 1, -1, -1):
             length = length + 1 if keys[start] == keys[start + period] else 0
             count = length // period + 1
             if count < 2:
                 continue
-            score = (sum(sizes[start : start + period * count]), -period, -start)
+            score = (before[start + period * count] - before[start], -period, -start)
             if best is None or score > best:
                 best, chosen = score, Run(start, period, count)
     return chosen

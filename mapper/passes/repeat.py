@@ -15,7 +15,7 @@ from mapper.passes.layers import (
     Run,
     Segment,
     Shape,
-    best_run,
+    best_runs,
     has_repeat,
     hidden_path,
     output_values,
@@ -54,15 +54,7 @@ class Repeat:
         numbers: dict[object, int] = {}
         hashes = [numbers.setdefault(k, len(numbers)) for k in keys]
         sizes = [len(s.ops) for s in cut]
-        return self._search(hashes, sizes, 0)
-
-    def _search(self, keys: Sequence[int], sizes: Sequence[int], offset: int) -> list[Run]:
-        run = best_run(keys, sizes)
-        if run is None or run.count < self.least:
-            return []
-        before = self._search(keys[: run.start], sizes[: run.start], offset)
-        after = self._search(keys[run.stop :], sizes[run.stop :], offset + run.stop)
-        return [*before, Run(run.start + offset, run.period, run.count), *after]
+        return best_runs(hashes, sizes, self.least)
 
 
 @dataclass

@@ -320,5 +320,6 @@ def test_every_registered_operator_has_a_case() -> None:
     same = {("", "Dropout"), ("", "Scatter"), ("", "BitwiseAnd"), ("", "BitwiseOr")}
     twins = {("", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")}
     twins |= {(MS, op) for op in ("SimplifiedLayerNormalization", "LayerNormalization")}
-    missing = {k for k in LOWERINGS if k not in covered | same | twins and k[1] not in refused}
+    elsewhere = {(MS, "MoE"), (MS, "QMoE")}  # test_experts.py, test_packed.py
+    missing = {k for k in LOWERINGS if k not in covered | same | twins | elsewhere and k[1] not in refused}
     assert not missing

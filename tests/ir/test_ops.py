@@ -109,6 +109,7 @@ CASES: list[Case] = [
     ("conv", [f(1, 3, 8, 9), f(2, 3, 3, 2), None], CONV2),
     *[reduction(k) for k in ("sum", "mean", "max", "min", "prod", "sum_square", "l2", "l1", "log_sum_exp")],
     ("softmax", [f(2, 3)], {"axis": 0}),
+    ("round_blocks", [f(2, 5)], {"block": 3}),
     ("softmax", [f(2, 3)], {"log": True}),
     ("cumsum", [f(2, 3)], {"axis": 1, "exclusive": True, "reverse": True}),
     ("argmax", [f(2, 3)], {"axis": 0, "keepdims": True}),
