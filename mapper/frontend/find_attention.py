@@ -89,12 +89,14 @@ def read_sinks(net: Net, softmax: Node) -> tuple[Value, Value] | None:
 
 
 def grounded(view: View, values: Iterable[Value]) -> tuple[Value, ...]:
-    """The values of the original graph that some values are made of: recognition itself puts views on top."""
+    """The values of the original graph that some values are views of. Recognition puts views on top, and the
+    graph may hold an equal view elsewhere (keys that are outputs): so the values behind all views."""
     found: dict[int, Value] = {}
     stack = list(values)
     while stack:
         value = stack.pop()
-        if value.node is None or id(value) in view.order:
+        known = id(value) in view.order and value.op not in ("reshape", "transpose")
+        if value.node is None or known:
             found[id(value)] = value
         else:
             stack.extend(value.args)

@@ -88,14 +88,14 @@ def canonical(model: GuardedModel, reading: Reading | None = None) -> Net:
     """The model as canonical primitives, its sizes named batch, sequence and past where it is a decoder."""
     tags = symbols.tags(declared_dims(model))
     raw = import_model(model, tags, reading)
-    heads = flat_heads(raw, topological(raw))
-    if heads:
-        reading = replace(reading or Reading(), heads=heads)
+    caches = find_caches(raw, topological(raw))
+    if any(cache.node.outputs[0].rank == 3 for cache in caches):
+        reading = replace(reading or Reading(), heads=flat_heads(raw, topological(raw)))
         raw = import_model(model, tags, reading)
     if not tags:
         return raw
     pairs = symbols.equations(raw)
-    if any("?" in cache.layout for cache in find_caches(raw, topological(raw))):
+    if any("?" in cache.layout for cache in caches):
         # axes of caches that only show once sizes are known to be equal
         known = symbols.solve(raw.equal)
         clearer = import_model(model, {s: t.substitute(known) for s, t in tags.items()}, reading)

@@ -8,6 +8,7 @@ from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend import build_index
 from mapper.frontend.cache_views import joined, scattered_elements, scattered_rows
+from mapper.frontend.counters import counted, rows_from, stretch
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
 from mapper.frontend.net import Value
 from mapper.frontend.proto import TensorRecord
@@ -226,9 +227,14 @@ def split(c: Call, x: Value, sizes: list[Dim], axis: int) -> list[Value]:
 
 @lowers("Slice")
 def _slice(c: Call) -> list[Value]:
+    count = len(c.x(1).content or (1,))
+    axes = [d.value for d in c.content(3, "the axes")] if c.has(3) else list(range(count))
+    steps = [d.value for d in c.content(4, "the steps")] if c.has(4) else [1] * count
+    if c.x(1).content is None and len(axes) == 1 and steps == [1]:
+        found = rows_from(c.net, c.x(), c.x(1), c.x(2), axes[0] % c.x().rank)
+        if found is not None:
+            return [found]
     starts, ends = c.content(1, "the starts"), c.content(2, "the ends")
-    axes = [d.value for d in c.content(3, "the axes")] if c.has(3) else list(range(len(starts)))
-    steps = [d.value for d in c.content(4, "the steps")] if c.has(4) else [1] * len(starts)
     return [b.slice_(c.net, c.x(), starts, ends, axes, steps)]
 
 
@@ -269,6 +275,9 @@ def _scatter_elements(c: Call) -> list[Value]:
 @lowers("Range")
 def _range(c: Call) -> list[Value]:
     start, limit, step = (c.x(i) for i in range(3))
+    length = stretch(start, limit)
+    if start.content is None and step.scalar == 1.0 and length is not None:
+        return [counted(c.net, start, length)]
     if step.content is None or not step.content[0].is_const or start.content is None or limit.content is None:
         raise c.refuse("the length of the range depends on the data")
     return [b.iota(c.net, start.content[0], limit.content[0], step.content[0].value, start.dtype)]

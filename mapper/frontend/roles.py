@@ -43,7 +43,7 @@ def find_roles(net: Net) -> dict[str, Any]:
             inputs[value.source] = _steering(nodes, value, total, bool(caches))
     vocabulary = {table.dims[0] for table, ids in lookups(nodes) if strip_views(ids) in tokens}
     for name, value in net.outputs:
-        if outputs[name] == "other" and value.rank >= 2 and value.dtype[0] in "fb":
+        if outputs[name] == "other" and value.rank >= 2 and value.dtype[0] in "fb" and value.const is None:
             outputs[name] = "logits" if value.dims[-1] in vocabulary else "hidden"
     roles: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
     return {**roles, **facts}
@@ -125,13 +125,23 @@ def _name_crossed(net: Net, layers: Sequence[Node], inputs: dict[str, str], outp
     for name, value in net.outputs:
         names.setdefault(id(value), []).append(name)
     for i, node in enumerate(layers):
+        if "mask" in node.attrs["slots"]:
+            inputs.update({n: "encoder_mask" for n in _sources(_operand(node, "mask"), inputs, 2)})
         for kind in ("key", "value"):
             value = _operand(node, kind[0])
             found = origin(value, ("B", "H", "L", "D"))
             if found is not None and inputs[found.source.source] == "other":
                 inputs[found.source.source] = f"past.cross_{kind}.{i}"
+            else:
+                inputs.update({n: "encoder_states" for n in _sources(value, inputs, 3)})
             made = names.get(id(value), []) + (names.get(id(found.source), []) if found else [])
             outputs.update((name, f"present.cross_{kind}.{i}") for name in made)
+
+
+def _sources(value: Value, inputs: Mapping[str, str], rank: int) -> list[str]:
+    """The inputs of a rank, without a role yet, that a value is computed from."""
+    found = [v for v in walk(value, lambda v: v.node is None) if v.source and v.rank == rank]
+    return [v.source for v in found if inputs[v.source] == "other"]
 
 
 def _started(net: Net, nodes: Sequence[Node]) -> dict[str, str]:
@@ -173,6 +183,8 @@ def _caches(net: Net, nodes: Sequence[Node]) -> list[Named]:
         for value in node.inputs:
             users.setdefault(id(value), []).append(node)
     found = find_caches(net, nodes)
+    if any("slots" in n.attrs for n in nodes):  # what recognition did not confirm may write anything anywhere
+        found = [c for c in found if not c.node.op.startswith("scatter")]
     kinds = ["value" if _is_value(users, c.node.outputs[0]) else "key" for c in found]
     return _numbered(net, list(zip(found, kinds, strict=True)))
 

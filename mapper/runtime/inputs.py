@@ -72,7 +72,7 @@ class Interface:
             array = self._steered(name, declared[name][1], batch, tokens, past)
             if array is not None:
                 made[name] = array
-        return {n: np.ascontiguousarray(made[n].astype(declared[n][0])) for n in declared if n in made}
+        return {n: made[n].astype(declared[n][0], order="C") for n in declared if n in made}
 
     def _steered(self, name: str, shape: Sequence[Any], batch: int, tokens: int, past: int) -> Array | None:
         if name == self.attention_mask:

@@ -89,13 +89,14 @@ Attend = Callable[[Case, int, str, str, str], str]
 """(case, layer, q, k, v, all [B, H, S, D]) -> [B, H, S, D]."""
 
 
-def decoder(attend: Attend, opset: int = 18, layers: int = 2, seed: int = 0) -> Case:
-    """A decoder whose attention and cache are `attend`; rotary positions [B, S] are an input."""
+def decoder(attend: Attend, opset: int = 18, layers: int = 2, seed: int = 0, positions: bool = True) -> Case:
+    """A decoder whose attention and cache are `attend`; rotary positions [B, S] are an input, unless `attend`
+    rotates by itself."""
     c = Case(np.random.default_rng(seed), opset=opset, layers=layers)
     c.given("ids", INT, "B", "S")
     table = c.weight(VOCAB, WIDTH, gain=VOCAB**0.5)
     x = c.op("Gather", table, "ids")
-    cos, sin = angles(c, OPTIONS, c.given("positions", INT, "B", "S"))
+    cos, sin = angles(c, OPTIONS, c.given("positions", INT, "B", "S")) if positions else ("", "")
     for i in range(layers):
         x = c.op("Add", x, _block(c, i, _norm(c, x), attend, cos, sin))
         x = c.op("Add", x, mlp(c, OPTIONS, _norm(c, x)))
@@ -132,7 +133,8 @@ def _block(c: Case, i: int, x: str, attend: Attend, cos: str, sin: str) -> str:
     q = split(c, c.op("MatMul", x, c.weight(WIDTH, HEADS * HEAD, gain=SHARP)), HEADS)
     k = split(c, c.op("MatMul", x, c.weight(WIDTH, KV * HEAD, gain=SHARP)), KV)
     v = split(c, c.op("MatMul", x, c.weight(WIDTH, KV * HEAD)), KV)
-    q, k = rope(c, OPTIONS, q, cos, sin), rope(c, OPTIONS, k, cos, sin)
+    if cos:
+        q, k = rope(c, OPTIONS, q, cos, sin), rope(c, OPTIONS, k, cos, sin)
     y = attend(c, i, q, k, v)
     y = c.op("Reshape", c.op("Transpose", y, perm=[0, 2, 1, 3]), c.ints(0, 0, HEADS * HEAD))
     return c.op("MatMul", y, c.weight(HEADS * HEAD, WIDTH))
@@ -299,6 +301,25 @@ def later(c: Case, positions: str) -> str:
     return c.op("Greater", rows, c.op("Unsqueeze", positions, c.ints(-1)))
 
 
+def counter(c: Case, i: int, q: str, k: str, v: str) -> str:
+    """Static caches written from a counter `used` [] on; rotary tables are cut there, too."""
+    if not i:
+        at = c.given("counter", INT)
+        end = c.op("Add", at, _count(c, "ids", 1))
+        c.known = [c.op("Range", at, end, c.const(1, np.int64))]
+        angle = np.arange(64)[:, None] * 10.0 ** (-np.arange(HEAD // 2) / 2)
+        ends = [c.op("Unsqueeze", x, c.ints(0)) for x in (at, end)]
+        c.known += [c.op("Slice", c.const(f(np.tile(angle, 2))), *ends, c.ints(0)) for f in (np.cos, np.sin)]
+    rows, cos, sin = c.known
+    q, k = rope(c, OPTIONS, q, cos, sin), rope(c, OPTIONS, k, cos, sin)
+    whole = []
+    for n, new in (("k", k), ("v", v)):
+        past = c.given(f"past_{n}{i}", FLOAT, "B", KV, ROOM, HEAD)
+        index = c.op("Expand", c.op("Reshape", rows, c.ints(1, 1, -1, 1)), c.op("Shape", new))
+        whole.append(c.out(c.op("ScatterElements", past, index, new, axis=2), f"new_{n}{i}"))
+    return scores(c, q, whole, later(c, rows))
+
+
 def static(kind: str) -> Attend:
     """Caches of fixed length, written at an input of row numbers [S] by `kind` (ScatterND or
     ScatterElements)."""
@@ -435,6 +456,7 @@ def inputs(
     known = {
         "ids": rng.integers(0, VOCAB, (batch, new)),
         "positions": np.broadcast_to(np.arange(past, past + new), (batch, new)).copy(),
+        "counter": np.array(past),
         "rows": np.arange(past, past + new),
         "starts": np.full(batch, past),
         "lengths": np.full(batch, past + new),

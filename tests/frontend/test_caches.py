@@ -17,7 +17,7 @@ from mapper.frontend.load import load
 from mapper.ir.reference import evaluate
 from tests.frontend import cached
 from tests.frontend.test_variants import renamed, shuffle, structure
-from tests.frontend.tiny import oracle, saved, worst
+from tests.frontend.tiny import HEAD, KV, oracle, saved, worst
 
 STACKED = {
     "2BHLD": (cached.layer_stack, ["past.kv.0", "past.kv.1"]),
@@ -124,6 +124,14 @@ def test_static_caches(kind: str, tmp_path: Path) -> None:
     assert roles(record) == PAIRS
     assert record["inputs"]["rows"]["role"] == "cache_position"
     assert record["kv_cache"]["convention"] == "static"
+
+
+def test_a_counter_says_where_rows_go(tmp_path: Path) -> None:
+    record = compared(cached.decoder(cached.counter, positions=False), tmp_path)
+    assert recognised(record)
+    assert roles(record) == PAIRS
+    assert record["inputs"]["counter"]["role"] == "write_index"
+    assert len(record["rope"]) == 1
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -249,11 +257,13 @@ def test_keys_of_the_encoder_are_given(tmp_path: Path) -> None:
     assert roles(record) == sorted([*(f"past.{c}" for c in CROSS), *PAIRS])
     assert roles(record, "present") == sorted(f"present.{c.removeprefix('past.')}" for c in [*CROSS, *PAIRS])
     assert record["kv_cache"]["cross_tensors"] == record["kv_cache"]["tensors"] == 4
+    assert record["inputs"]["encoder_mask"]["role"] == "encoder_mask"
 
 
 def test_keys_of_the_encoder_are_made(tmp_path: Path) -> None:
     record = compared(cached.decoder(cached.crossed(True)), tmp_path, {"past": 0}, {"new": 5, "past": 0})
     assert record["primitives_left"] == {}
+    assert record["inputs"]["encoder"]["role"] == "encoder_states"
     assert roles(record, "present") == sorted(f"present.{c.removeprefix('past.')}" for c in [*CROSS, *PAIRS])
 
 
@@ -268,6 +278,7 @@ CONVENTIONS = {
     "beams": cached.beams,
     "rolling": cached.rolling,
     "static": cached.static("ScatterND"),
+    "scatter elements": cached.static("ScatterElements"),
     "scatter": cached.tensor_scatter("circular", True),
     "grouped": cached.grouped("inputs"),
     "buffer": cached.buffered("MultiHeadAttention"),
@@ -297,3 +308,46 @@ def test_names_and_order_do_not_matter(name: str, tmp_path: Path) -> None:
     got = evaluate(graph, {new[k]: v for k, v in feeds.items()})
     tolerance = 1e-3 if name == "half" else 1e-5
     assert worst({k: got[new[k]] for k in want}, want) < tolerance
+
+
+def _reversed(c: cached.Case, i: int, q: str, k: str, v: str) -> str:
+    """New rows before the past."""
+    whole = []
+    for n, new in (("k", k), ("v", v)):
+        past = c.given(f"past_{n}{i}", cached.FLOAT, "B", KV, "P", HEAD)
+        whole.append(c.out(c.op("Concat", new, past, axis=2), f"new_{n}{i}"))
+    return cached.scores(c, q, whole, cached.future(c, whole[0]))
+
+
+def _by_head(c: cached.Case, i: int, q: str, k: str, v: str) -> str:
+    """Rows that differ from head to head."""
+    rows = c.op("Reshape", c.given("rows", cached.INT, "S"), c.ints(1, 1, -1, 1))
+    rows = c.op(
+        "Mod", c.op("Add", rows, c.const(np.arange(2).reshape(1, 2, 1, 1), np.int64)), c.ints(cached.ROOM)
+    )
+    whole = []
+    for n, new in (("k", k), ("v", v)):
+        past = c.given(f"past_{n}{i}", cached.FLOAT, "B", KV, cached.ROOM, HEAD)
+        index = c.op("Expand", rows, c.op("Shape", new))
+        whole.append(c.out(c.op("ScatterElements", past, index, new, axis=2), f"new_{n}{i}"))
+    return cached.scores(c, q, whole, cached.later(c, "rows"))
+
+
+def _added(c: cached.Case, i: int, q: str, k: str, v: str) -> str:
+    """New rows added to those that are there."""
+    whole = []
+    rows = c.op("Reshape", c.given("rows", cached.INT, "S"), c.ints(1, 1, -1, 1))
+    for n, new in (("k", k), ("v", v)):
+        past = c.given(f"past_{n}{i}", cached.FLOAT, "B", KV, cached.ROOM, HEAD)
+        index = c.op("Expand", rows, c.op("Shape", new))
+        made = c.op("ScatterElements", past, index, new, axis=2, reduction="add")
+        whole.append(c.out(made, f"new_{n}{i}"))
+    return cached.scores(c, q, whole, cached.later(c, "rows"))
+
+
+@pytest.mark.parametrize("attend", [_reversed, _by_head, _added])
+def test_near_misses_stay_primitives(attend: cached.Attend, tmp_path: Path) -> None:
+    record = compared(cached.decoder(attend), tmp_path)
+    graph = load(tmp_path / "model.onnx")
+    assert not {op.mnemonic for op in graph.ops()} & {"kv_append", "kv_update"}
+    assert record["kv_cache"]["convention"] == "none"

@@ -46,6 +46,21 @@ def test_both_phases_are_described(tmp_path: Path) -> None:
     assert made == ["logits", "present.key.0", "present.key.1", "present.value.0", "present.value.1"]
 
 
+def test_keys_that_are_outputs_as_well(tmp_path: Path) -> None:
+    def attend(c: cached.Case, i: int, q: str, k: str, v: str) -> str:
+        c.out(v, f"new_v{i}")  # an equal view of what the scores read turned
+        half = c.op("Slice", q, c.ints(0), c.ints(2), c.ints(1))
+        scores = c.op("MatMul", half, c.op("Transpose", v, perm=[0, 1, 3, 2]))
+        y = c.op("MatMul", c.op("Softmax", c.op("Mul", scores, c.const(0.3)), axis=-1), v)
+        return c.op("Concat", y, y, axis=1)
+
+    case = cached.decoder(attend)
+    graph = load(saved(case.model(), tmp_path))
+    assert inspect(graph)["attention"][0]["layers"] == 2
+    feeds = cached.inputs(case)
+    assert worst(evaluate(graph, feeds), oracle(case.model(), feeds)) < 1e-5
+
+
 def test_branches_that_are_no_phases_are_refused(tmp_path: Path) -> None:
     model, _ = cached.merged(first=cached.growing("BHLD"))
     with pytest.raises(UnsupportedModelError, match=r"'split' \(If\).*depends on the data"):

@@ -52,6 +52,11 @@ def test_packed_attention_is_served(tmp_path: Path) -> None:
     agrees(case.model(), case, tmp_path)
 
 
+def test_a_counter_is_served(tmp_path: Path) -> None:
+    case = cached.decoder(cached.counter, positions=False)
+    agrees(case.model(), case, tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["linear", "circular"])
 def test_scattered_caches_are_served(mode: str, tmp_path: Path) -> None:
     case = cached.decoder(cached.tensor_scatter(mode, mode == "linear"), opset=24)
