@@ -265,22 +265,3 @@ def _split_result(view: View, out: Value, q: Value) -> Value | None:
         if node.op == "reshape" and made.rank == 4 and made.dims[:3] == q.dims[:3]:
             return made
     return None
-
-
-def appends(view: View, checker: Checker) -> list[Match]:
-    """Concatenations of a cache input with new rows along the token axis that are an output."""
-    found = []
-    for node in view.nodes:
-        if (
-            node.op != "concat"
-            or node.attrs["axis"] != 2
-            or len(node.inputs) != 2
-            or node.outputs[0].rank != 4
-        ):
-            continue
-        past, new = node.inputs
-        if past.source and id(node.outputs[0]) in view.outputs:
-            match = Match(node.outputs[0], "kv_append", ("past", "new"), (past, new))
-            if checker.holds(match):
-                found.append(match)
-    return found

@@ -25,7 +25,17 @@ _SOURCES = frozenset({"embed", "embed_at", "linear", "conv"})
 
 def inspect(graph: Graph) -> dict[str, Any]:
     """Layers, widths, heads, masks, rotary embeddings, norms, MLPs, cache convention, parameters, vocabulary,
-    and what stays primitives. Keys whose value the graph does not tell are None or empty."""
+    and what stays primitives. Keys whose value the graph does not tell are None or empty. A file that holds a
+    graph per phase is described by the one that decodes, and by both under "phases"."""
+    record = structure(graph)
+    if graph.switch is not None and graph.switch.phases:
+        record["kv_cache"]["merged"] = True
+        record["phases"] = {name: structure(graph.phase(name)) for name in graph.switch.phases}
+    return record
+
+
+def structure(graph: Graph) -> dict[str, Any]:
+    """What `inspect` says of one graph."""
     ops = list(walk(graph))
     by_kind: dict[str, list[Counted]] = {}
     for item in ops:
@@ -98,8 +108,8 @@ def primitives_left(graph: Graph) -> Counter[str]:
 
 
 _RECOGNISED = frozenset(
-    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "activation", "mlp", "gated_mlp"}
-    | {"latent_attention", "packed_mlp", "moe", "route", "sample", "repeat"}
+    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "kv_update", "activation"}
+    | {"mlp", "gated_mlp", "latent_attention", "packed_mlp", "moe", "route", "sample", "repeat"}
 )
 
 
@@ -217,8 +227,15 @@ def _tied(graph: Graph, by_kind: dict[str, list[Any]]) -> bool | None:
 
 def _cache(graph: Graph, by_kind: dict[str, list[Any]]) -> dict[str, Any]:
     past = graph.inputs_with_role("past")
-    convention = "concat" if by_kind.get("kv_append") else "inputs" if past else "none"
-    return {"convention": convention, "layout": graph.roles.get("kv_layout", ""), "tensors": len(past)}
+    cross = graph.inputs_with_role("past.cross_key") + graph.inputs_with_role("past.cross_value")
+    convention = graph.roles.get("kv_convention", "inputs" if past else "none")
+    return {
+        "convention": convention,
+        "operator": graph.roles.get("kv_operator", ""),
+        "layout": graph.roles.get("kv_layout", ""),
+        "tensors": len(past) - len(cross),
+        "cross_tensors": len(cross),
+    }
 
 
 def _described(role: str, kind: Any) -> dict[str, Any]:

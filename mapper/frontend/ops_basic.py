@@ -7,6 +7,7 @@ import numpy as np
 from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend import build_index
+from mapper.frontend.cache_views import joined, scattered_elements, scattered_rows
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
 from mapper.frontend.net import Value
 from mapper.frontend.proto import TensorRecord
@@ -195,7 +196,7 @@ def _tile(c: Call) -> list[Value]:
 @lowers("Concat")
 def _concat(c: Call) -> list[Value]:
     parts = [c.x(i) for i in range(len(c.ins))]
-    return [b.concat(c.net, parts, c.axis(0))]
+    return [joined(c.net, parts, c.axis(0))]
 
 
 @lowers("Split")
@@ -248,13 +249,21 @@ def _gather_nd(c: Call) -> list[Value]:
 
 @lowers("ScatterND")
 def _scatter_nd(c: Call) -> list[Value]:
-    return [build_index.scatter_nd(c.net, c.x(0), c.x(1), c.x(2), c.text("reduction", "none"))]
+    reduction, (x, indices, updates) = c.text("reduction", "none"), (c.x(i) for i in range(3))
+    rows = scattered_rows(c.net, x, indices, updates) if reduction == "none" else None
+    return [build_index.scatter_nd(c.net, x, indices, updates, reduction) if rows is None else rows]
 
 
 @lowers("ScatterElements", "Scatter")
 def _scatter_elements(c: Call) -> list[Value]:
-    attrs = {"axis": c.axis(0), "reduction": c.text("reduction", "none")}
-    return [c.net.make("scatter_elements", [c.x(i) for i in range(3)], attrs)]
+    axis, reduction, (x, indices, updates) = (
+        c.axis(0),
+        c.text("reduction", "none"),
+        (c.x(i) for i in range(3)),
+    )
+    if reduction == "none":
+        return [scattered_elements(c.net, x, indices, updates, axis)]
+    return [c.net.make("scatter_elements", [x, indices, updates], {"axis": axis, "reduction": reduction})]
 
 
 @lowers("Range")

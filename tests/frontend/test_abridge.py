@@ -18,7 +18,7 @@ from mapper.frontend.abridge import abridge
 from mapper.frontend.extend import NotAlike, extend
 from mapper.frontend.guard import read_model
 from mapper.frontend.inspect import inspect
-from mapper.frontend.load import load, load_model
+from mapper.frontend.load import load, load_whole
 from mapper.frontend.repetition import KEPT
 from mapper.ir.graph import Graph
 from mapper.ir.reference import evaluate
@@ -82,7 +82,7 @@ def abridged(path: Path) -> Graph | None:
     if short is None:
         return None
     try:
-        made = extend(load_model(short.model), short)
+        made = extend(load_whole(short.model), short)
     except NotAlike:
         return None
     made.verify()
@@ -98,7 +98,7 @@ def same(model: onnx.ModelProto, inputs: dict[str, Any], folder: Path) -> list[i
     """Asserts that a model can be abridged, and gives the graph of looking at every layer and what
     onnxruntime computes; the counts of the graph's sections."""
     path = saved(model, folder)
-    made, whole = abridged(path), load_model(read_model(path))
+    made, whole = abridged(path), load_whole(read_model(path), True)
     assert made is not None
     assert unnamed(made) == unnamed(whole) == unnamed(load(path))
     assert worst(evaluate(made, {n: inputs[n] for n, _ in made.inputs}), oracle(model, inputs)) < 1e-4
@@ -232,7 +232,7 @@ def looked_at_whole(model: onnx.ModelProto, inputs: dict[str, Any], folder: Path
     assert abridged(path) is None
     graph = load(path)
     assert worst(evaluate(graph, {n: inputs[n] for n, _ in graph.inputs}), oracle(model, inputs)) < 1e-4
-    assert graph.print() == load_model(read_model(path)).print()
+    assert graph.print() == load_whole(read_model(path), True).print()
     return graph
 
 
