@@ -248,6 +248,26 @@ def test_a_cache_indirection_is_refused(tmp_path: Path) -> None:
         load(saved(case.model(), tmp_path))
 
 
+def _turned_flat(c: cached.Case, i: int, q: str, k: str, v: str) -> str:
+    """Keys turned while batch and heads are one axis, as older opsets spell fused attention."""
+    del q, v
+    joined = c.op("Concat", c.given(f"past_k{i}", cached.FLOAT, "B", KV, "P", HEAD), k, axis=2)
+    whole = c.out(joined, f"new_k{i}")
+    total = c.op("Shape", whole, start=2, end=3)
+    flat = c.op("Reshape", whole, c.op("Concat", c.ints(-1), total, c.ints(HEAD), axis=0))
+    turned = c.op("Transpose", flat, perm=[0, 2, 1])
+    back = c.op("Reshape", turned, c.op("Concat", c.ints(-1, KV, HEAD), total, axis=0))
+    hidden = cached.future(c, whole)
+    scores = c.op("Where", hidden, c.const(-1e30), c.op("Mul", c.op("MatMul", k, back), c.const(0.2)))
+    y = c.op("MatMul", c.op("Softmax", scores, axis=-1), whole)
+    return c.op("Concat", y, y, axis=1)
+
+
+def test_keys_turned_with_batch_and_heads_in_one_axis(tmp_path: Path) -> None:
+    record = compared(cached.decoder(_turned_flat), tmp_path)
+    assert recognised(record)
+
+
 CROSS = ["cross_key.0", "cross_key.1", "cross_value.0", "cross_value.1"]
 
 
