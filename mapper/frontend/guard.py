@@ -31,9 +31,12 @@ class GuardedModel:
     looked: set[str] = field(default_factory=set)
 
 
-def read_model(path: str | Path) -> GuardedModel:
-    """Open, decode and check a model file; reads no data. Raises ModelError or UnsupportedModelError."""
-    file = Path(path)
+def read_model(path: str | Path, external_root: str | Path | None = None) -> GuardedModel:
+    """Open, decode and check a model file; reads no data. Raises ModelError or UnsupportedModelError.
+
+    The real path of every weight file must lie in the model's folder or, where it is given, in
+    `external_root`."""
+    file, root = Path(path), None if external_root is None else Path(external_root)
     source = _open(file)
     record = decode_model(source, len(source.data))
     model = GuardedModel(file, record, source)
@@ -44,7 +47,7 @@ def read_model(path: str | Path) -> GuardedModel:
         names = {n: where for n in function.inputs}
         _check_nodes(function.nodes, function.outputs, names, where)
     for owner, tensor in _tensors(record):
-        model.locations[id(tensor)] = locate(tensor, source, file, owner)
+        model.locations[id(tensor)] = locate(tensor, source, file, owner, root)
     return model
 
 

@@ -23,14 +23,15 @@ from mapper.frontend.split import Split, find_split, phases
 from mapper.ir.graph import Graph
 
 
-def load(path: str | Path, recognise: bool = True) -> Graph:
+def load(path: str | Path, recognise: bool = True, external_root: str | Path | None = None) -> Graph:
     """The graph of an ONNX file, verified; reads no weights.
 
     With `recognise`, transformer ops and repeated layers are found; without, there are primitives alone.
+    Weights lie in the model's folder or, where it is given, in `external_root` (links are followed).
     Raises ModelError for a malformed or hostile file, and for a model that is refused UnsupportedModelError,
     which names node, operator and reason.
     """
-    model = read_model(path)
+    model = read_model(path, external_root)
     split = find_split(model)
     if split is not None:
         return phases(

@@ -44,6 +44,9 @@ def classify(net: Net, folder: Path) -> Net:
         if node.op not in ("attention", "latent_attention") or "mask" not in node.attrs["slots"]:
             continue
         mask = node.inputs[node.attrs["slots"].index("mask")]
+        if hides_nothing(mask):
+            matches.append(_unmasked(node))
+            continue
         if id(mask) not in known:
             known[id(mask)], steering = steered_kind(mask, folder, steering)
         matches += _with_kind(node, known[id(mask)])
@@ -62,6 +65,29 @@ def steered_kind(mask: Value, folder: Path, steering: Steering) -> tuple[MaskKin
         if kind is not None and kind.causal:
             return kind, tried
     return None, steering
+
+
+def hides_nothing(mask: Value) -> bool:
+    """Whether a mask depends on no input by more than its shape, and lets everything through as it is."""
+    probe = Probe.of([mask], [])
+    if any(v.source or v.weight is not None for v in probe.leaves):
+        return False
+    for new, past in _SMALL:
+        try:
+            (values,) = probe.evaluate({"batch": 1, "sequence": new, "past": past}, {})
+        except MapperError:
+            return False
+        if not bool(values.all() if values.dtype == bool else (values == 0).all()):
+            return False
+    return True
+
+
+def _unmasked(node: Node) -> Match:
+    """Attention without its mask, which lets everything through."""
+    slots = dict(zip(node.attrs["slots"], node.inputs, strict=True))
+    del slots["mask"]
+    attrs = {k: v for k, v in node.attrs.items() if k != "slots"}
+    return Match(node.outputs[0], node.op, tuple(slots), tuple(slots.values()), attrs)
 
 
 def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:

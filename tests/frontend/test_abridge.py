@@ -22,6 +22,7 @@ from mapper.frontend.load import load, load_whole
 from mapper.frontend.repetition import KEPT
 from mapper.ir.graph import Graph
 from mapper.ir.reference import evaluate
+from tests.frontend import cached
 from tests.frontend.test_variants import renamed, reordered
 from tests.frontend.tiny import (
     HEADS,
@@ -204,6 +205,28 @@ def skipping(layers: int, bias: bool) -> onnx.ModelProto:
 def test_residuals_inside_norms_and_packed_weights(bias: bool, tmp_path: Path) -> None:
     counts = same(skipping(7, bias), {"ids": np.array([[1, 2, 3], [4, 5, 6]])}, tmp_path)
     assert 7 in counts
+
+
+@pytest.mark.parametrize(
+    ("attend", "opset", "short"),
+    [
+        (cached.growing("BHLD"), 18, True),
+        (cached.growing("BLHD"), 18, False),  # the transposed past is a value of each layer outside of it
+        (cached.half, 18, True),
+        (cached.rolling, 18, False),
+        (cached.layer_stack, 18, False),
+        (cached.static("ScatterND"), 18, True),
+        (cached.tensor_scatter("linear", False), 24, True),
+        (cached.tensor_scatter("circular", True), 24, True),
+        (cached.grouped(), 18, True),
+    ],
+)
+def test_conventions_of_the_cache(attend: cached.Attend, opset: int, short: bool, tmp_path: Path) -> None:
+    path = saved(cached.decoder(attend, opset, layers=5).model(), tmp_path)
+    made, whole = abridged(path), load_whole(read_model(path))
+    assert (made is not None) == short
+    assert unnamed(load(path)) == unnamed(whole)
+    assert made is None or (unnamed(made) == unnamed(whole) and made.roles == whole.roles)
 
 
 def biased(model: onnx.ModelProto, tables: Sequence[Array], slopes: bool) -> onnx.ModelProto:
