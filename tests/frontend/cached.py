@@ -1,5 +1,5 @@
-"""Small decoders, one per convention of the key-value cache: where a cache comes from, how new rows get into it,
-and what of it is an output. Norms and MLPs are those of `tiny`, the decoder around them is `decoders`."""
+"""Small decoders, one per convention of the key-value cache: where a cache comes from, how new rows get into
+it, and what of it is an output. Norms and MLPs are those of `tiny`, the decoder around them is `decoders`."""
 
 from __future__ import annotations
 

@@ -67,6 +67,15 @@ def test_branches_that_are_no_phases_are_refused(tmp_path: Path) -> None:
         load(saved(model, tmp_path))
 
 
+def test_an_output_that_is_an_input(tmp_path: Path) -> None:
+    model, case = cached.merged()
+    model.graph.node.append(helper.make_node("Identity", ["positions"], ["same"]))
+    model.graph.output.append(helper.make_tensor_value_info("same", TensorProto.INT64, None))
+    feeds = decoders.inputs(case)
+    got = evaluate(load(saved(model, tmp_path)), feeds)
+    assert worst(got, oracle(model, feeds)) < 1e-5
+
+
 def test_an_if_inside_stays_refused(tmp_path: Path) -> None:
     model, _ = cached.merged()
     model.graph.output[0].name = "doubled"
