@@ -48,7 +48,7 @@ def find_split(model: GuardedModel) -> Split | None:
         if name in inputs:
             continue  # handed through, in either branch
         node = makers.get(name)
-        if node is None or node.op != "If" or node.domain:
+        if node is None or node.op != "If" or node.domain or not node.inputs:
             return None
         chosen[id(node)] = node
     if len(chosen) != 1:
