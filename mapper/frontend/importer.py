@@ -144,6 +144,8 @@ class Importer:
 
     def branch(self, node: NodeRecord, names: Names, opsets: Mapping[str, int], depth: int) -> list[Value]:
         """An If whose condition is known."""
+        if not node.inputs or node.inputs[0] not in names:
+            raise ModelError(f"{label(node)} lacks a condition")
         condition: float | bool | None = names[node.inputs[0]].scalar
         taken = self.reading.taken
         if taken is not None and node is taken[0]:

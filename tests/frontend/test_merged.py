@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import mapper
-from mapper.errors import UnsupportedModelError
+from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend.inspect import inspect
 from mapper.frontend.load import load
 from mapper.ir.reference import evaluate
@@ -81,6 +81,13 @@ def test_an_if_inside_stays_refused(tmp_path: Path) -> None:
     model.graph.output[0].name = "doubled"
     model.graph.node.append(helper.make_node("Add", ["logits", "logits"], ["doubled"]))
     with pytest.raises(UnsupportedModelError, match=r"'split' \(If\)"):
+        load(saved(model, tmp_path))
+
+
+def test_an_if_without_a_condition_is_an_error(tmp_path: Path) -> None:
+    model, _ = cached.merged()
+    del model.graph.node[-1].input[:]
+    with pytest.raises(ModelError, match=r"'split' \(If\) lacks a condition"):
         load(saved(model, tmp_path))
 
 
