@@ -163,6 +163,9 @@ class Importer:
         """A function of the model, inlined."""
         if depth >= MAX_CALLS:
             raise ModelError(f"{label(node)}: functions are nested deeper than {MAX_CALLS}")
+        absent = [a for a in node.inputs if a and a not in names]
+        if absent:
+            raise UnsupportedModelError(f"{label(node)}: operand {absent[0][:80]!r} has no value here")
         inner = {f: names[a] for f, a in zip(function.inputs, node.inputs, strict=False) if a}
         given = function.defaults | node.attributes
         body = [_bound(n, given) for n in function.nodes]
