@@ -144,6 +144,8 @@ class Importer:
 
     def branch(self, node: NodeRecord, names: Names, opsets: Mapping[str, int], depth: int) -> list[Value]:
         """An If whose condition is known."""
+        if not node.inputs or node.inputs[0] not in names:
+            raise ModelError(f"{label(node)} lacks a condition")
         condition: float | bool | None = names[node.inputs[0]].scalar
         taken = self.reading.taken
         if taken is not None and node is taken[0]:
@@ -161,6 +163,9 @@ class Importer:
         """A function of the model, inlined."""
         if depth >= MAX_CALLS:
             raise ModelError(f"{label(node)}: functions are nested deeper than {MAX_CALLS}")
+        absent = [a for a in node.inputs if a and a not in names]
+        if absent:
+            raise UnsupportedModelError(f"{label(node)}: operand {absent[0][:80]!r} has no value here")
         inner = {f: names[a] for f, a in zip(function.inputs, node.inputs, strict=False) if a}
         given = function.defaults | node.attributes
         body = [_bound(n, given) for n in function.nodes]

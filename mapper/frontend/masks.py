@@ -64,7 +64,7 @@ def steered_kind(mask: Value, folder: Path, steering: Steering) -> tuple[MaskKin
         kind = kind_of(mask, folder, tried)
         if kind is not None and kind.causal:
             return kind, tried
-    return None, steering
+    return (None if steering.fixed else kind_of(mask, folder, steering)), steering
 
 
 def hides_nothing(mask: Value) -> bool:
