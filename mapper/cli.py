@@ -286,7 +286,11 @@ def report(
     for folder in schedules:
         with _working(f"reading {folder}"):
             described = driver.describe(folder)
-            found = driver.verify(folder, tokens=tokens, external_root=external_root).record() if verified else None
+            found = (
+                driver.verify(folder, tokens=tokens, external_root=external_root).record()
+                if verified
+                else None
+            )
         entries.append(Entry(described, found))
     print(write(entries, out))
 

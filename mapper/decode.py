@@ -110,9 +110,7 @@ def _predicted(e: Estimate) -> dict[str, float]:
     return {"predicted_s": e.time_s, "low_s": e.low_s, "high_s": e.high_s}
 
 
-def stream(
-    model: Path, ids: Sequence[int], tokens: int, external_root: str | Path | None = None
-) -> Decoding:
+def stream(model: Path, ids: Sequence[int], tokens: int, external_root: str | Path | None = None) -> Decoding:
     """Compile `model` for the host, long enough for `ids` and `tokens` more, and get ready to decode.
 
     Raises MapperError like `mapper.compile`; UsageError for ids outside of the vocabulary.

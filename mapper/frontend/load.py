@@ -77,7 +77,8 @@ def refuse_foreign(net: Net) -> None:
 
 def digest(model: GuardedModel) -> str:
     """SHA-256 of the model file."""
-    return hashlib.sha256(model.source.data).hexdigest()
+    with model.path.open("rb") as file:  # mapped pages would count as memory of this process
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def grouped(graph: Graph) -> Graph:

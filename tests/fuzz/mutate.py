@@ -13,8 +13,35 @@ from tests.fuzz import wire_tree
 
 NUMBERS = [-(1 << 63), (1 << 63) - 1, -(1 << 31), -7, -2, -1, 0, 1, 2, 3, 5, 255, 1 << 20, 1 << 33, 1 << 40]
 FLOATS = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-40, 1e38, -1.0, 0.5, 3.0]
-SIZES: list[int | str] = [0, 1, 2, 3, 4096, 1 << 31, 1 << 40, "B", "S", "P", "a+b", "a//0", "-a", "2*x", "max(a,b)"]
-SIZES += ["batch", "past", "sequence", "~a", "x\ny", "'", "a" * 190, "*".join("abcdefgh"), "(a+b+c)**8", "a%a"]
+SIZES: list[int | str] = [
+    0,
+    1,
+    2,
+    3,
+    4096,
+    1 << 31,
+    1 << 40,
+    "B",
+    "S",
+    "P",
+    "a+b",
+    "a//0",
+    "-a",
+    "2*x",
+    "max(a,b)",
+]
+SIZES += [
+    "batch",
+    "past",
+    "sequence",
+    "~a",
+    "x\ny",
+    "'",
+    "a" * 190,
+    "*".join("abcdefgh"),
+    "(a+b+c)**8",
+    "a%a",
+]
 OPERATORS = [
     "Add", "Mul", "MatMul", "Gemm", "Reshape", "Expand", "Tile", "Range", "ConstantOfShape", "OneHot", "Pad",
     "Gather", "GatherND", "GatherElements", "ScatterND", "Slice", "Split", "Concat", "Transpose", "Squeeze",
@@ -116,7 +143,9 @@ def changed_graph(model: onnx.ModelProto, rng: random.Random) -> None:
         del node.input[:]
         node.input.extend(operands)
     elif what == 11:
-        model.opset_import[0].version = rng.choice([-1, 0, 9, 11, 12, 13, 17, 18, 21, 23, 24, 28, 29, 1 << 40])
+        model.opset_import[0].version = rng.choice(
+            [-1, 0, 9, 11, 12, 13, 17, 18, 21, 23, 24, 28, 29, 1 << 40]
+        )
     elif what == 12:
         _function(model, node, rng)
     else:
@@ -129,7 +158,9 @@ def _attribute(node: onnx.NodeProto, graph: onnx.GraphProto, rng: random.Random)
         if others:
             copy = node.attribute.add()
             copy.CopyFrom(rng.choice(others))
-            copy.name = rng.choice([copy.name, "axis", "axes", "perm", "to", "keepdims", "value", "num_heads"])
+            copy.name = rng.choice(
+                [copy.name, "axis", "axes", "perm", "to", "keepdims", "value", "num_heads"]
+            )
         return
     attribute = rng.choice(node.attribute)
     what = rng.randrange(6)
