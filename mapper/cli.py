@@ -178,7 +178,7 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
     from mapper.frontend.load import load
 
     with _working(f"reading {model}"):
-        record = recognised(load(model, external_root=external_root))
+        record = recognised(load(model, external_root=external_root, identify=False))
     if as_json:
         _print_json(record)
     else:

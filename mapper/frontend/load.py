@@ -19,11 +19,14 @@ from mapper.frontend.roles import find_roles
 from mapper.ir.graph import Graph
 
 
-def load(path: str | Path, recognise: bool = True, external_root: str | Path | None = None) -> Graph:
+def load(
+    path: str | Path, recognise: bool = True, external_root: str | Path | None = None, identify: bool = True
+) -> Graph:
     """The graph of an ONNX file, verified; reads no weights.
 
     With `recognise`, transformer ops and repeated layers are found; without, there are primitives alone.
     Weights lie in the model's folder or, where it is given, in `external_root` (links are followed).
+    Without `identify` the file is not hashed, which takes seconds for one of gigabytes.
     Raises ModelError for a malformed or hostile file, and for a model that is refused UnsupportedModelError,
     which names node, operator and reason.
     """
@@ -31,22 +34,22 @@ def load(path: str | Path, recognise: bool = True, external_root: str | Path | N
     short = abridge(model) if recognise else None
     if short is not None:
         try:
-            graph = extend(load_model(short.model), short)
+            graph = extend(load_model(short.model, identify=identify), short)
             graph.verify()
             return graph
         except (NotAlike, MapperError):
             pass  # the whole model tells what is wrong
-    return load_model(model, recognise)
+    return load_model(model, recognise, identify)
 
 
-def load_model(model: GuardedModel, recognise: bool = True) -> Graph:
+def load_model(model: GuardedModel, recognise: bool = True, identify: bool = True) -> Graph:
     """The graph of a model that was read, every layer looked at."""
     try:
         net = canonical(model)
         refuse_foreign(net)
         if recognise:
             net = recognise_net(net, model.path.parent)
-        graph = emit(net, model.path, digest(model), find_roles(net))
+        graph = emit(net, model.path, digest(model) if identify else "", find_roles(net))
     except RecursionError as error:
         raise ModelError(f"{model.path}: the graph is nested too deeply") from error
     graph = grouped(graph) if recognise else graph

@@ -49,9 +49,9 @@ def _resolved(dim: Dim, found: Mapping[str, Dim]) -> Dim:
 def _flattened(found: Mapping[str, Dim]) -> dict[str, Dim]:
     """The same substitution in symbols that are not eliminated: those found last come first."""
     done: dict[str, Dim] = {}
-    for symbol, value in reversed(found.items()):
+    for symbol, value in reversed(list(found.items())):
         done[symbol] = _resolved(value, done)
-    return dict(reversed(done.items()))
+    return dict(reversed(list(done.items())))
 
 
 def _eliminable(difference: Dim) -> tuple[str, Dim] | None:

@@ -48,7 +48,6 @@ _TYPED = {
 _TYPED |= {7: {"i64"}, 10: {"f64"}, 11: {"u32", "u64"}}
 _WIRE = {4: (FIXED32, SPAN), 10: (FIXED64, SPAN)}  # how the elements of a typed field are written
 MAX_ELEMENTS = 1 << 60
-MAX_TYPED = 16 << 20  # bytes of one tensor that is not stored raw: such are decoded into memory
 MAX_LOCATION = 1024  # characters of an external file's path
 MAX_FILES = 10_000  # external files of one model
 
@@ -128,9 +127,10 @@ def locate(
 
 def _check_typed(tensor: TensorRecord, source: Source, name: str, where: str) -> None:
     have = 0
-    if sum(b - a for _, kind, a, b in tensor.typed if kind == SPAN) > MAX_TYPED:
-        reason = f"more than {MAX_TYPED} bytes that are neither raw nor external"
-        raise UnsupportedModelError(f"{where} has {reason}")
+    spans = [(n, b - a) for n, kind, a, b in tensor.typed if kind == SPAN]
+    source.typed_left -= sum(size if n in _WIRE else 8 * size for n, size in spans)
+    if source.typed_left < 0:
+        raise UnsupportedModelError(f"{where}: too much data in the file that is neither raw nor external")
     for number, kind, a, b in tensor.typed:
         if kind not in _WIRE.get(number, (VARINT, SPAN)):
             raise ModelError(f"malformed protobuf: {where} has data of wire type {kind}")

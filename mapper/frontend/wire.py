@@ -18,6 +18,7 @@ from mapper.errors import ModelError
 VARINT, FIXED64, SPAN, FIXED32 = 0, 1, 2, 5
 MAX_FIELDS = 1_000_000  # bounds time and memory on files made of millions of empty messages
 MAX_TEXT = 1 << 16
+MAX_TYPED = 64 << 20  # bytes in memory of all tensors that are not stored raw
 MAX_DECODED = 64 << 20  # bytes of all names and attributes together
 
 Field = tuple[int, int, int, int]  # field number, wire type, value or first byte, one past the last byte
@@ -30,6 +31,7 @@ class Source:
     data: mmap.mmap | bytes
     fields_left: int = field(default=MAX_FIELDS)
     bytes_left: int = field(default=MAX_DECODED)
+    typed_left: int = field(default=MAX_TYPED)
 
     def spend(self, fields: int, size: int = 0) -> None:
         """Counts fields (or elements, which cost as much) and decoded bytes. Raises ModelError where there
