@@ -180,7 +180,7 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
     from mapper.frontend.inspect import inspect as recognised
 
     with _working(f"reading {model}"):
-        record = recognised(load(model, external_root))
+        record = recognised(load(model, external_root, identify=False))
     if as_json:
         _print_json(record)
     else:

@@ -64,17 +64,18 @@ class Compiled:
     result: Result
 
 
-def load(path: str | Path, external_root: str | Path | None = None) -> Graph:
+def load(path: str | Path, external_root: str | Path | None = None, identify: bool = True) -> Graph:
     """The graph of an ONNX file, whose weights lie in its folder or, where it is given, in `external_root`;
     or of the model of the zoo that `zoo:NAME` names, without weights.
 
-    Raises ModelError, UnsupportedModelError, UsageError for a name that is not in the zoo."""
+    Without `identify` the file is not hashed. Raises ModelError, UnsupportedModelError, UsageError for a name
+    that is not in the zoo."""
     from mapper.frontend.load import load as load_onnx
     from mapper.zoo.files import is_name, skeleton
 
     if not is_name(path):
-        return load_onnx(path, external_root=external_root)
-    return replace(load_onnx(skeleton(path)), path=Path(path))
+        return load_onnx(path, external_root=external_root, identify=identify)
+    return replace(load_onnx(skeleton(path), identify=identify), path=Path(path))
 
 
 def compile(

@@ -23,11 +23,14 @@ from mapper.frontend.split import Split, find_split, phases
 from mapper.ir.graph import Graph
 
 
-def load(path: str | Path, recognise: bool = True, external_root: str | Path | None = None) -> Graph:
+def load(
+    path: str | Path, recognise: bool = True, external_root: str | Path | None = None, identify: bool = True
+) -> Graph:
     """The graph of an ONNX file, verified; reads no weights.
 
     With `recognise`, transformer ops and repeated layers are found; without, there are primitives alone.
     Weights lie in the model's folder or, where it is given, in `external_root` (links are followed).
+    Without `identify` the file is not hashed, which takes seconds for one of gigabytes.
     Raises ModelError for a malformed or hostile file, and for a model that is refused UnsupportedModelError,
     which names node, operator and reason.
     """
@@ -35,38 +38,42 @@ def load(path: str | Path, recognise: bool = True, external_root: str | Path | N
     split = find_split(model)
     if split is not None:
         return phases(
-            split, lambda taken: load_reading(model, recognise, Reading((split.node, taken)), split)
+            split, lambda taken: load_whole(model, recognise, Reading((split.node, taken)), split, identify)
         )
     mode = declared_mode(model.record)
     if mode is None:
-        return load_reading(model, recognise)
-    graph = load_reading(model, recognise, Reading(mode=mode))
+        return load_reading(model, recognise, identify)
+    graph = load_reading(model, recognise, identify, Reading(mode=mode))
     return with_modes(
         graph,
         mode,
-        lambda other: load_reading(model, recognise, Reading(mode=other)),
+        lambda other: load_reading(model, recognise, identify, Reading(mode=other)),
         lambda: questions(canonical(model, Reading(mode="inside")), graph),
     )
 
 
 def load_reading(
-    model: GuardedModel, recognise: bool, reading: Reading | None = None, split: Split | None = None
+    model: GuardedModel, recognise: bool, identify: bool, reading: Reading | None = None
 ) -> Graph:
     """The graph of a model, of one reading where there are several; layers that repeat others are not looked
     at where that is enough."""
-    short = abridge(model) if recognise and split is None else None
+    short = abridge(model) if recognise else None
     if short is not None:
         try:
-            graph = extend(load_whole(short.model, recognise, reading), short)
+            graph = extend(load_whole(short.model, recognise, reading, identify=identify), short)
             graph.verify()
             return graph
         except (NotAlike, MapperError):
             pass  # the whole model tells what is wrong
-    return load_whole(model, recognise, reading, split)
+    return load_whole(model, recognise, reading, identify=identify)
 
 
 def load_whole(
-    model: GuardedModel, recognise: bool = True, reading: Reading | None = None, split: Split | None = None
+    model: GuardedModel,
+    recognise: bool = True,
+    reading: Reading | None = None,
+    split: Split | None = None,
+    identify: bool = True,
 ) -> Graph:
     """The graph of a model, every layer looked at."""
     try:
@@ -77,7 +84,7 @@ def load_whole(
         roles = find_roles(net)
         if split is not None:
             roles["inputs"][split.name] = "use_cache"
-        graph = emit(net, model.path, digest(model), roles)
+        graph = emit(net, model.path, digest(model) if identify else "", roles)
     except RecursionError as error:
         raise ModelError(f"{model.path}: the graph is nested too deeply") from error
     graph = grouped(graph) if recognise else graph
@@ -118,7 +125,8 @@ def refuse_foreign(net: Net) -> None:
 
 def digest(model: GuardedModel) -> str:
     """SHA-256 of the model file."""
-    return hashlib.sha256(model.source.data).hexdigest()
+    with model.path.open("rb") as file:  # mapped pages would count as memory of this process
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def grouped(graph: Graph) -> Graph:

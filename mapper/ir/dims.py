@@ -19,6 +19,7 @@ from functools import lru_cache
 from mapper.errors import ModelError
 
 _LONGEST_TEXT = 4096
+_MOST_PRODUCTS = 4096
 _FUNCTIONS: dict[str, Callable[[int, int], int]] = {
     "//": lambda a, b: a // b,
     "%": lambda a, b: a % b,
@@ -167,6 +168,8 @@ class Dim:
 
     def __mul__(self, other: int | Dim) -> Dim:
         right = Dim.of(other).terms
+        if len(self.terms) * len(right) > _MOST_PRODUCTS:
+            raise ModelError("a dimension is too complex an expression")
         return _sum([(_sorted([*a, *b]), ca * cb) for a, ca in self.terms for b, cb in right])
 
     def __rmul__(self, other: int) -> Dim:
