@@ -8,7 +8,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mapper.errors import ModelError, UnsupportedModelError
-from mapper.frontend import ops_basic, ops_contrib, ops_moe, ops_nn, tensors
+from mapper.frontend import (
+    ops_activation,
+    ops_basic,
+    ops_contrib,
+    ops_einsum,
+    ops_moe,
+    ops_nn,
+    ops_norm,
+    ops_quant,
+    ops_vision,
+    tensors,
+)
 from mapper.frontend.guard import GuardedModel, label
 from mapper.frontend.lower import LOWERINGS, Call, lower
 from mapper.frontend.net import Array, Net, Value, WeightRef
@@ -22,7 +33,9 @@ from mapper.frontend.proto import (
 )
 from mapper.ir.dims import Dim
 
-REGISTERED = (ops_basic, ops_nn, ops_contrib, ops_moe)  # imported for their registrations
+REGISTERED = (
+    ops_basic, ops_nn, ops_contrib, ops_moe, ops_activation, ops_norm, ops_einsum, ops_quant, ops_vision,
+)  # fmt: skip  # imported for their registrations
 MAX_NODES = 250_000  # after inlining
 MAX_CALLS = 16  # functions inside functions
 MAX_INLINE = 1 << 16  # bytes of a constant held in the graph

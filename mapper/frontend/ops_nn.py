@@ -125,9 +125,13 @@ def _swish(c: Call) -> list[Value]:
 
 @lowers("Softplus")
 def _softplus(c: Call) -> list[Value]:
-    x = c.x()
-    decay = b.unary(c.net, "exp", b.unary(c.net, "neg", b.unary(c.net, "abs", x)))
-    return [b.binary(c.net, "add", b.unary(c.net, "relu", x), b.unary(c.net, "log", plus(c.net, decay, 1.0)))]
+    return [softplus(c.net, c.x())]
+
+
+def softplus(net: Net, x: Value) -> Value:
+    """log(1 + exp(x)), without overflow."""
+    decay = b.unary(net, "exp", b.unary(net, "neg", b.unary(net, "abs", x)))
+    return b.binary(net, "add", b.unary(net, "relu", x), b.unary(net, "log", plus(net, decay, 1.0)))
 
 
 @lowers("LeakyRelu")
@@ -285,13 +289,3 @@ def rotate(net: Net, x: Value, cos: Value, sin: Value, width: int, interleaved: 
     else:
         out = b.concat(net, [real, imaginary], x.rank - 1)
     return out if width == whole else b.concat(net, [out, part(net, x, width, whole)], x.rank - 1)
-
-
-@lowers("Einsum")
-def _einsum(c: Call) -> list[Value]:
-    raise c.refuse(f"Einsum {c.text('equation', '')[:60]!r} is not supported")
-
-
-@lowers("DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear", "DequantizeLinear")
-def _quantised(c: Call) -> list[Value]:
-    raise c.refuse(f"quantised operators are not supported yet (type {type_name(c, 'output_dtype', 2)})")

@@ -244,7 +244,12 @@ def test_fused_gated_operator(attrs: dict[str, Any], tmp_path: Path) -> None:
     logits = w.add("MatMul", x, w.store(3 * fan_in(EXPERTS, WIDTH).T.copy()))
     stacks = [fan_in(EXPERTS, 2 * INNER, WIDTH), fan_in(EXPERTS, 2 * INNER)]
     stacks += [fan_in(EXPERTS, WIDTH, INNER), fan_in(EXPERTS, WIDTH)]
-    given: dict[str, Any] = {"k": CHOSEN, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
+    given: dict[str, Any] = {
+        "k": CHOSEN,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "normalize_routing_weights": 1,
+    }
     out = w.add("MoE", x, logits, *map(w.store, stacks), domain=MS, **given, **attrs)
     graph = checked(w.model(out), tmp_path)
     assert names(graph) == ["linear", "linear", "route", "moe"]

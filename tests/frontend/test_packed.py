@@ -45,7 +45,13 @@ def test_matrix_of_low_bit_blocks(bits: int, zero: str, accuracy: int, columns: 
         operands.append(w.store(zeros))
     elif zero == "float":
         operands.append(w.store(RNG.integers(1, 1 << bits, scales.shape).astype(np.float32)))
-    attrs: dict[str, Any] = {"bits": bits, "block_size": block, "K": columns, "N": rows, "accuracy_level": accuracy}
+    attrs: dict[str, Any] = {
+        "bits": bits,
+        "block_size": block,
+        "K": columns,
+        "N": rows,
+        "accuracy_level": accuracy,
+    }
     out = w.add("MatMulNBits", *operands, domain=MS, **attrs)
     graph = checked(w.model(out, rows), tmp_path, 1e-3 if accuracy == 4 else 1e-5)
     assert names(graph) == ["linear", "linear"]
@@ -89,7 +95,12 @@ def test_experts_of_low_bits(bits: int, block: int, zero: bool, tmp_path: Path) 
         zeros = (EXPERTS, rows, -(-blocks * bits // 8)) if block else (EXPERTS, rows * bits // 8)
         operands += [w.store(values), w.store(scales), w.store(fan_in(EXPERTS, rows))]
         points.append(w.store(RNG.integers(0, 256, zeros, np.uint8)) if zero else "")
-    attrs: dict[str, Any] = {"k": CHOSEN, "activation_type": "swiglu", "swiglu_fusion": 1, "normalize_routing_weights": 1}
+    attrs: dict[str, Any] = {
+        "k": CHOSEN,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "normalize_routing_weights": 1,
+    }
     attrs |= {"expert_weight_bits": bits} | ({"block_size": block} if block else {})
     out = w.add("QMoE", x, logits, *operands, "", "", "", *points, domain=MS, **attrs)
     graph = checked(w.model(out), tmp_path, 1e-3 if bits == 8 and block else 1e-5)
