@@ -46,6 +46,14 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
 Dir = Annotated[
     Path, typer.Argument(metavar="DIR", help="A schedule directory that `mapper compile --out` made.")
 ]
+External = Annotated[
+    Path | None,
+    typer.Option(
+        "--external-root",
+        metavar="DIR",
+        help="Also accept weight files in DIR, as behind the links of a model hub's cache.",
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -85,6 +93,7 @@ def compile_(
     out: Annotated[
         Path | None, typer.Option(help="Directory for the schedule; replaced where it holds one.")
     ] = None,
+    external_root: External = None,
     as_json: Json = False,
 ) -> None:
     """Map a model onto a target. Prints times, bands, lower bounds and checks; --out saves the schedule."""
@@ -93,7 +102,7 @@ def compile_(
     with _working(f"compiling {model.name} for {target}"):
         done = build(
             model, target, machine=machine, batch=batch, context=context, prompt=prompt, weights=weights,
-            chips=_chips(chips), phase=phase, out=out,
+            chips=_chips(chips), phase=phase, out=out, external_root=external_root,
         )  # fmt: skip
     if as_json:
         _print_json(done.result.record())
@@ -110,13 +119,16 @@ def verify(
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="An .npz with the inputs, by their ONNX names.")] = None,
     tokens: Annotated[int, typer.Option(help="Greedy steps after the prompt.")] = 16,
+    external_root: External = None,
     as_json: Json = False,
 ) -> None:
     """Execute a schedule against onnxruntime. Compares logits, cache and greedy tokens at each step."""
     from mapper import driver
 
     with _working(f"executing {schedule}"):
-        found = driver.verify(schedule, model=model, inputs=inputs, tokens=tokens)
+        found = driver.verify(
+            schedule, model=model, inputs=inputs, tokens=tokens, external_root=external_root
+        )
     if as_json:
         _print_json(found.record())
     else:
@@ -160,18 +172,21 @@ def check(schedule: Dir, as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: mapper inspect examples/tiny-llama-op18.onnx")
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(model: Model, external_root: External = None, as_json: Json = False) -> None:
     """Show what was recognised in a model. Layers, widths, heads, attention, masks, RoPE, norms, MLP, KV."""
     from mapper.frontend.inspect import inspect as recognised
     from mapper.frontend.load import load
 
     with _working(f"reading {model}"):
-        record = recognised(load(model))
+        record = recognised(load(model, external_root=external_root))
     if as_json:
         _print_json(record)
     else:
         from mapper.report.terminal import console, fields
 
+        short = ("layers", "masks", "kv_cache", "recognised_fraction")
+        for name, phase in record.get("phases", {}).items():
+            record["phases"][name] = {key: phase[key] for key in short}
         console().print(fields(record, str(model)))
 
 
@@ -181,6 +196,7 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer.json beside the model.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids instead of text, separated by commas.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to decode.")] = 64,
+    external_root: External = None,
     as_json: Json = False,
 ) -> None:
     """Decode greedily on this computer. Uses the host target's kernels; text streams to standard output."""
@@ -193,7 +209,7 @@ def run(
     words = Tokens.beside(model) if ids is None else Tokens()
     start = words.encode(prompt) if prompt is not None else _ids(ids or "")
     with _working(f"compiling {model.name} for host"):
-        decoding = stream(model, start, tokens)
+        decoding = stream(model, start, tokens, external_root)
     if not as_json:
         sys.stdout.write(words.text(start))
     shown = list(start)
@@ -225,11 +241,12 @@ def opt(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the IR here instead of standard output.")
     ] = None,
+    external_root: External = None,
 ) -> None:
     """Run passes over the IR and print it. The IR is verified after each pass."""
     from mapper.driver import optimise
 
-    text = optimise(file, passes).print()
+    text = optimise(file, passes, external_root).print()
     if out is None:
         sys.stdout.write(text)
     else:
@@ -262,6 +279,7 @@ def report(
         bool, typer.Option("--verify", help="Execute each schedule against onnxruntime too.")
     ] = False,
     tokens: Annotated[int, typer.Option(help="Greedy steps of --verify.")] = 16,
+    external_root: External = None,
 ) -> None:
     """Write an HTML page on schedules. Times, bands, bounds, checks and verification, self-contained."""
     from mapper import driver
@@ -271,7 +289,11 @@ def report(
     for folder in schedules:
         with _working(f"reading {folder}"):
             described = driver.describe(folder)
-            found = driver.verify(folder, tokens=tokens).record() if verified else None
+            found = (
+                driver.verify(folder, tokens=tokens, external_root=external_root).record()
+                if verified
+                else None
+            )
         entries.append(Entry(described, found))
     print(write(entries, out))
 

@@ -110,20 +110,21 @@ def _predicted(e: Estimate) -> dict[str, float]:
     return {"predicted_s": e.time_s, "low_s": e.low_s, "high_s": e.high_s}
 
 
-def stream(model: Path, ids: Sequence[int], tokens: int) -> Decoding:
+def stream(model: Path, ids: Sequence[int], tokens: int, external_root: str | Path | None = None) -> Decoding:
     """Compile `model` for the host, long enough for `ids` and `tokens` more, and get ready to decode.
 
     Raises MapperError like `mapper.compile`; UsageError for ids outside of the vocabulary.
     """
     from mapper import driver, execution
 
-    done = driver.build(model, execution.HOST, context=len(ids) + tokens, prompt=len(ids))
+    sizes = {"context": len(ids) + tokens, "prompt": len(ids)}
+    done = driver.build(model, execution.HOST, **sizes, external_root=external_root)
     done.report.raise_first()
     vocabulary = next(p.shape[-1] for p in done.schedule.ports if p.name == "logits")
     if not all(0 <= i < vocabulary for i in ids):
         raise UsageError(f"token ids must be 0 to {vocabulary - 1}")
     phases = done.result.phases
-    session = execution.session(done.schedule, model)
+    session = execution.session(done.schedule, model, external_root)
     decoding = Decoding(session, done.schedule, phases["prefill"], phases["decode"], tuple(ids), tokens)
     decoding.warm_up()
     return decoding

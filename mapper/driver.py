@@ -64,11 +64,12 @@ class Compiled:
     result: Result
 
 
-def load(path: str | Path) -> Graph:
-    """The graph of an ONNX file. Raises ModelError, UnsupportedModelError."""
+def load(path: str | Path, external_root: str | Path | None = None) -> Graph:
+    """The graph of an ONNX file, whose weights lie in its folder or, where it is given, in `external_root`.
+    Raises ModelError, UnsupportedModelError."""
     from mapper.frontend.load import load as load_onnx
 
-    return load_onnx(path)
+    return load_onnx(path, external_root=external_root)
 
 
 def compile(
@@ -83,6 +84,7 @@ def compile(
     chips: int | None = 1,
     phase: PhaseChoice = "both",
     out: str | Path | None = None,
+    external_root: str | Path | None = None,
 ) -> Schedule:
     """Map a model (path or graph) onto a target; save the schedule in directory `out` where one is given.
 
@@ -92,7 +94,7 @@ def compile(
     """
     done = build(
         model, target, machine=machine, batch=batch, context=context, prompt=prompt,
-        weights=weights, chips=chips, phase=phase, out=out,
+        weights=weights, chips=chips, phase=phase, out=out, external_root=external_root,
     )  # fmt: skip
     done.report.raise_first()
     return done.schedule
@@ -110,13 +112,14 @@ def build(
     chips: int | None = 1,
     phase: PhaseChoice = "both",
     out: str | Path | None = None,
+    external_root: str | Path | None = None,
 ) -> Compiled:
     """Like `compile`, with checks, times, bands and bounds; a failed check is reported, not raised."""
     backend = targets.load(target)
     chip = machine_for(backend, machine)
     request = _request(phase, batch, context, prompt, weights, chips)
     folder = _free(out)
-    graph = load(model) if isinstance(model, str | Path) else model
+    graph = load(model, external_root) if isinstance(model, str | Path) else model
     bounds = backend.bounds(graph, chip, request)
     schedule = with_bounds(backend.lower(graph, chip, request), bounds)
     report = _check(backend, schedule)
@@ -188,17 +191,21 @@ def _free(out: str | Path | None) -> Path | None:
 
 
 def execute(
-    schedule_dir: str | Path, inputs: Mapping[str, Array], model: str | Path | None = None
+    schedule_dir: str | Path,
+    inputs: Mapping[str, Array],
+    model: str | Path | None = None,
+    external_root: str | Path | None = None,
 ) -> dict[str, Array]:
     """Execute a schedule on disk on the model's own inputs, by their ONNX names; its outputs by theirs.
 
-    The schedule assumes no padding: masks must be ones, positions must follow on the cache. Raises
+    The schedule assumes no padding: masks must be ones, positions must follow on the cache. Weights are read
+    from the model's folder or, where it is given, from `external_root`. Raises
     UsageError, ScheduleError, WeightsMissingError, ExecutionFault.
     """
     from mapper.execution import session
     from mapper.runtime.inputs import execute as execute_inputs
 
-    return execute_inputs(session(_open(schedule_dir), model), inputs)
+    return execute_inputs(session(_open(schedule_dir), model, external_root), inputs)
 
 
 def verify(
@@ -206,6 +213,7 @@ def verify(
     model: str | Path | None = None,
     inputs: str | Path | None = None,
     tokens: int = 16,
+    external_root: str | Path | None = None,
 ) -> Verification:
     """Execute a schedule from disk beside onnxruntime: a prompt, then `tokens` greedy steps, all compared.
 
@@ -215,7 +223,8 @@ def verify(
     """
     from mapper import execution
     from mapper.runtime import verify as runtime
-    from mapper.runtime.inputs import Entry, interface, read_inputs, states
+    from mapper.runtime.caches import Entry
+    from mapper.runtime.inputs import interface, read_inputs, states
     from mapper.runtime.oracle import oracle
 
     if tokens < 0:
@@ -229,8 +238,9 @@ def verify(
     past = next((cache.shape[2] for cache in start.values()), 0)
     steps = min(tokens, max(schedule.request.context - past - ids.shape[1], 0))
     beside = oracle(path, names, states(schedule))
-    judge = execution.judge_for(schedule, path, names, start)
-    return runtime.verify(execution.session(schedule, model), beside, judge, steps, ids, start)
+    judge = execution.judge_for(schedule, path, names, start, external_root)
+    session = execution.session(schedule, model, external_root)
+    return runtime.verify(session, beside, judge, steps, ids, start)
 
 
 def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -243,14 +253,14 @@ def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
     return loaded(graph, inputs).run("prefill", inputs)
 
 
-def optimise(file: str | Path, passes: str) -> Graph:
+def optimise(file: str | Path, passes: str, external_root: str | Path | None = None) -> Graph:
     """The graph of an ONNX file, or of IR text (any other file; "-" is standard input), after some passes."""
     from mapper.ir.graph import Graph
     from mapper.passes.pipeline import run as run_passes
 
     path = Path(file)
     if path.suffix == ".onnx" or path.is_dir():
-        graph = load(path)
+        graph = load(path, external_root)
     else:
         graph = Graph.parse(_text(path), path, path.parent)
     return run_passes(graph, passes) if passes else graph

@@ -14,8 +14,9 @@ from mapper import backend as targets
 from mapper.backend import Array
 from mapper.catalog import machine_for
 from mapper.errors import UsageError
+from mapper.runtime.caches import Entry
 from mapper.runtime.execute import Session
-from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.inputs import Interface, states
 from mapper.runtime.verify import Judge, OracleJudge
 from mapper.schedule.tables import Request, Schedule
 
@@ -25,9 +26,13 @@ if TYPE_CHECKING:
 HOST = "host"
 
 
-def session(schedule: Schedule, model: str | Path | None = None) -> Session:
-    """A schedule loaded and ready to run: weights come from the folder of `model` (default: as compiled)."""
-    return Session(schedule, targets.load(schedule.target).semantics(), model_file(schedule, model).parent)
+def session(
+    schedule: Schedule, model: str | Path | None = None, external_root: str | Path | None = None
+) -> Session:
+    """A schedule loaded and ready to run: weights come from the folder of `model` (default: as compiled) or
+    by links in it from `external_root`."""
+    folder = model_file(schedule, model).parent
+    return Session(schedule, targets.load(schedule.target).semantics(), folder, external_root=external_root)
 
 
 def model_file(schedule: Schedule, model: str | Path | None) -> Path:
@@ -48,7 +53,13 @@ def arrays_in(path: Path) -> dict[str, Array]:
         raise UsageError(f"{path} is not an .npz file of inputs: {error}") from error
 
 
-def judge_for(schedule: Schedule, model: Path, names: Interface, start: Mapping[Entry, Array]) -> Judge:
+def judge_for(
+    schedule: Schedule,
+    model: Path,
+    names: Interface,
+    start: Mapping[Entry, Array],
+    external_root: str | Path | None = None,
+) -> Judge:
     """onnxruntime itself for targets that compute in float32; else float64 within their formats' error."""
     arithmetic = dict((schedule.plan or {}).get("arithmetic") or {"matmul": "float32"})
     if arithmetic["matmul"] == "float32":
@@ -56,7 +67,8 @@ def judge_for(schedule: Schedule, model: Path, names: Interface, start: Mapping[
     from mapper.frontend.load import load
     from mapper.judge import FormatJudge, Formats
 
-    return FormatJudge(load(model), names, Formats(**arithmetic), start)
+    graph = load(model, external_root=external_root)
+    return FormatJudge(graph, names, Formats(**arithmetic), start, states(schedule))
 
 
 _sessions: WeakKeyDictionary[Graph, dict[tuple[Any, ...], Session]] = WeakKeyDictionary()
@@ -69,6 +81,7 @@ def loaded(graph: Graph, inputs: Mapping[str, Array]) -> Session:
         odd = sorted(set(wanted) ^ set(inputs))[0]
         raise UsageError(f"input {odd!r} is {'missing' if odd in wanted else 'none of the graph'}")
     shapes = {name: np.shape(inputs[name]) for name in wanted}
+    graph = graph.chosen(inputs)
     kept = _sessions.setdefault(graph, {})
     key = tuple(shapes.items())
     if key not in kept:

@@ -180,9 +180,11 @@ def stored_array(leaf: Value, folder: Path, largest: int = 1 << 26) -> Array | N
     if ref is None or ref.bytes > largest:
         return None
     try:
-        return np.array(symbol_of(ref, folder).load())
+        numbers = np.array(symbol_of(ref, folder).load())
     except MapperError:
         return None
+    ref.looked.add(ref.name if ref.packed is None else ref.packed.values.name)
+    return numbers
 
 
 @dataclass(eq=False)

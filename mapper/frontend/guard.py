@@ -21,17 +21,22 @@ TEXT_SUFFIXES = {".json", ".txt", ".textproto", ".prototxt", ".onnxtxt", ".onnxj
 
 @dataclass(frozen=True)
 class GuardedModel:
-    """A model whose structure has been checked. `locations` is keyed by `id` of the tensor record."""
+    """A model whose structure has been checked. `locations` is keyed by `id` of the tensor record; `looked`
+    collects the names of weights whose numbers recognition reads."""
 
     path: Path
     record: ModelRecord
     source: Source
     locations: dict[int, Location] = field(default_factory=dict)
+    looked: set[str] = field(default_factory=set)
 
 
-def read_model(path: str | Path) -> GuardedModel:
-    """Open, decode and check a model file; reads no data. Raises ModelError or UnsupportedModelError."""
-    file = Path(path)
+def read_model(path: str | Path, external_root: str | Path | None = None) -> GuardedModel:
+    """Open, decode and check a model file; reads no data. Raises ModelError or UnsupportedModelError.
+
+    The real path of every weight file must lie in the model's folder or, where it is given, in
+    `external_root`."""
+    file, root = Path(path), None if external_root is None else Path(external_root)
     source = _open(file)
     record = decode_model(source, len(source.data))
     model = GuardedModel(file, record, source)
@@ -42,7 +47,7 @@ def read_model(path: str | Path) -> GuardedModel:
         names = {n: where for n in function.inputs}
         _check_nodes(function.nodes, function.outputs, names, where)
     for owner, tensor in _tensors(record):
-        model.locations[id(tensor)] = locate(tensor, source, file, owner)
+        model.locations[id(tensor)] = locate(tensor, source, file, owner, root)
     return model
 
 

@@ -11,6 +11,7 @@ from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend import (
     ops_activation,
     ops_basic,
+    ops_cache,
     ops_contrib,
     ops_einsum,
     ops_moe,
@@ -22,7 +23,7 @@ from mapper.frontend import (
 )
 from mapper.frontend.guard import GuardedModel, label
 from mapper.frontend.lower import LOWERINGS, Call, lower
-from mapper.frontend.net import Array, Net, Value, WeightRef
+from mapper.frontend.net import Array, CacheFacts, Net, Value, WeightRef
 from mapper.frontend.proto import (
     AttributeRecord,
     FunctionRecord,
@@ -34,7 +35,7 @@ from mapper.frontend.proto import (
 from mapper.ir.dims import Dim
 
 REGISTERED = (
-    ops_basic, ops_nn, ops_contrib, ops_moe, ops_activation, ops_norm, ops_einsum, ops_quant, ops_vision,
+    ops_basic, ops_nn, ops_contrib, ops_cache, ops_moe, ops_activation, ops_norm, ops_einsum, ops_quant, ops_vision,
 )  # fmt: skip  # imported for their registrations
 MAX_NODES = 250_000  # after inlining
 MAX_CALLS = 16  # functions inside functions
@@ -44,6 +45,17 @@ MAX_DIM_TEXT = 200
 Names = dict[str, Value]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a file that can be read in more than one way is read: an If whose condition is not known, with the
+    branch to follow; what caches of fused operators mean (`ops_cache.MODES`); how many heads caches [B, P,
+    H*D] hold, by input."""
+
+    taken: tuple[NodeRecord, bool] | None = None
+    mode: str = "plain"
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class Importer:
     """State of one import: the graph under construction and what remains of the node budget."""
@@ -51,6 +63,7 @@ class Importer:
     model: GuardedModel
     net: Net
     symbols: Mapping[str, Dim]
+    reading: Reading = field(default_factory=Reading)
     nodes_left: int = field(default=MAX_NODES)
 
     def run(self) -> None:
@@ -79,9 +92,7 @@ class Importer:
         """A tensor of the file: a constant where it is small and steers shapes or scales, else a weight."""
         location = self.model.locations[id(tensor)]
         dtype = tensors.DTYPES[tensor.dtype][0]
-        count = tensors.elements(tensor.dims, f"tensor {name!r}")
-        steering = dtype in ("i64", "i32", "bool") or count == 1
-        if steering and location.bytes <= MAX_INLINE and dtype in tensors.NUMPY:
+        if is_held(tensor, location, inline=False):
             try:
                 return self.net.constant(self.array(tensor), dtype)
             except ModelError:
@@ -90,8 +101,8 @@ class Importer:
                 if location.file == self.model.path.name:
                     raise ModelError(f"tensor {name[:80]!r} cannot be read: {error}") from error
         data = self.array(tensor) if location.file is None else None
-        ref = WeightRef(name, tuple(tensor.dims), dtype, location.file, location.offset, location.bytes, data)
-        return self.weight(ref)
+        where = location.file, location.offset, location.bytes
+        return self.weight(WeightRef(name, tuple(tensor.dims), dtype, *where, data, looked=self.model.looked))
 
     def weight(self, ref: WeightRef) -> Value:
         """The value of a weight symbol."""
@@ -141,13 +152,16 @@ class Importer:
         location = self.model.locations.get(id(tensor))
         if location is None:
             raise UnsupportedModelError(f"{label(node)}: only numeric constants are supported")
-        if location.bytes <= MAX_INLINE and tensors.DTYPES[tensor.dtype][0] in tensors.NUMPY:
+        if is_held(tensor, location, inline=True):
             return self.net.constant(self.array(tensor), tensors.DTYPES[tensor.dtype][0])
         return self.stored(tensor, node.outputs[0])
 
     def branch(self, node: NodeRecord, names: Names, opsets: Mapping[str, int], depth: int) -> list[Value]:
         """An If whose condition is known."""
-        condition = names[node.inputs[0]].scalar
+        condition: float | bool | None = names[node.inputs[0]].scalar
+        taken = self.reading.taken
+        if taken is not None and node is taken[0]:
+            condition = taken[1]
         if condition is None:
             raise UnsupportedModelError(f"{label(node)}: the condition depends on the data")
         chosen = node.attributes.get("then_branch" if condition else "else_branch")
@@ -167,6 +181,14 @@ class Importer:
         opsets = dict(function.opsets) or dict(self.model.record.opsets)
         self.run_nodes(body, inner, opsets, depth + 1)
         return [inner[name] for name in function.outputs]
+
+
+def is_held(tensor: TensorRecord, location: tensors.Location, inline: bool) -> bool:
+    """Whether a tensor of the file becomes a constant of the graph: a small one that is in a Constant node
+    (`inline`), or steers shapes or scales."""
+    dtype = tensors.DTYPES[tensor.dtype][0]
+    steering = inline or dtype in ("i64", "i32", "bool") or all(d == 1 for d in tensor.dims)
+    return steering and location.bytes <= MAX_INLINE and dtype in tensors.NUMPY
 
 
 def input_dims(value: ValueRecord) -> list[Dim]:
@@ -200,9 +222,14 @@ def _bound(node: NodeRecord, given: Mapping[str, AttributeRecord]) -> NodeRecord
     return replace(node, attributes=bound)
 
 
-def import_model(model: GuardedModel, symbols: Mapping[str, Dim] | None = None) -> Net:
+def import_model(
+    model: GuardedModel, symbols: Mapping[str, Dim] | None = None, reading: Reading | None = None
+) -> Net:
     """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions."""
+    reading = reading or Reading()
     with np.errstate(all="ignore"):
-        importer = Importer(model, Net(), symbols or {})
+        importer = Importer(
+            model, Net(caches=CacheFacts(reading.mode, reading.heads)), symbols or {}, reading
+        )
         importer.run()
     return importer.net

@@ -42,5 +42,5 @@ def packed_weight(
         return None
     ref = PackedRef(scheme, source, parts[0], parts[1], parts[2])
     size = source.bytes + sum(p.bytes for p in parts if p is not None)
-    whole = WeightRef(name, tuple(shape), dtype, None, 0, size, None, ref)
+    whole = WeightRef(name, tuple(shape), dtype, None, 0, size, None, ref, source.looked)
     return Value(tuple(Dim.of(n) for n in shape), dtype, weight=whole)

@@ -65,13 +65,12 @@ class NodeRecord:
 
 @dataclass
 class GraphRecord:
-    """A GraphProto."""
+    """A GraphProto; its value_info, which only repeats what shapes follow from, is skipped."""
 
     name: str = ""
     nodes: list[NodeRecord] = field(default_factory=list)
     inputs: list[ValueRecord] = field(default_factory=list)
     outputs: list[ValueRecord] = field(default_factory=list)
-    values: list[ValueRecord] = field(default_factory=list)
     tensors: list[TensorRecord] = field(default_factory=list)
     sparse: bool = False
 
@@ -158,8 +157,6 @@ def _graph(source: Source, start: int, end: int, depth: int) -> GraphRecord:
             graph.inputs.append(_value(source, a, b))
         elif number == 12:
             graph.outputs.append(_value(source, a, b))
-        elif number == 13:
-            graph.values.append(_value(source, a, b))
         elif number == 15:
             graph.sparse = True
     return graph

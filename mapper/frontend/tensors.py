@@ -72,13 +72,16 @@ def byte_length(count: int, code: int) -> int:
     return -(-count * DTYPES[code][1] // 8)
 
 
-def locate(tensor: TensorRecord, source: Source, model_file: Path, owner: str) -> Location:
-    """Where the data of `tensor` lies. Raises ModelError where length, offset or path cannot be right."""
+def locate(
+    tensor: TensorRecord, source: Source, model_file: Path, owner: str, external_root: Path | None = None
+) -> Location:
+    """Where the data of `tensor` lies. Raises ModelError where length, offset or path cannot be right.
+    External data lie in the model's folder, or, where it is given, in `external_root`."""
     where = f"{owner} {tensor.name[:80]!r}"
     name = dtype_name(tensor.dtype, where)
     need = byte_length(elements(tensor.dims, where), tensor.dtype)
     if tensor.is_external:
-        return _external(tensor, need, model_file, where)
+        return _external(tensor, need, (model_file.parent, external_root), where)
     if tensor.raw is not None:
         if tensor.typed:
             raise ModelError(f"{where} holds both raw and typed data")
@@ -113,7 +116,7 @@ def _number(text: str, key: str, where: str) -> int:
     return int(text)
 
 
-def _external(tensor: TensorRecord, need: int, model_file: Path, where: str) -> Location:
+def _external(tensor: TensorRecord, need: int, roots: tuple[Path, Path | None], where: str) -> Location:
     entries = tensor.external
     location = entries.get("location", "")
     offset = _number(entries.get("offset", "0"), "offset", where)
@@ -122,7 +125,7 @@ def _external(tensor: TensorRecord, need: int, model_file: Path, where: str) -> 
         raise ModelError(
             f"{where} of shape {tensor.dims[:8]} needs {need} bytes, its external data has {length}"
         )
-    path = inside(model_file.parent, location, where)
+    path = inside(*roots, location, where)
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -140,17 +143,19 @@ def _external(tensor: TensorRecord, need: int, model_file: Path, where: str) -> 
     return Location(location, offset, need)
 
 
-def inside(folder: Path, location: str, where: str) -> Path:
-    """The real path of `location`. Raises ModelError where it leads out of `folder`, also by links."""
+def inside(folder: Path, external_root: Path | None, location: str, where: str) -> Path:
+    """The real path of `location`. Raises ModelError where it leads out of `folder` and of `external_root`,
+    also by links."""
     if not location or "\0" in location or "\\" in location or Path(location).is_absolute():
         raise ModelError(f"{where} has external data at {location[:80]!r}, which is no relative path")
-    root = folder.resolve()
     try:
-        real = (root / location).resolve()
-    except (OSError, RuntimeError) as error:
+        roots = [r.resolve() for r in (folder, external_root) if r is not None]
+        real = (roots[0] / location).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{where}: external data path {location[:80]!r} cannot be resolved") from error
-    if not real.is_relative_to(root) or real == root:
-        raise ModelError(f"{where} has external data at {location[:80]!r}, outside the model's folder")
+    if real in roots or not any(real.is_relative_to(r) for r in roots):
+        allowed = "the model's folder" if external_root is None else f"the model's folder and {external_root}"
+        raise ModelError(f"{where} has external data at {location[:80]!r}, outside {allowed}")
     return real
 
 

@@ -217,7 +217,7 @@ class BytesAttr(Data[bytes]):
     def print_parameter(self, printer: Printer) -> None:
         """Inverse of `parse_parameter`."""
         with printer.in_angle_brackets():
-            printer.print_string_literal(self.data.hex())
+            printer.print_string(f'"{self.data.hex()}"')  # nothing to escape
 
 
 def type_of(array: Array) -> TensorType:

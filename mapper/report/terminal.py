@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mapper.cost.estimate import Estimate, Result
 from mapper.report.numbers import count, seconds, share, significant
+
+if TYPE_CHECKING:
+    from mapper.cost.estimate import Estimate, Result
 
 WIDTH_OFF_TERMINAL = 160
 

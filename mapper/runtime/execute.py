@@ -30,7 +30,8 @@ class Session:
     """One loaded schedule. State (the KV cache) stays in its memories from run to run. `cycles`, `steps` and
     `runs` count what has been executed.
 
-    `weights` looks weights up by name; without it they are read from `model_folder`. Raises ScheduleError if
+    `weights` looks weights up by name; without it they are read from `model_folder`, whose files may be links
+    into `external_root`. Raises ScheduleError if
     the schedule is not well formed, WeightsMissingError if a weight is not there.
     """
 
@@ -40,6 +41,7 @@ class Session:
         semantics: Semantics,
         model_folder: str | Path | None = None,
         weights: Weights | None = None,
+        external_root: str | Path | None = None,
     ) -> None:
         validate(schedule)
         self.schedule = schedule
@@ -49,7 +51,8 @@ class Session:
         self._ports = {port.name: port for port in schedule.ports}
         self._temporaries = temporaries(schedule)
         if weights is None:
-            weights = WeightFiles(schedule, Path(model_folder)) if model_folder is not None else _none
+            found = None if model_folder is None else WeightFiles(schedule, model_folder, external_root)
+            weights = _none if found is None else found
         self._weights = weights
         for port in schedule.ports:
             if port.kind in ("weight", "constant", "state") and port.source is not None:

@@ -26,13 +26,17 @@ def file_sha256(path: Path) -> str:
 class WeightFiles:
     """Reads the weights of a schedule from its model's folder. Callable: name -> array (read-only, mapped).
 
-    A file is checked once: it must lie inside the folder and, where the schedule knows its digest, have it.
+    A file is checked once: its real path must lie in the folder or in `external_root`, and it must have its
+    digest where the schedule knows that.
     """
 
-    def __init__(self, schedule: Schedule, folder: Path) -> None:
+    def __init__(
+        self, schedule: Schedule, folder: str | Path, external_root: str | Path | None = None
+    ) -> None:
         self._weights = schedule.weights
         self._digests = schedule.model.files
         self._folder = Path(os.path.realpath(folder))
+        self._roots = [Path(os.path.realpath(r)) for r in (folder, external_root) if r is not None]
         self._known: dict[str, Path] = {}
 
     def __call__(self, name: str) -> Array:
@@ -52,7 +56,7 @@ class WeightFiles:
     def _file(self, name: str) -> Path:
         if name not in self._known:
             path = Path(os.path.realpath(self._folder / name))
-            if not path.is_relative_to(self._folder):
+            if not any(path.is_relative_to(root) for root in self._roots):
                 raise ModelError(f"weight file {name} is outside the model's folder {self._folder}")
             if not path.is_file():
                 raise WeightsMissingError(f"weight file {name} is not in {self._folder}")
