@@ -6,7 +6,7 @@ import math
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers
+from mapper.frontend.lower import Call, lowers, type_name
 from mapper.frontend.net import Net, Value
 from mapper.ir.dims import ONE, Dim
 
