@@ -10,6 +10,7 @@ import numpy as np
 from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend import (
     ops_activation,
+    ops_attention,
     ops_basic,
     ops_cache,
     ops_contrib,
@@ -35,7 +36,7 @@ from mapper.frontend.proto import (
 from mapper.ir.dims import Dim
 
 REGISTERED = (
-    ops_basic, ops_nn, ops_contrib, ops_cache, ops_moe, ops_activation, ops_norm, ops_einsum, ops_quant, ops_vision,
+    ops_basic, ops_nn, ops_contrib, ops_cache, ops_moe, ops_activation, ops_attention, ops_norm, ops_einsum, ops_quant, ops_vision,
 )  # fmt: skip  # imported for their registrations
 MAX_NODES = 250_000  # after inlining
 MAX_CALLS = 16  # functions inside functions
