@@ -172,6 +172,24 @@ def _qlinear(c: Call) -> list[Value]:
     return [quantised(net, out, c.x(6), _optional(c, 7), c.x(0).dtype)]
 
 
+@lowers("QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", domain=MS)
+def _qlinear_one(c: Call) -> list[Value]:
+    """Operands: x, its scale and zero point, the result's two."""
+    net, op = c.net, c.node.op
+    x = dequantised(c, c.x(0), c.x(1), _optional(c, 2), c.x(0).rank - 1)
+    if op == "QLinearSigmoid":
+        out = b.unary(net, "sigmoid", x)
+    elif op == "QLinearLeakyRelu":
+        sloped = b.binary(net, "mul", x, net.scalar(c.number("alpha", 0.01), x))
+        out = b.select(net, b.binary(net, "lt", x, net.scalar(0.0, x)), sloped, x)
+    else:
+        axis = c.axis(-1)
+        if c.integer("opset", 13) < 13 and axis != x.rank - 1:
+            raise c.refuse("a softmax over several axes is not supported")
+        out = net.make("softmax", [x], {"axis": axis})
+    return [quantised(net, out, c.x(3), _optional(c, 4), c.x(0).dtype)]
+
+
 @lowers("GatherBlockQuantized", domain=MS)
 def _gather_blocks(c: Call) -> list[Value]:
     """Rows of a table of low-bit blocks. Operands: table, indices, scales, zero points."""
