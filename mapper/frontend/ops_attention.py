@@ -100,11 +100,12 @@ def _by_position(c: Call, queries: Dim, keys: Dim, past: Dim) -> Value | None:
 
 
 def _empty_rows(c: Call, masks: list[Value]) -> Value | None:
-    """[.., S, 1] bool: queries that see no key, whose output is zero. Looked for where the caller gives truth
-    values or lengths; what a graph computes for itself leaves each query its own key."""
+    """[.., S, 1] bool: queries that see no key, whose output is zero. Looked for where the caller gives keys
+    and truth values or lengths; in a decoder's own cache each query sees its own key."""
     net = c.net
     given = [c.x(3)] if c.has(3) and c.x(3).dtype == "bool" else []
-    if not any(v.source for v in (*given, *([c.x(6)] if c.has(6) else []))):
+    given += [c.x(6)] if c.has(6) else []
+    if not c.x(1).source or not any(v.source for v in given):
         return None
     seen: Value | None = None
     for mask in masks:
