@@ -230,8 +230,9 @@ def _numpy(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+        name = ml_dtypes.bfloat16
+    kind: np.dtype[Any] = np.dtype(name)
+    return kind
 
 
 def _typed(tensor: TensorRecord, source: Source, dtype: np.dtype[Any]) -> Array:

@@ -71,7 +71,9 @@ def test_toys_run_alike_everywhere(name: str, tmp_path: Path) -> None:
     for item in found["mlp"]:
         counts[item["op"]] = counts.get(item["op"], 0) + item["layers"]
     assert counts.get("moe", 0) == sum(layer.experts is not None for layer in wanted)
-    windows = {m["window"]: m["layers"] for m in found["masks"] if m["window"]}
+    chunked = sum(layer.chunk > 0 for layer in wanted)
+    assert sum(m["layers"] for m in found["masks"] if m["mask"] == "chunked") == chunked
+    windows = {m["window"]: m["layers"] for m in found["masks"] if m["mask"] == "sliding"}
     assert windows == {
         w: n for w in {x.window for x in wanted} - {0} if (n := sum(x.window == w for x in wanted))
     }
