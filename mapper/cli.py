@@ -184,6 +184,9 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
     else:
         from mapper.report.terminal import console, fields
 
+        short = ("layers", "masks", "kv_cache", "recognised_fraction")
+        for name, phase in record.get("phases", {}).items():
+            record["phases"][name] = {key: phase[key] for key in short}
         console().print(fields(record, str(model)))
 
 

@@ -223,7 +223,8 @@ def verify(
     """
     from mapper import execution
     from mapper.runtime import verify as runtime
-    from mapper.runtime.inputs import Entry, interface, read_inputs, states
+    from mapper.runtime.caches import Entry
+    from mapper.runtime.inputs import interface, read_inputs, states
     from mapper.runtime.oracle import oracle
 
     if tokens < 0:

@@ -14,8 +14,9 @@ from mapper import backend as targets
 from mapper.backend import Array
 from mapper.catalog import machine_for
 from mapper.errors import UsageError
+from mapper.runtime.caches import Entry
 from mapper.runtime.execute import Session
-from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.inputs import Interface, states
 from mapper.runtime.verify import Judge, OracleJudge
 from mapper.schedule.tables import Request, Schedule
 
@@ -66,7 +67,8 @@ def judge_for(
     from mapper.frontend.load import load
     from mapper.judge import FormatJudge, Formats
 
-    return FormatJudge(load(model, external_root=external_root), names, Formats(**arithmetic), start)
+    graph = load(model, external_root=external_root)
+    return FormatJudge(graph, names, Formats(**arithmetic), start, states(schedule))
 
 
 _sessions: WeakKeyDictionary[Graph, dict[tuple[Any, ...], Session]] = WeakKeyDictionary()
@@ -79,6 +81,7 @@ def loaded(graph: Graph, inputs: Mapping[str, Array]) -> Session:
         odd = sorted(set(wanted) ^ set(inputs))[0]
         raise UsageError(f"input {odd!r} is {'missing' if odd in wanted else 'none of the graph'}")
     shapes = {name: np.shape(inputs[name]) for name in wanted}
+    graph = graph.chosen(inputs)
     kept = _sessions.setdefault(graph, {})
     key = tuple(shapes.items())
     if key not in kept:

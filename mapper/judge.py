@@ -9,9 +9,8 @@ target stores what is said by its schedule, in `plan["arithmetic"]`: `matmul` (o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from mapper.ir.reference_transformer import position_mask
 from mapper.ir.transformer import AttentionOp
 from mapper.ir.types import Array
 from mapper.passes.unroll import Unroll
-from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.caches import Entry
+from mapper.runtime.inputs import Interface
 from mapper.runtime.verify import Wanted
 
 SLACK = 4.0
@@ -58,16 +58,19 @@ class Formats:
 class FormatJudge:
     """See mapper.runtime.verify.Judge. Keeps caches of its own, in float64 and in the target's formats.
 
-    `graph` is the recognised graph, `interface` names its inputs and outputs, `start` are its first caches.
+    `graph` is the recognised graph, `interface` names its inputs and outputs, `start` are its first caches,
+    `caches` the shapes of the schedule's states.
     """
 
     graph: Graph
     interface: Interface
     formats: Formats
     start: Mapping[Entry, Array]
+    caches: Mapping[Entry, Sequence[int]] = field(default_factory=dict)
     slack: float = SLACK
 
     def __post_init__(self) -> None:
+        self._forwards: dict[Graph, StoredForward] = {}
         self._exact = dict(self.start)
         self._stored = {e: self._cached(e, a) for e, a in self.start.items()}
 
@@ -77,23 +80,29 @@ class FormatJudge:
         kind = self.formats.matmul
         return f"error against float64 at most {self.slack:g} x that of NumPy with {kind} products"
 
-    @cached_property
-    def forward(self) -> StoredForward:
-        """The forward pass in the target's formats."""
-        return StoredForward(Unroll().apply(self.graph), self.formats)
+    def forward(self, inputs: Mapping[str, Array]) -> StoredForward:
+        """The forward pass in the target's formats, of the graph that the inputs ask for."""
+        chosen = self.graph.chosen(inputs)
+        if chosen not in self._forwards:
+            self._forwards[chosen] = StoredForward(Unroll().apply(chosen), self.formats)
+        return self._forwards[chosen]
 
     def judge(self, ids: Array, past: int, logits: Array, entries: Mapping[Entry, Array]) -> Wanted:
         """See Judge. The error allowed is `slack` times the largest of the forward pass, per array."""
-        names = [self.interface.logits, *self.interface.present.values()]
+        names = list(dict.fromkeys([self.interface.logits, *self.interface.present.values()]))
         exact = evaluate(self.graph, self._inputs(ids, past, self._exact), names, "f64")
-        stored = self.forward.run(self._inputs(ids, past, self._stored), names)
-        presents = self.interface.present.items()
-        self._exact = {e: self.interface.to_state(exact[n]) for e, n in presents}
-        self._stored = {e: self._cached(e, self.interface.to_state(stored[n])) for e, n in presents}
+        inputs = self._inputs(ids, past, self._stored)
+        stored = self.forward(inputs).run(inputs, names)
+        self._exact = self._after(exact, ids, past)
+        self._stored = {e: self._cached(e, a) for e, a in self._after(stored, ids, past).items()}
         wanted = {e: self._exact[e][:, :, past:] for e in entries}
         allowed = {e: self._allowed(self._stored[e][:, :, past:], wanted[e]) for e in entries}
         name = self.interface.logits
         return Wanted(exact[name], wanted, self._allowed(stored[name], exact[name]), allowed)
+
+    def _after(self, made: Mapping[str, Array], ids: Array, past: int) -> dict[Entry, Array]:
+        found = self.interface.states(made, ids.shape[0], given=False)
+        return {e: a[:, :, : past + ids.shape[1]] for e, a in found.items()}
 
     def _cached(self, entry: Entry, array: Array) -> Array:
         kept = self.formats.key_cache if entry[0] == "key" else self.formats.value_cache
@@ -103,23 +112,10 @@ class FormatJudge:
         return self.slack * float(np.abs(stored - exact).max(initial=0.0))
 
     def _inputs(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> dict[str, Array]:
-        batch, tokens = ids.shape
-        position = np.arange(past, past + tokens)
-        given: dict[str, Array] = {self.interface.token_ids: ids}
-        types = dict(self.graph.inputs)
-        if self.interface.attention_mask is not None:
-            given[self.interface.attention_mask] = np.ones((batch, past + tokens), np.int64)
-        for name in self.interface.positions:
-            given[name] = position if types[name].rank == 1 else np.broadcast_to(position, (batch, tokens))
-        for entry, name in self.interface.past.items():
-            if entry in caches:
-                given[name] = self.interface.from_state(caches[entry])
-                continue
-            b, h, _, d = (self.interface.layout.index(a) for a in "BHLD")
-            shape = [0] * 4
-            shape[b], shape[h], shape[d] = batch, *(types[name].shape[i].value for i in (h, d))
-            given[name] = np.zeros(shape, np.float32)
-        return given
+        declared = {
+            n: (t.numpy, [d.value if d.is_const else str(d) for d in t.shape]) for n, t in self.graph.inputs
+        }
+        return self.interface.inputs(declared, self.caches, ids, past, caches)
 
 
 @dataclass

@@ -11,7 +11,8 @@ import pytest
 
 from mapper.frontend.load import load
 from mapper.judge import SLACK, FormatJudge, Formats
-from mapper.runtime.inputs import Entry, interface
+from mapper.runtime.caches import Entry
+from mapper.runtime.inputs import interface
 from mapper.runtime.oracle import Oracle, oracle
 
 Array = npt.NDArray[Any]

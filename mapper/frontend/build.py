@@ -362,7 +362,20 @@ def gather(net: Net, x: Value, index: Value, axis: int) -> Value:
         end = at + 1 if at != -1 else _HUGE
         row = slice_(net, x, [Dim.of(at)], [Dim.of(end)], [axis], [1])
         return reshape(net, row, [d for i, d in enumerate(x.dims) if i != axis])
+    run = _counting(index) if x.weight is None and x.dims[axis].is_const else None
+    if run is not None and -x.dims[axis].value <= run[0] and run[1] <= x.dims[axis].value:
+        start, end = (v + x.dims[axis].value if run[0] < 0 else v for v in run)
+        return slice_(net, x, [Dim.of(start)], [Dim.of(end)], [axis], [1])
     return net.make("gather", [x, index], {"axis": axis})
+
+
+def _counting(index: Value) -> tuple[int, int] | None:
+    """(first, last + 1) of constant indices [n] that count up by one, of one sign."""
+    if index.const is None or index.rank != 1 or not index.const.size:
+        return None
+    numbers = [int(v) for v in index.const]
+    counts = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return (numbers[0], numbers[-1] + 1) if counts and (numbers[0] >= 0) == (numbers[-1] >= 0) else None
 
 
 def reduce(net: Net, kind: str, x: Value, axes: Sequence[int], keepdims: bool) -> Value:

@@ -31,6 +31,7 @@ OPERANDS = {
     "rope": ("x", "cos", "sin"),
     "embed": ("ids",),
     "kv_append": ("past", "new"),
+    "kv_update": ("past", "new", "rows"),
     "route": ("logits",),
     "moe": ("x", "index", "share"),
 }
@@ -229,12 +230,13 @@ def emit(net: Net, path: Path, sha256: str, roles: Mapping[str, Any]) -> Graph:
     """The graph with its roles, unverified. Raises UnsupportedModelError where no input tells a size."""
     builder = GraphBuilder(path.stem, path, path.parent, sha256)
     emitter = Emitter(builder)
-    live = net.live(v for _, v in net.outputs)
+    made = sorted(net.outputs, key=lambda o: roles["outputs"].get(o[0], "").startswith("present."))
+    live = net.live(v for _, v in made)  # what is no cache first: every layer's nodes then have one order
     for value in net.inputs:
         role = roles["inputs"].get(value.source, "other")
         emitter.leaf(value, builder.input(value.source, TensorType.of(value.dims, value.dtype), role))
     for node in live:
         emitter.node(node)
     outputs = {name: emitter.value(value) for name, value in net.outputs}
-    facts = {k: v for k, v in roles.items() if isinstance(v, str)}
+    facts = {k: v for k, v in roles.items() if k not in ("inputs", "outputs")}
     return builder.finish(outputs, roles["outputs"], None, False, **facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from xdsl.ir import SSAValue
 
@@ -94,18 +95,45 @@ def expanded(names: Sequence[str], rows: Iterable[Rows]) -> list[str]:
 
 
 def renumbered(roles: Mapping[str, str], names: Iterable[str], rows: Sequence[Rows]) -> dict[str, str]:
-    """The roles of all names: numbered ones count through the bodies that were left out."""
+    """The roles of all names: numbered ones count through the bodies that were left out, others are those of
+    the first body."""
     groups: dict[str, dict[int, str]] = {}
     for name, role in roles.items():
         if numbered := _NUMBERED.fullmatch(role):
             groups.setdefault(numbered[1], {})[int(numbered[2])] = name
     found = dict(roles)
+    for table in rows:
+        found.update((n, roles[row[0]]) for row in table.values() if row[0] in roles for n in row[KEPT:])
     for kind, members in groups.items():
         if sorted(members) != list(range(len(members))):
             raise NotAlike
         order = expanded([members[i] for i in range(len(members))], rows)
         found.update((name, f"{kind}.{i}") for i, name in enumerate(order))
     return {n: found.get(n, "other") for n in names}
+
+
+def _cache_table(table: Mapping[str, Mapping[str, str]], runs: Sequence[LayerRun]) -> dict[str, Any]:
+    """The table of caches with those of the bodies that were left out, numbered like their roles."""
+    entries = {entry["input"]: entry for entry in table.values()}
+    if len(entries) != len(table):
+        raise NotAlike  # several caches in one input
+    for run in runs:
+        for name, row in run.inputs.items():
+            if name not in entries:
+                continue
+            made = run.outputs.get(entries[name]["output"], ())
+            if len(made) != len(row):
+                raise NotAlike
+            pairs = zip(row[KEPT:], made[KEPT:], strict=True)
+            entries.update((n, {**entries[name], "input": n, "output": out}) for n, out in pairs)
+    keys = {entry["input"]: key for key, entry in table.items()}
+    numbered = renumbered(keys, entries, [r.inputs for r in runs])
+    return {numbered[n]: entries[n] for n in sorted(entries, key=lambda n: _place(numbered[n]))}
+
+
+def _place(key: str) -> tuple[int, str]:
+    kind, _, number = key.rpartition(".")
+    return int(number), kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +224,8 @@ def _extended(graph: Graph, short: Abridged, new: GraphBuilder, plans: Mapping[i
         raise NotAlike  # an output of each layer that its repeat does not give
     results = {n: outputs[n] if n in outputs else values[made[n]] for n in short.outputs}
     facts = {k: v for k, v in graph.roles.items() if k not in ("inputs", "outputs")}
+    if "caches" in facts:
+        facts["caches"] = _cache_table(facts["caches"], short.runs)
     out_roles = renumbered(graph.roles["outputs"], short.outputs, given)
     return new.finish(results, out_roles, verify=False, **facts)
 

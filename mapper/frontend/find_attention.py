@@ -89,12 +89,14 @@ def read_sinks(net: Net, softmax: Node) -> tuple[Value, Value] | None:
 
 
 def grounded(view: View, values: Iterable[Value]) -> tuple[Value, ...]:
-    """The values of the original graph that some values are made of: recognition itself puts views on top."""
+    """The values of the original graph that some values are views of. Recognition puts views on top, and the
+    graph may hold an equal view elsewhere (keys that are outputs): so the values behind all views."""
     found: dict[int, Value] = {}
     stack = list(values)
     while stack:
         value = stack.pop()
-        if value.node is None or id(value) in view.order:
+        known = id(value) in view.order and value.op not in ("reshape", "transpose")
+        if value.node is None or known:
             found[id(value)] = value
         else:
             stack.extend(value.args)
@@ -265,22 +267,3 @@ def _split_result(view: View, out: Value, q: Value) -> Value | None:
         if node.op == "reshape" and made.rank == 4 and made.dims[:3] == q.dims[:3]:
             return made
     return None
-
-
-def appends(view: View, checker: Checker) -> list[Match]:
-    """Concatenations of a cache input with new rows along the token axis that are an output."""
-    found = []
-    for node in view.nodes:
-        if (
-            node.op != "concat"
-            or node.attrs["axis"] != 2
-            or len(node.inputs) != 2
-            or node.outputs[0].rank != 4
-        ):
-            continue
-        past, new = node.inputs
-        if past.source and id(node.outputs[0]) in view.outputs:
-            match = Match(node.outputs[0], "kv_append", ("past", "new"), (past, new))
-            if checker.holds(match):
-                found.append(match)
-    return found

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mapper.errors import ModelError, UnsupportedModelError
-from mapper.frontend import ops_basic, ops_contrib, ops_moe, ops_nn, tensors
+from mapper.frontend import ops_basic, ops_cache, ops_contrib, ops_moe, ops_nn, tensors
 from mapper.frontend.extent import MAX_CALLS, MAX_NODES
 from mapper.frontend.guard import GuardedModel, label
 from mapper.frontend.lower import LOWERINGS, Call, lower
-from mapper.frontend.net import MAX_RANK, Array, Net, Value, WeightRef
+from mapper.frontend.net import MAX_RANK, Array, CacheFacts, Net, Value, WeightRef
 from mapper.frontend.proto import (
     AttributeRecord,
     FunctionRecord,
@@ -24,13 +24,24 @@ from mapper.frontend.proto import (
 )
 from mapper.ir.dims import Dim
 
-REGISTERED = (ops_basic, ops_nn, ops_contrib, ops_moe)  # imported for their registrations
+REGISTERED = (ops_basic, ops_nn, ops_contrib, ops_cache, ops_moe)  # imported for their registrations
 MAX_INLINE = 1 << 16  # bytes of a constant held in the graph
 MAX_DIM_TEXT = 200
 MAX_FACTORS = 4
 MAX_DECLARED = 2048  # different sizes among the inputs
 
 Names = MutableMapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file that can be read in more than one way is read: an If whose condition is not known, with the
+    branch to follow; what caches of fused operators mean (`ops_cache.MODES`); how many heads caches [B, P,
+    H*D] hold, by input."""
+
+    taken: tuple[NodeRecord, bool] | None = None
+    mode: str = "plain"
+    heads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -40,6 +51,7 @@ class Importer:
     model: GuardedModel
     net: Net
     symbols: Mapping[str, Dim]
+    reading: Reading = field(default_factory=Reading)
     nodes_left: int = field(default=MAX_NODES)
 
     def run(self) -> None:
@@ -139,7 +151,10 @@ class Importer:
         given = names.get(node.inputs[0]) if node.inputs else None
         if given is None:
             raise ModelError(f"{label(node)} lacks its condition")
-        condition = given.scalar
+        condition: float | bool | None = given.scalar
+        taken = self.reading.taken
+        if taken is not None and node is taken[0]:
+            condition = taken[1]
         if condition is None:
             raise UnsupportedModelError(f"{label(node)}: the condition depends on the data")
         chosen = node.attributes.get("then_branch" if condition else "else_branch")
@@ -215,9 +230,14 @@ def _bound(node: NodeRecord, given: Mapping[str, AttributeRecord]) -> NodeRecord
     return replace(node, attributes=bound)
 
 
-def import_model(model: GuardedModel, symbols: Mapping[str, Dim] | None = None) -> Net:
+def import_model(
+    model: GuardedModel, symbols: Mapping[str, Dim] | None = None, reading: Reading | None = None
+) -> Net:
     """The model as canonical primitives. `symbols` replaces symbols of the inputs' declared dimensions."""
+    reading = reading or Reading()
     with np.errstate(all="ignore"):
-        importer = Importer(model, Net(), symbols or {})
+        importer = Importer(
+            model, Net(caches=CacheFacts(reading.mode, reading.heads)), symbols or {}, reading
+        )
         importer.run()
     return importer.net

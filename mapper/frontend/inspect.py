@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from mapper.errors import MapperError
-from mapper.frontend.agree import MAX_ELEMENTS, volume
+from mapper.frontend.angles import Angles, angles
+from mapper.frontend.left import RECOGNISED, ends, primitives_left
 from mapper.ir.dims import ONE
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
-from mapper.ir.reference import evaluate_values
-
-VIEWS = frozenset(
-    {"reshape", "transpose", "slice", "concat", "split", "expand", "squeeze", "unsqueeze", "cast", "load"}
-    | {"constant", "shape_of"}
-)
-_SOURCES = frozenset({"embed", "embed_at", "linear", "conv"})
 
 
 def inspect(graph: Graph) -> dict[str, Any]:
     """Layers, widths, heads, masks, rotary embeddings, norms, MLPs, cache convention, parameters, vocabulary,
-    and what stays primitives. Keys whose value the graph does not tell are None or empty."""
+    and what stays primitives. Keys whose value the graph does not tell are None or empty. A file that holds a
+    graph per phase is described by the one that decodes, and by both under "phases"."""
+    record = structure(graph)
+    if graph.switch is not None and graph.switch.phases:
+        record["kv_cache"]["merged"] = True
+        record["phases"] = {name: structure(graph.phase(name)) for name in graph.switch.phases}
+    return record
+
+
+def structure(graph: Graph) -> dict[str, Any]:
+    """What `inspect` says of one graph."""
     ops = list(walk(graph))
     by_kind: dict[str, list[Counted]] = {}
     for item in ops:
         by_kind.setdefault(item[0].mnemonic, []).append(item)
     attention = [(_attention(op), n) for kind in ATTENTIONS for op, n in by_kind.get(kind, [])]
     mlps = [(_mlp(graph, op), n) for kind in _MLPS for op, n in by_kind.get(kind, [])]
-    left = primitives_left(graph)
+    around = ends(graph)
+    left = primitives_left(graph, around.ops)
     return {
         "name": graph.name,
         "params": graph.params,
@@ -53,6 +54,7 @@ def inspect(graph: Graph) -> dict[str, Any]:
         "mlp": _counted(mlps, ("op", "act", "inner")),
         "kv_cache": _cache(graph, by_kind),
         "tied_embeddings": _tied(graph, by_kind),
+        "ends": around.facts,
         "inputs": {n: _described(graph.roles["inputs"].get(n, "other"), t) for n, t in graph.inputs},
         "outputs": {n: _described(graph.roles["outputs"].get(n, "other"), t) for n, t in graph.outputs},
         "weight_formats": _formats(graph),
@@ -83,36 +85,8 @@ def walk(graph: Graph) -> Iterator[Counted]:
             yield op, section.count
 
 
-def primitives_left(graph: Graph) -> Counter[str]:
-    """Primitives on the hidden path that recognition left, views and residual additions not counted."""
-    found: Counter[str] = Counter()
-    for section in graph.sections():
-        data = _hidden_values(section.ops, {c.argument for c in section.carried})
-        for op in section.ops:
-            if op.mnemonic in _RECOGNISED or op.mnemonic in VIEWS or not any(r in data for r in op.results):
-                continue
-            residual = op.mnemonic == "add" and all(v in data for v in op.operands)
-            if not residual:
-                found[op.mnemonic] += section.count
-    return found
-
-
-_RECOGNISED = frozenset(
-    {"embed", "linear", "lm_head", "norm", "rope", "attention", "kv_append", "activation", "mlp", "gated_mlp"}
-    | {"latent_attention", "packed_mlp", "moe", "route", "sample", "repeat"}
-)
-
-
-def _hidden_values(ops: Any, start: set[Any]) -> set[Any]:
-    data = set(start)
-    for op in ops:
-        if op.mnemonic in _SOURCES or any(v in data for v in op.operands):
-            data.update(op.results)
-    return data
-
-
 def _fraction(ops: list[Counted], left: Counter[str]) -> float:
-    recognised = sum(n for op, n in ops if op.mnemonic in _RECOGNISED)
+    recognised = sum(n for op, n in ops if op.mnemonic in RECOGNISED)
     total = recognised + sum(left.values())
     return round(recognised / total, 4) if total else 0.0
 
@@ -217,8 +191,15 @@ def _tied(graph: Graph, by_kind: dict[str, list[Any]]) -> bool | None:
 
 def _cache(graph: Graph, by_kind: dict[str, list[Any]]) -> dict[str, Any]:
     past = graph.inputs_with_role("past")
-    convention = "concat" if by_kind.get("kv_append") else "inputs" if past else "none"
-    return {"convention": convention, "layout": graph.roles.get("kv_layout", ""), "tensors": len(past)}
+    cross = graph.inputs_with_role("past.cross_key") + graph.inputs_with_role("past.cross_value")
+    convention = graph.roles.get("kv_convention", "inputs" if past else "none")
+    return {
+        "convention": convention,
+        "operator": graph.roles.get("kv_operator", ""),
+        "layout": graph.roles.get("kv_layout", ""),
+        "tensors": len(past) - len(cross),
+        "cross_tensors": len(cross),
+    }
 
 
 def _described(role: str, kind: Any) -> dict[str, Any]:
@@ -226,23 +207,21 @@ def _described(role: str, kind: Any) -> dict[str, Any]:
 
 
 def _rope(graph: Graph, by_kind: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Distinct rotary embeddings: style, width, base frequency where the angles can be evaluated."""
+    """Distinct rotary embeddings: style, width, and what the angles tell where they can be evaluated."""
     found: list[tuple[Facts, int]] = []
-    thetas: dict[Any, tuple[float | None, float | None]] = {}
+    known: dict[Any, Angles] = {}
     outside = _outside(graph)
     for op, times in by_kind.get("rope", []):
         cos, sin = (outside.get(v, v) for v in (op.operand("cos"), op.operand("sin")))
-        if (cos, sin) not in thetas:
-            thetas[cos, sin] = base_frequency(graph, cos, sin, op.attr("style"), op.attr("rotary_dim"))
-        theta, factor = thetas[cos, sin]
-        keys = {
-            "style": op.attr("style"),
-            "rotary_dim": op.attr("rotary_dim"),
-            "theta": theta,
-            "factor": factor,
-        }
+        key = (cos, sin, op.attr("style"), op.attr("rotary_dim"))
+        if key not in known:
+            known[key] = angles(graph, *key)
+        told = known[key]
+        keys: Facts = {"style": op.attr("style"), "rotary_dim": op.attr("rotary_dim")}
+        keys |= {"theta": told.theta, "factor": told.magnitude}
+        keys |= {"scaling": told.scaling, "stretch": told.stretch}
         found.append((keys, times))
-    return _counted(found, ("style", "rotary_dim", "theta", "factor"))
+    return _counted(found, ("style", "rotary_dim", "theta", "factor", "scaling", "stretch"))
 
 
 def _outside(graph: Graph) -> dict[Any, Any]:
@@ -252,41 +231,3 @@ def _outside(graph: Graph) -> dict[Any, Any]:
         found.update((shared.argument, shared.value) for shared in section.shared)
         found.update((slot.argument, slot.values[0]) for slot in section.inputs)
     return found
-
-
-def base_frequency(
-    graph: Graph, cos: Any, sin: Any, style: str, width: int
-) -> tuple[float | None, float | None]:
-    """(theta, magnitude) of theta^(-2i/width) angles, read off position 1; theta None where it is no such."""
-    try:
-        c, s = evaluate_values(graph, _one_token(graph), [cos, sin])
-    except MapperError:
-        return None, None
-    c, s = (
-        c.reshape(-1, c.shape[-1])[-1].astype(np.float64),
-        s.reshape(-1, s.shape[-1])[-1].astype(np.float64),
-    )
-    half = width // 2
-    if len(c) == width:
-        c, s = (c[:half], s[:half]) if style == "half" else (c[0::2], s[0::2])
-    angle = np.arctan2(s, c)
-    factor = _round(float(np.hypot(c[0], s[0])))
-    if half < 2 or angle[1] <= 0 or abs(angle[0] - 1.0) > 1e-4:
-        return None, factor
-    theta = math.exp(-math.log(angle[1] / angle[0]) * half)
-    expected = theta ** (-np.arange(half) / half)
-    fits = bool(np.allclose(angle, expected, rtol=2e-3))
-    return (float(f"{theta:.6g}") if fits else None), factor
-
-
-def _one_token(graph: Graph) -> dict[str, Any]:
-    """Inputs for one token at position 1."""
-    sizes = {"batch": 1, "sequence": 1, "past": 1}
-    given: dict[str, Any] = {}
-    for name, kind in graph.inputs:
-        if all(d.symbols <= set(sizes) for d in kind.shape):
-            shape = [d.evaluate(sizes) for d in kind.shape]
-            if volume(shape) > MAX_ELEMENTS:
-                continue
-            given[name] = np.ones(shape, kind.numpy)
-    return given

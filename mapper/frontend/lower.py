@@ -140,6 +140,21 @@ REFUSED: dict[str, str] = {
 }
 
 
+APPENDS = frozenset(
+    (
+        "Concat",
+        "TensorScatter",
+        "ScatterND",
+        "ScatterElements",
+        "Attention",
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+        "DecoderMaskedMultiHeadAttention",
+    )
+)
+"""Operators that may add new rows to a key-value cache."""
+
+
 def lower(call: Call) -> list[Value]:
     """The outputs of one node. Raises UnsupportedModelError naming node, operator and reason."""
     node = call.node
@@ -153,6 +168,8 @@ def lower(call: Call) -> list[Value]:
         raise call.refuse(why)
     call.net.origin = label(node)
     call.net.name = node.name or next(iter(node.outputs), "")
+    if node.op in APPENDS:
+        call.net.caches.spelled[call.net.name] = node.op
     try:
         return found(call)
     except (IndexError, ValueError, ArithmeticError, TypeError, KeyError, StopIteration) as error:

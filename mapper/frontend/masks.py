@@ -7,7 +7,7 @@ off the numbers; no spelling of the mask is assumed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,11 @@ from mapper.errors import MapperError
 from mapper.frontend.agree import MAX_ELEMENTS, Probe, stored_array, volume
 from mapper.frontend.net import Array, Net, Node, Value
 from mapper.frontend.rewrite import Match, rebuild, topological
+from mapper.frontend.steering import Steering, fed, from_rows, hypotheses, unknown
+from mapper.frontend.steering import sizes as buffer_sizes
 
 HIDDEN = -1e4  # scores below this take no part in a softmax
+NOTHING = Steering()
 _LONGEST = 1 << 17
 _SMALL = ((5, 0), (4, 3), (1, 6))  # (new tokens, past) of the first probes
 
@@ -35,14 +38,56 @@ def classify(net: Net, folder: Path) -> Net:
     """The net with `causal`, `window` and `slopes` on every attention whose mask could be evaluated."""
     known: dict[int, MaskKind | None] = {}
     matches = []
-    for node in topological(net):
+    nodes = topological(net)
+    steering = from_rows(nodes)
+    for node in nodes:
         if node.op not in ("attention", "latent_attention") or "mask" not in node.attrs["slots"]:
             continue
         mask = node.inputs[node.attrs["slots"].index("mask")]
+        if hides_nothing(mask):
+            matches.append(_unmasked(node))
+            continue
         if id(mask) not in known:
-            known[id(mask)] = kind_of(mask, folder)
+            known[id(mask)], steering = steered_kind(mask, folder, steering)
         matches += _with_kind(node, known[id(mask)])
+    net.caches.steering.update(steering.meanings)
     return rebuild(net, matches)
+
+
+def steered_kind(mask: Value, folder: Path, steering: Steering) -> tuple[MaskKind | None, Steering]:
+    """The meaning of a mask and of the inputs that it reads: that with which it is causal, if any."""
+    leaves = Probe.of([mask], []).leaves
+    if not steering.fixed and not unknown(leaves, steering.meanings):
+        return kind_of(mask, folder, steering), steering
+    for guess in hypotheses(leaves, steering.meanings):
+        tried = replace(steering, meanings=guess)
+        kind = kind_of(mask, folder, tried)
+        if kind is not None and kind.causal:
+            return kind, tried
+    return None, steering
+
+
+def hides_nothing(mask: Value) -> bool:
+    """Whether a mask depends on no input by more than its shape, and lets everything through as it is."""
+    probe = Probe.of([mask], [])
+    if any(v.source or v.weight is not None for v in probe.leaves):
+        return False
+    for new, past in _SMALL:
+        try:
+            (values,) = probe.evaluate({"batch": 1, "sequence": new, "past": past}, {})
+        except MapperError:
+            return False
+        if not bool(values.all() if values.dtype == bool else (values == 0).all()):
+            return False
+    return True
+
+
+def _unmasked(node: Node) -> Match:
+    """Attention without its mask, which lets everything through."""
+    slots = dict(zip(node.attrs["slots"], node.inputs, strict=True))
+    del slots["mask"]
+    attrs = {k: v for k, v in node.attrs.items() if k != "slots"}
+    return Match(node.outputs[0], node.op, tuple(slots), tuple(slots.values()), attrs)
 
 
 def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:
@@ -55,21 +100,22 @@ def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:
     return [Match(node.outputs[0], node.op, node.attrs["slots"], node.inputs, attrs)]
 
 
-def kind_of(mask: Value, folder: Path) -> MaskKind | None:
-    """The meaning of a mask, None where it cannot be evaluated or is none of those known."""
+def kind_of(mask: Value, folder: Path, steering: Steering = NOTHING) -> MaskKind | None:
+    """The meaning of a mask, None where it cannot be evaluated or is none of those known. `steering`: what
+    its inputs say."""
     probe = Probe.of([mask], [])
     stored = None if any(v.source and v.rank >= 3 for v in probe.leaves) else _stored(probe, folder)
     if stored is None:
         return None
-    cached = any("past" in d.symbols for v in [mask, *probe.leaves] for d in v.dims)
+    cached = steering.fixed or any("past" in d.symbols for v in [mask, *probe.leaves] for d in v.dims)
     kinds = []
     for new, past in _SMALL:
         past = past if cached else 0
-        values = evaluate(probe, stored, new, past)
+        values = evaluate(probe, stored, new, past, steering)
         kinds.append(None if values is None else read(values, past))
     if kinds[0] is None or any(k != kinds[0] for k in kinds[: 3 if cached else 2]):
-        return _short_window(probe, stored, cached)
-    return _window(probe, stored, kinds[0], cached)
+        return _short_window(probe, stored, cached, steering)
+    return _window(probe, stored, kinds[0], cached, steering)
 
 
 def _stored(probe: Probe, folder: Path) -> dict[int, Array] | None:
@@ -84,12 +130,19 @@ def _stored(probe: Probe, folder: Path) -> dict[int, Array] | None:
     return found
 
 
-def evaluate(probe: Probe, stored: Mapping[int, Array], new: int, past: int) -> Array | None:
-    """The mask as scores [H, S, T] for one sequence of `new` tokens after `past`, no padding."""
+def evaluate(
+    probe: Probe, stored: Mapping[int, Array], new: int, past: int, steering: Steering = NOTHING
+) -> Array | None:
+    """The mask as scores [H, S, T] for one sequence of `new` tokens after `past`, no padding. Over a cache of
+    fixed length, T is cut behind the tokens that are there."""
     sizes = {"batch": 1, "sequence": new, "past": past}
     arrays = dict(stored)
+    if steering.fixed:
+        return _over_buffer(probe, arrays, new, past, steering)
     for leaf in probe.leaves:
-        if leaf.source:
+        if leaf.source in steering.meanings:
+            arrays[id(leaf)] = fed(leaf, new, past, steering.meanings)
+        elif leaf.source:
             shape = tuple(d.evaluate(sizes) if d.symbols <= set(sizes) else new for d in leaf.dims)
             if volume(shape) > MAX_ELEMENTS:
                 return None
@@ -100,14 +153,33 @@ def evaluate(probe: Probe, stored: Mapping[int, Array], new: int, past: int) -> 
         (values,) = probe.evaluate(sizes, arrays)
     except MapperError:
         return None
+    return _as_scores(values, new, past + new)
+
+
+def _as_scores(values: Array, new: int, total: int) -> Array | None:
     if values.dtype == bool:
         values = np.where(values, 0.0, -np.inf)
     if values.ndim > 4 or (values.ndim == 4 and values.shape[0] != 1):
         return None
     values = values.reshape((1,) * (4 - values.ndim) + values.shape)[0]
-    if values.shape[1] not in (1, new) or values.shape[2] not in (1, past + new):
+    if values.shape[1] not in (1, new) or values.shape[2] not in (1, total):
         return None
-    return np.broadcast_to(values, (values.shape[0], new, past + new))
+    return np.broadcast_to(values, (values.shape[0], new, total))
+
+
+def _over_buffer(
+    probe: Probe, arrays: dict[int, Array], new: int, past: int, steering: Steering
+) -> Array | None:
+    """The mask over the rows of a cache that hold tokens; None where it lets any other row through."""
+    try:
+        arrays |= {id(v): fed(v, new, past, steering.meanings) for v in probe.leaves if v.source}
+        (values,) = probe.evaluate(buffer_sizes(new, past), arrays)
+    except (MapperError, ValueError):
+        return None
+    scores = _as_scores(values, new, values.shape[-1] if values.ndim else 1)
+    if scores is None or scores.shape[2] < past + new or bool((scores[..., past + new :] > HIDDEN).any()):
+        return None
+    return scores[..., : past + new]
 
 
 def read(values: Array, past: int) -> MaskKind | None:
@@ -162,13 +234,17 @@ def _lengths(probe: Probe) -> list[int]:
 
 
 def _window(
-    probe: Probe, stored: Mapping[int, Array], kind: MaskKind | None, cached: bool
+    probe: Probe,
+    stored: Mapping[int, Array],
+    kind: MaskKind | None,
+    cached: bool,
+    steering: Steering,
 ) -> MaskKind | None:
     """`kind` with the window that long sequences show."""
     if kind is None or not kind.causal or kind.slopes or not cached:
         return kind
     for length in _lengths(probe):
-        values = evaluate(probe, stored, 1, length - 1)
+        values = evaluate(probe, stored, 1, length - 1, steering)
         if values is not None:
             seen = values[0, 0] > HIDDEN
             reach = int(seen.sum())
@@ -178,14 +254,16 @@ def _window(
     return kind
 
 
-def _short_window(probe: Probe, stored: Mapping[int, Array], cached: bool) -> MaskKind | None:
+def _short_window(
+    probe: Probe, stored: Mapping[int, Array], cached: bool, steering: Steering
+) -> MaskKind | None:
     """A causal window so short that the first probes already show it."""
-    values = evaluate(probe, stored, 1, 40) if cached else evaluate(probe, stored, 41, 0)
+    values = evaluate(probe, stored, *((1, 40) if cached else (41, 0)), steering)
     if values is None:
         return None
     reach = int((values[0, -1] > HIDDEN).sum())
     for new, past in ((6, 0), (4, 30)) if cached else ((6, 0), (30, 0)):
-        made = evaluate(probe, stored, new, past)
+        made = evaluate(probe, stored, new, past, steering)
         position, token = past + np.arange(new)[:, None], np.arange(past + new)[None, :]
         if made is None or np.any(np.where(made > HIDDEN, made, 0.0)):
             return None

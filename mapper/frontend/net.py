@@ -6,7 +6,7 @@ arithmetic of the original graph disappears while it is built. Equal nodes are b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +117,22 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 
 
 @dataclass(eq=False)
+class CacheFacts:
+    """What is noted of a file's key-value caches, shared by all copies of its net.
+
+    `mode`: how caches of fused operators are read (`ops_cache.MODES`); `asked`: per such cache the values and
+    sizes that tell which mode inputs mean (first new row, tokens in all, rows, new rows); `spelled`: the
+    ONNX operator that a node's origin names, where it may add to a cache; `steering`: what inputs mean;
+    `heads`: how many heads an input [B, P, H*D] holds."""
+
+    mode: str = "plain"
+    heads: Mapping[str, int] = field(default_factory=dict)
+    asked: list[tuple[Value, Value, Dim, Dim]] = field(default_factory=list)
+    spelled: dict[str, str] = field(default_factory=dict)
+    steering: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Net:
     """A graph under construction. `equal` collects pairs of dimensions that operators require to be equal."""
 
@@ -124,6 +140,7 @@ class Net:
     outputs: list[tuple[str, Value]] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     equal: list[tuple[Dim, Dim]] = field(default_factory=list)
+    caches: CacheFacts = field(default_factory=CacheFacts)
     origin: str = ""  # how errors name the ONNX node being lowered
     name: str = ""  # its plain name
     _seen: dict[Any, Node] = field(default_factory=dict)

@@ -7,6 +7,8 @@ import numpy as np
 from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend import build_index
+from mapper.frontend.cache_views import joined, scattered_elements, scattered_rows
+from mapper.frontend.counters import counted, rows_from, stretch
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
 from mapper.frontend.net import Value
 from mapper.frontend.proto import TensorRecord
@@ -195,7 +197,7 @@ def _tile(c: Call) -> list[Value]:
 @lowers("Concat")
 def _concat(c: Call) -> list[Value]:
     parts = [c.x(i) for i in range(len(c.ins))]
-    return [b.concat(c.net, parts, c.axis(0))]
+    return [joined(c.net, parts, c.axis(0))]
 
 
 @lowers("Split")
@@ -225,9 +227,14 @@ def split(c: Call, x: Value, sizes: list[Dim], axis: int) -> list[Value]:
 
 @lowers("Slice")
 def _slice(c: Call) -> list[Value]:
+    count = len(c.x(1).content or (1,))
+    axes = [d.value for d in c.content(3, "the axes")] if c.has(3) else list(range(count))
+    steps = [d.value for d in c.content(4, "the steps")] if c.has(4) else [1] * count
+    if c.x(1).content is None and len(axes) == 1 and steps == [1]:
+        found = rows_from(c.net, c.x(), c.x(1), c.x(2), axes[0] % c.x().rank)
+        if found is not None:
+            return [found]
     starts, ends = c.content(1, "the starts"), c.content(2, "the ends")
-    axes = [d.value for d in c.content(3, "the axes")] if c.has(3) else list(range(len(starts)))
-    steps = [d.value for d in c.content(4, "the steps")] if c.has(4) else [1] * len(starts)
     return [b.slice_(c.net, c.x(), starts, ends, axes, steps)]
 
 
@@ -248,18 +255,29 @@ def _gather_nd(c: Call) -> list[Value]:
 
 @lowers("ScatterND")
 def _scatter_nd(c: Call) -> list[Value]:
-    return [build_index.scatter_nd(c.net, c.x(0), c.x(1), c.x(2), c.text("reduction", "none"))]
+    reduction, (x, indices, updates) = c.text("reduction", "none"), (c.x(i) for i in range(3))
+    rows = scattered_rows(c.net, x, indices, updates) if reduction == "none" else None
+    return [build_index.scatter_nd(c.net, x, indices, updates, reduction) if rows is None else rows]
 
 
 @lowers("ScatterElements", "Scatter")
 def _scatter_elements(c: Call) -> list[Value]:
-    attrs = {"axis": c.axis(0), "reduction": c.text("reduction", "none")}
-    return [c.net.make("scatter_elements", [c.x(i) for i in range(3)], attrs)]
+    axis, reduction, (x, indices, updates) = (
+        c.axis(0),
+        c.text("reduction", "none"),
+        (c.x(i) for i in range(3)),
+    )
+    if reduction == "none":
+        return [scattered_elements(c.net, x, indices, updates, axis)]
+    return [c.net.make("scatter_elements", [x, indices, updates], {"axis": axis, "reduction": reduction})]
 
 
 @lowers("Range")
 def _range(c: Call) -> list[Value]:
     start, limit, step = (c.x(i) for i in range(3))
+    length = stretch(start, limit)
+    if start.content is None and step.scalar == 1.0 and length is not None:
+        return [counted(c.net, start, length)]
     if step.content is None or not step.content[0].is_const or start.content is None or limit.content is None:
         raise c.refuse("the length of the range depends on the data")
     return [b.iota(c.net, start.content[0], limit.content[0], step.content[0].value, start.dtype)]

@@ -13,10 +13,10 @@ from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend.lower import Call, lowers
 from mapper.frontend.net import Net, Value, product
+from mapper.frontend.ops_cache import Places, grouped_places, shared_places, stretched, within
 from mapper.frontend.ops_nn import (
     additive,
     attend,
-    causal,
     gelu_erf,
     gelu_tanh,
     layer_norm,
@@ -128,7 +128,7 @@ def _per_head(net: Net, table: Value) -> Value:
 
 @lowers("GroupQueryAttention", domain=MS)
 def _grouped(c: Call) -> list[Value]:
-    """Caches are taken to be exactly as long as the past: buffers that grow, not a shared one."""
+    """What the cache's length means is said by `net.caches.mode`."""
     net, heads, kv_heads = c.net, c.integer("num_heads"), c.integer("kv_num_heads")
     if heads < 1 or kv_heads < 1:
         raise ModelError(f"{net.origin}: no head counts")
@@ -137,13 +137,13 @@ def _grouped(c: Call) -> list[Value]:
     if any(c.node.outputs[3:]):
         raise c.refuse("the matrix of query-key products is an output")
     q, k, v = _query_key_value(c, heads, kv_heads)
-    past = c.x(3).dims[2] if c.has(3) else ZERO
+    places = grouped_places(c, q.dims[2])
     if c.integer("do_rotary"):
-        q, k = (_rotated(c, x, past) for x in (q, k))
+        q, k = (_rotated(c, x, places) for x in (q, k))
     if c.has(3):
-        k, v = b.concat(net, [_like(net, c.x(3), k), k], 2), b.concat(net, [_like(net, c.x(4), v), v], 2)
+        k, v = (places.appended(net, _like(net, c.x(i), x), x) for i, x in ((3, k), (4, v)))
     window = c.integer("local_window_size", -1)
-    mask = _grouped_mask(c, q, k, past, window)
+    mask = _grouped_mask(c, q, k, places, window)
     scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
     out = attend(net, q, k, v, mask, scale, max(c.number("softcap", 0.0), 0.0), None)
     return [merge_heads(net, out), k, v]
@@ -172,34 +172,42 @@ def _query_key_value(c: Call, heads: int, kv_heads: int) -> tuple[Value, Value, 
     return parts[0], parts[1], parts[2]
 
 
-def _rotated(c: Call, x: Value, past: Dim) -> Value:
+def _rotated(c: Call, x: Value, places: Places) -> Value:
     net = c.net
-    places = c.x(9) if c.has(9) else b.iota(net, past, past + x.dims[2], 1)
-    tables = [_per_head(net, b.gather(net, c.x(i), places, 0)) for i in (7, 8)]
+    positions = c.x(9) if c.has(9) else places.positions(net)
+    tables = [_per_head(net, b.gather(net, c.x(i), positions, 0)) for i in (7, 8)]
     width = 2 * c.x(7).dims[1].value
     return rotate(net, x, tables[0], tables[1], width, bool(c.integer("rotary_interleaved")))
 
 
-def _grouped_mask(c: Call, q: Value, k: Value, past: Dim, window: int) -> Value:
+def _grouped_mask(c: Call, q: Value, k: Value, places: Places, window: int) -> Value:
     """Causal, within the window, and before the end of each sequence (operand 5: its last index)."""
-    net, queries, keys = c.net, q.dims[2], k.dims[2]
-    visible = causal(net, queries, keys, past)
+    net, keys = c.net, k.dims[2]
+    row = b.iota(net, ZERO, keys, 1)
+    visible = b.binary(net, "le", row, places.queries(net))
     if window > 0:
-        oldest = b.reshape(net, b.iota(net, past - window, past - window + queries, 1), [queries, ONE])
-        visible = b.binary(net, "and", visible, b.binary(net, "gt", b.iota(net, ZERO, keys, 1), oldest))
-    last = b.reshape(net, b.cast(net, c.x(5), "i64"), [q.dims[0], ONE, ONE, ONE])
-    ends = b.binary(net, "le", b.iota(net, ZERO, keys, 1), last)
-    mask = additive(net, b.binary(net, "and", visible, ends), q)
-    return b.binary(net, "add", mask, c.x(10)) if c.has(10) else mask
+        span = net.constant(np.array(window, np.int64), "i64")
+        oldest = b.binary(net, "sub", places.queries(net), span)
+        visible = b.binary(net, "and", visible, b.binary(net, "gt", row, oldest))
+    if places.start is None:
+        last = b.reshape(net, b.cast(net, c.x(5), "i64"), [q.dims[0], ONE, ONE, ONE])
+        visible = b.binary(net, "and", visible, b.binary(net, "le", row, last))
+    mask = additive(net, visible, q)
+    return b.binary(net, "add", mask, stretched(net, c.x(10), keys)) if c.has(10) else mask
 
 
 @lowers("MultiHeadAttention", domain=MS)
 def _multi_head(c: Call) -> list[Value]:
-    """Operands: q, k, v, bias, key_padding_mask, attention_bias, past_key, past_value."""
+    """Operands: q, k, v, bias, key_padding_mask, attention_bias, past_key, past_value, past_sequence_length
+    (of a buffer of fixed length), cache_indirection."""
     net, heads = c.net, c.integer("num_heads")
-    if not c.has(1) or not c.has(2) or c.has(8) or c.has(9):
-        raise c.refuse("packed operands and shared buffers are not supported")
+    if not c.has(1) or not c.has(2):
+        raise c.refuse("packed operands are not supported")
+    if c.has(9):
+        raise c.refuse("a cache indirection is not supported")
     q, k, v = (_headed(c, i, heads) for i in range(3))
+    if c.has(6) and c.has(8):
+        return _in_buffer(c, (q, k, v), (6, 7, 8), (4, 5), bool(c.integer("unidirectional")))
     past = ZERO
     if c.has(6):
         past = c.x(6).dims[2]
@@ -214,14 +222,51 @@ def _multi_head(c: Call) -> list[Value]:
     return [merge_heads(net, out), k, v]
 
 
-def _headed(c: Call, index: int, heads: int) -> Value:
+@lowers("DecoderMaskedMultiHeadAttention", domain=MS)
+def _decoder_masked(c: Call) -> list[Value]:
+    """Operands: q, k, v, mask, attention_bias, past_key, past_value, past_sequence_length, beam_width,
+    cache_indirection, bias; the caches are buffers of fixed length."""
+    if not c.has(1) or not c.has(2):
+        raise c.refuse("packed operands are not supported")
+    if c.has(9):
+        raise c.refuse("a cache indirection is not supported")
+    if not (c.has(5) and c.has(6) and c.has(7) and c.integer("past_present_share_buffer")):
+        raise c.refuse("caches that are no shared buffers are not supported")
+    q, k, v = (_headed(c, i, c.integer("num_heads"), 10) for i in range(3))
+    return _in_buffer(c, (q, k, v), (5, 6, 7), (3, 4), True)
+
+
+def _in_buffer(
+    c: Call, heads: tuple[Value, ...], caches: tuple[int, int, int], masks: tuple[int, int], causal: bool
+) -> list[Value]:
+    """Attention over caches of fixed length. `caches` are the operands of keys, values and the number of
+    valid rows, `masks` those of padding and of bias."""
+    net, (q, new_keys, new_values) = c.net, heads
+    places = shared_places(c, caches[2], c.x(caches[0]), q.dims[2])
+    k = places.appended(net, c.x(caches[0]), new_keys)
+    v = places.appended(net, c.x(caches[1]), new_values)
+    keys = k.dims[2]
+    mask = additive(net, within(net, places, keys, causal), q)
+    if c.has(masks[0]):
+        padding = c.x(masks[0])
+        padding = padding if padding.rank == 1 else stretched(net, padding, keys)
+        hidden = padding_mask(c, padding, keys, c.number("mask_filter_value", -10000.0))
+        mask = b.binary(net, "add", mask, hidden)
+    if c.has(masks[1]):
+        mask = b.binary(net, "add", mask, stretched(net, c.x(masks[1]), keys))
+    scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
+    out = attend(net, q, k, v, mask, scale, 0.0, None)
+    return [merge_heads(net, out), k, v]
+
+
+def _headed(c: Call, index: int, heads: int, bias: int = 3) -> Value:
     x = c.x(index)
     if x.rank == 4:
         return x
-    if c.has(3):
+    if c.has(bias):
         width = x.dims[2]
         start = [ZERO, c.x(0).dims[-1], c.x(0).dims[-1] * 2][index]
-        x = b.binary(c.net, "add", x, b.slice_(c.net, c.x(3), [start], [start + width], [0], [1]))
+        x = b.binary(c.net, "add", x, b.slice_(c.net, c.x(bias), [start], [start + width], [0], [1]))
     return split_heads(c.net, x, heads)
 
 
@@ -244,6 +289,8 @@ def padding_mask(c: Call, mask: Value, keys: Dim, low: float) -> Value:
 def _packed(c: Call) -> list[Value]:
     """Operands: x [B, S, D], weights [D, 3 D], bias, mask, past [2, B, H, P, Dh], attention_bias."""
     net, x, heads = c.net, c.x(0), c.integer("num_heads")
+    if c.integer("past_present_share_buffer"):
+        raise c.refuse("a stacked cache of fixed length is not supported")
     if c.integers("qkv_hidden_sizes") or c.integer("do_rotary") or heads < 1:
         raise c.refuse("unequal widths and built-in rotary embeddings are not supported")
     joint = b.matmul(net, x, c.x(1))

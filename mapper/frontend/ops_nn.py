@@ -200,15 +200,30 @@ def _attention(c: Call) -> list[Value]:
     if c.has(4) and c.has(5):
         offset = c.x(4).dims[2]
         k, v = b.concat(net, [c.x(4), k], 2), b.concat(net, [c.x(5), v], 2)
+    mask, start = c.x(3) if c.has(3) else None, offset if c.integer("is_causal") else None
     if c.has(6):
-        raise c.refuse("per-sequence lengths of padded keys are not supported")
+        mask, start = _within(c, q, k, mask, start is not None), None
     if any(c.node.outputs[3:4]):
         raise c.refuse("the attention matrix is an output")
     width = q.dims[3]
     scale = c.number("scale", 0.0) or 1.0 / math.sqrt(width.value)
-    out = attend(net, q, k, v, c.x(3) if c.has(3) else None, scale, c.number("softcap", 0.0),
-                 offset if c.integer("is_causal") else None)  # fmt: skip
+    out = attend(net, q, k, v, mask, scale, c.number("softcap", 0.0), start)
     return [merge_heads(net, out) if flat else out, k, v]
+
+
+def _within(c: Call, q: Value, k: Value, mask: Value | None, is_causal: bool) -> Value:
+    """The mask over keys of which operand 6 [B] says how many hold tokens; queries are the last of these."""
+    net, queries, keys = c.net, q.dims[2], k.dims[2]
+    length = b.reshape(net, b.cast(net, c.x(6), "i64"), [q.dims[0], ONE, ONE, ONE])
+    row = b.iota(net, Dim.of(0), keys, 1)
+    if is_causal:
+        step = b.reshape(net, b.iota(net, ONE - queries, ONE, 1), [queries, ONE])
+        visible = b.binary(net, "lt", row, b.binary(net, "add", length, step))
+    else:
+        visible = b.binary(net, "lt", row, length)
+    return (
+        visible if mask is None else b.binary(net, "add", additive(net, visible, q), additive(net, mask, q))
+    )
 
 
 def attend(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mapper.frontend.agree import Checker
 from mapper.frontend.cut import View
-from mapper.frontend.find_attention import appends, attentions
+from mapper.frontend.find_attention import attentions
+from mapper.frontend.find_cache import appends
 from mapper.frontend.find_experts import experts
 from mapper.frontend.find_latent import latents
 from mapper.frontend.find_linear import activations, heads, linears

@@ -46,7 +46,7 @@ def rebuild(net: Net, matches: Iterable[Match]) -> Net:
     chosen = {id(out): m for m in matches for out in m.outs}
     if not chosen:
         return net
-    out = Net(inputs=list(net.inputs), equal=list(net.equal))
+    out = Net(list(net.inputs), equal=list(net.equal), caches=net.caches)
     done: dict[int, Value] = {}
     stack = [v for _, v in reversed(net.outputs)]
     while stack:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mapper.frontend.net import Net, Node, Value
+from mapper.frontend.caches import Cache, find_caches, origin
+from mapper.frontend.net import Net, Node, Value, walk
 from mapper.frontend.rewrite import topological
 from mapper.frontend.symbols import lookups, strip_views, token_inputs
 from mapper.ir.dims import Dim
@@ -22,8 +24,18 @@ def find_roles(net: Net) -> dict[str, Any]:
     for value in tokens:
         inputs[value.source] = "token_ids"
     caches = _caches(net, nodes)
-    for value, name, role in caches:
-        inputs[value.source], outputs[name] = f"past.{role}", f"present.{role}"
+    facts = _name_caches(caches, inputs, outputs) | _how_appended(net, caches)
+    crossed = _crossed(net, nodes, tokens)
+    _name_crossed(net, crossed, inputs, outputs)
+    if not caches:
+        outputs.update(_started(net, [n for n in nodes if n not in crossed]))
+    for named in caches:
+        if named.cache.beams is not None:
+            inputs.update({v.source: "beam_index" for v in walk(named.cache.beams, _never) if v.source})
+    inputs.update(net.caches.steering)
+    for _, length, _, _ in net.caches.asked:
+        told = [v for v in walk(length, _never) if v.source and v.rank <= 1]
+        inputs.update({v.source: "total_length" for v in told if inputs[v.source] == "other"})
     total = Dim.symbol("sequence") + (Dim.symbol("past") if caches else 0)
     used = {id(v) for n in nodes for v in n.inputs}
     for value in net.inputs:
@@ -31,41 +43,192 @@ def find_roles(net: Net) -> dict[str, Any]:
             inputs[value.source] = _steering(nodes, value, total, bool(caches))
     vocabulary = {table.dims[0] for table, ids in lookups(nodes) if strip_views(ids) in tokens}
     for name, value in net.outputs:
-        if outputs[name] == "other" and value.rank >= 2 and value.dtype[0] in "fb":
+        if outputs[name] == "other" and value.rank >= 2 and value.dtype[0] in "fb" and value.const is None:
             outputs[name] = "logits" if value.dims[-1] in vocabulary else "hidden"
     roles: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
-    return {**roles, "kv_layout": "BHLD"} if caches else roles
+    return {**roles, **facts}
 
 
-def _caches(net: Net, nodes: Sequence[Node]) -> list[tuple[Value, str, str]]:
-    """(input, output name, "key.<layer>" or "value.<layer>") of every cache, in layer order."""
+def _name_caches(caches: Sequence[Named], inputs: dict[str, str], outputs: dict[str, str]) -> dict[str, Any]:
+    """Sets the roles of the caches' inputs and outputs; their layouts, and a table of where each one is."""
+    if not caches:
+        return {}
+    layouts: dict[str, str] = {}
+    for roles, prefix, place in ((inputs, "past", _input_name), (outputs, "present", _output_name)):
+        held: dict[str, list[Named]] = {}
+        for named in caches:
+            held.setdefault(place(named), []).append(named)
+        for name, group in held.items():
+            roles[name] = f"{prefix}.{stack_name(group)}"
+            if prefix == "past":
+                layouts[name] = layout_of(group)
+    ordered = [layouts[_input_name(n)] for n in sorted(caches, key=lambda n: n.kind)]
+    return {"kv_layout": "/".join(dict.fromkeys(ordered)), **_table(caches, layouts)}
+
+
+def _table(caches: Sequence[Named], layouts: Mapping[str, str]) -> dict[str, Any]:
+    """Where every cache is, for graphs whose caches are not all inputs [B, H, past, D] of their own."""
+    plain = all(n.cache.grows and not n.cache.rolls and not n.cache.slot for n in caches)
+    if plain and set(layouts.values()) == {"BHLD"}:
+        return {}
+    table = {}
+    for named in caches:
+        cache = named.cache
+        dims = cache.source.dims
+        layout = layouts[_input_name(named)]
+        rows = dims[cache.layout.index("L")] if "L" in cache.layout else ""
+        table[f"{named.kind}.{named.layer}"] = {
+            "input": _input_name(named),
+            "output": cache.output,
+            "slot": ",".join(map(str, cache.slot)),
+            "layout": layout,
+            "rows": str(rows),
+            "heads": str(cache.node.outputs[0].dims[1]) if cache.node.outputs[0].rank == 4 else "",
+        }
+    return {"caches": table}
+
+
+def _how_appended(net: Net, caches: Sequence[Named]) -> dict[str, str]:
+    """The convention of the caches (see the frontend's README) and the ONNX operator that adds new rows."""
+    if not caches:
+        return {}
+    operators = {net.caches.spelled.get(n.cache.node.origin, "") for n in caches} - {""}
+    if any(n.cache.slot for n in caches):
+        convention = "stacked"
+    elif all(n.cache.grows for n in caches):
+        convention = "rolling" if any(n.cache.rolls for n in caches) else "concat"
+    elif operators == {"TensorScatter"}:
+        convention = "tensor_scatter"
+    else:
+        plain = operators and operators <= {"ScatterND", "ScatterElements"}
+        convention = "static" if plain else "shared_buffer"
+    return {"kv_convention": convention, "kv_operator": "/".join(sorted(operators))}
+
+
+def _crossed(net: Net, nodes: Sequence[Node], tokens: Sequence[Value]) -> list[Node]:
+    """The attention layers whose keys do not depend on the tokens: cross attention."""
+    known = {id(v) for v in tokens}
+    for node in nodes:
+        if any(id(v) in known for v in node.inputs):
+            known.update(id(o) for o in node.outputs)
+    return [n for n in nodes if n.op == "attention" and tokens and id(_operand(n, "k")) not in known]
+
+
+def _operand(node: Node, slot: str) -> Value:
+    index: int = node.attrs["slots"].index(slot)
+    return node.inputs[index]
+
+
+def _name_crossed(net: Net, layers: Sequence[Node], inputs: dict[str, str], outputs: dict[str, str]) -> None:
+    """Sets the roles of keys and values of cross attention that are given, or made to be given next time."""
+    names: dict[int, list[str]] = {}
+    for name, value in net.outputs:
+        names.setdefault(id(value), []).append(name)
+    for i, node in enumerate(layers):
+        if "mask" in node.attrs["slots"]:
+            inputs.update({n: "encoder_mask" for n in _sources(_operand(node, "mask"), inputs, 2)})
+        for kind in ("key", "value"):
+            value = _operand(node, kind[0])
+            found = origin(value, ("B", "H", "L", "D"))
+            if found is not None and inputs[found.source.source] == "other":
+                inputs[found.source.source] = f"past.cross_{kind}.{i}"
+            else:
+                inputs.update({n: "encoder_states" for n in _sources(value, inputs, 3)})
+            made = names.get(id(value), []) + (names.get(id(found.source), []) if found else [])
+            outputs.update((name, f"present.cross_{kind}.{i}") for name in made)
+
+
+def _sources(value: Value, inputs: Mapping[str, str], rank: int) -> list[str]:
+    """The inputs of a rank, without a role yet, that a value is computed from."""
+    found = [v for v in walk(value, lambda v: v.node is None) if v.source and v.rank == rank]
+    return [v.source for v in found if inputs[v.source] == "other"]
+
+
+def _started(net: Net, nodes: Sequence[Node]) -> dict[str, str]:
+    """Output name -> role of the keys and values of attention layers that begin a cache."""
     names = {id(v): name for name, v in net.outputs}
+    attention = [n for n in nodes if n.op == "attention"]
+    found: dict[str, str] = {}
+    for kind in ("key", "value"):
+        made = [names.get(id(_operand(n, kind[0]))) for n in attention]
+        found.update((n, f"present.{kind}.{i}") for i, n in enumerate(n for n in made if n is not None))
+    return found
+
+
+def _never(value: Value) -> bool:
+    return value.dtype[0] == "f"
+
+
+def _input_name(named: Named) -> str:
+    return named.cache.source.source
+
+
+def _output_name(named: Named) -> str:
+    return named.cache.output
+
+
+@dataclass(frozen=True)
+class Named:
+    """A cache with what it is: "key" or "value", and its layer."""
+
+    cache: Cache
+    kind: str
+    layer: int
+
+
+def _caches(net: Net, nodes: Sequence[Node]) -> list[Named]:
+    """Every cache with its name, in the order of the appends."""
     users: dict[int, list[Node]] = {}
     for node in nodes:
         for value in node.inputs:
             users.setdefault(id(value), []).append(node)
-    found: list[tuple[Value, str, str]] = []
-    for node in nodes:
-        joins = node.op == "kv_append" or (node.op == "concat" and node.attrs["axis"] == 2)
-        out = node.outputs[0]
-        if joins and len(node.inputs) == 2 and node.inputs[0].source and id(out) in names and out.rank == 4:
-            found.append((node.inputs[0], names[id(out)], "value" if _is_value(users, out) else "key"))
-    return _numbered(net, found)
+    found = find_caches(net, nodes)
+    if any("slots" in n.attrs for n in nodes):  # what recognition did not confirm may write anything anywhere
+        found = [c for c in found if not c.node.op.startswith("scatter")]
+    kinds = ["value" if _is_value(users, c.node.outputs[0]) else "key" for c in found]
+    return _numbered(net, list(zip(found, kinds, strict=True)))
 
 
-def _numbered(net: Net, found: list[tuple[Value, str, str]]) -> list[tuple[Value, str, str]]:
+def _numbered(net: Net, found: list[tuple[Cache, str]]) -> list[Named]:
     """The caches with their layer. Latent caches, which feed keys and values alike, come in pairs per layer:
     the first input of a pair counts as the key."""
-    if len(found) % 2 == 0 and not any(kind == "value" for _, _, kind in found):
+    if len(found) % 2 == 0 and not any(kind == "value" for _, kind in found):
         order = {id(v): i for i, v in enumerate(net.inputs)}
-        pairs = [sorted(found[i : i + 2], key=lambda c: order[id(c[0])]) for i in range(0, len(found), 2)]
-        found = [(v, n, ("key", "value")[i]) for pair in pairs for i, (v, n, _) in enumerate(pair)]
+        caches = [c for c, _ in found]
+        pairs = [
+            sorted(caches[i : i + 2], key=lambda c: (order[id(c.source)], c.slot))
+            for i in range(0, len(caches), 2)
+        ]
+        found = [(c, ("key", "value")[i]) for pair in pairs for i, c in enumerate(pair)]
     counts = {"key": 0, "value": 0}
     out = []
-    for value, name, kind in found:
-        out.append((value, name, f"{kind}.{counts[kind]}"))
+    for cache, kind in found:
+        out.append(Named(cache, kind, counts[kind]))
         counts[kind] += 1
     return out
+
+
+def stack_name(held: Sequence[Named]) -> str:
+    """The role of an input that holds some caches: "key.3", "kv.3" for both of a layer, "key" or "kv" for
+    those of several layers."""
+    kinds, layers = {n.kind for n in held}, {n.layer for n in held}
+    kind = kinds.pop() if len(kinds) == 1 else "kv"
+    return f"{kind}.{layers.pop()}" if len(layers) == 1 else kind
+
+
+def layout_of(held: Sequence[Named]) -> str:
+    """The layout of an input that holds some caches, its stacking axes named N (layers) and 2 (key and
+    value)."""
+    letters, at = [], 0
+    for letter in held[0].cache.layout:
+        if letter == "#":
+            index = at
+            splits = {n.kind: n.cache.slot[index] for n in held}
+            same = all(splits[n.kind] == n.cache.slot[index] for n in held)
+            letter = "2" if same and len(set(splits.values())) == 2 else "N"
+            at += 1
+        letters.append(letter)
+    return "".join(letters)
 
 
 def _is_value(users: dict[int, list[Node]], cache: Value) -> bool:

@@ -1,21 +1,25 @@
 """One name for every size: symbols that the graph or its inputs' roles force to be equal become one.
 
 Exporters give each input its own symbols (`s26`, `s53`); after this pass a decoder speaks of
-`batch`, `sequence` and `past` alone. Symbols of the file are tagged while equations are
+`batch`, `sequence` and `past` alone (and `capacity`, the
+rows of a cache of fixed length). Symbols of the file are tagged while equations are
 solved, so that a file which itself uses the name `past` for something else cannot confuse them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mapper.errors import ModelError
+from mapper.frontend.build import is_float
+from mapper.frontend.caches import Cache, find_caches
 from mapper.frontend.net import Net, Node, Value, tame
 from mapper.ir.dims import Dim
 
 TAG = "~"
 FLAT = 64  # eliminations after which values are brought up to date
-KNOWN = ("batch", "sequence", "past")
+KNOWN = ("batch", "sequence", "past", "capacity")
 
 
 def tags(dims: Iterable[Dim]) -> dict[str, Dim]:
@@ -28,6 +32,8 @@ def solve(pairs: Iterable[tuple[Dim, Dim]]) -> dict[str, Dim]:
     found: dict[str, Dim] = {}  # values may hold symbols that were eliminated later
     for left, right in dict.fromkeys(pairs):
         difference = _resolved(left - right, found)
+        common = math.gcd(*(c for _, c in difference.terms))
+        difference = difference // common if common > 1 else difference
         chosen = _eliminable(difference) if difference.terms else None
         if chosen is None:
             continue
@@ -72,39 +78,50 @@ def _eliminable(difference: Dim) -> tuple[str, Dim] | None:
 
 def equations(net: Net) -> list[tuple[Dim, Dim]]:
     """What the graph's structure says of the inputs' dimensions: tokens, caches, positions and masks."""
-    batch, sequence, past = (Dim.symbol(k) for k in KNOWN)
+    batch, sequence, past = (Dim.symbol(k) for k in KNOWN[:3])
     live = net.live(v for _, v in net.outputs)
     used = {id(v) for n in live for v in n.inputs}
-    caches = cache_inputs(net, live)
+    caches = find_caches(net, live)
     tokens = token_inputs(net, live)
     if len(tokens) != 1 or tokens[0].rank != 2:
         return list(net.equal)
     out = [(tokens[0].dims[0], batch), (tokens[0].dims[1], sequence)]
-    for cache in caches:
-        out += [(cache.dims[0], batch), (cache.dims[2], past)]
-    total = past + sequence if caches else sequence
+    out += [pair for cache in caches for pair in cache_sizes(cache)]
+    grows = any(c.grows and not c.rolls for c in caches)
+    total = past + sequence if grows else None if caches else sequence
+    sources = {id(c.source) for c in caches}
+    known = solve(net.equal)
+    others = [v for v in net.inputs if v.rank > 2 and is_float(v) and id(v) not in sources]
+    foreign = {d.substitute(known) for v in others for d in v.dims if not d.is_const}
     for value in net.inputs:
-        if value in caches or value in tokens or value.rank != 2 or id(value) not in used:
+        if id(value) in sources or value in tokens or value.rank != 2 or id(value) not in used:
             continue
+        if value.dims[1].substitute(known) in foreign:
+            continue  # as long as an encoder's states, or as the keys made of them
         if value.dims == tokens[0].dims:
             continue
         if _reaches(live, value, ("cos", "sin", "gather")):
             out += [(value.dims[0], batch), (value.dims[1], sequence)]
         elif value.dtype[0] != "f":
-            out += [(value.dims[0], batch), (value.dims[1], total)]
+            out += [(value.dims[0], batch)]
+            out += [] if total is None else [(value.dims[1], total)]
     return out + list(net.equal)
 
 
-def cache_inputs(net: Net, live: Sequence[Node]) -> list[Value]:
-    """Rank-4 float inputs that are extended along axis 2 to make an output."""
-    given = {id(v) for _, v in net.outputs}
-    found = []
-    for node in live:
-        if node.op == "concat" and node.attrs["axis"] == 2 and id(node.outputs[0]) in given:
-            first = node.inputs[0]
-            if first.source and first.rank == 4 and len(node.inputs) == 2:
-                found.append(first)
-    return found
+def cache_sizes(cache: Cache) -> list[tuple[Dim, Dim]]:
+    """What a cache says of its input's dimensions: its batch, and past (where it grows) or capacity."""
+    batch, dims = Dim.symbol("batch"), cache.source.dims
+    out = []
+    for letter, dim in zip(cache.layout, dims, strict=True):
+        if letter == "B":
+            out.append((dim, batch))
+        elif letter == "(BH)" and cache.node.outputs[0].rank == 4:
+            out.append((dim, batch * cache.node.outputs[0].dims[1]))
+        elif letter == "L" and cache.grows and not cache.rolls:
+            out.append((dim, Dim.symbol("past")))
+        elif letter == "L" and not dim.is_const:
+            out.append((dim, Dim.symbol("capacity")))
+    return out
 
 
 def token_inputs(net: Net, live: Sequence[Node]) -> list[Value]:

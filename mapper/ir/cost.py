@@ -57,8 +57,8 @@ Lookup = Callable[[str], Kind]
 
 _VIEWS = ("reshape", "squeeze", "unsqueeze", "shape_of", "constant", "load", "repeat")
 _COPIES = ("transpose", "expand", "concat", "split", "slice", "gather", "gather_elements", "gather_nd", "pad",
-           "tile", "fill", "cast", "trilu", "one_hot", "kv_append", "cache_append", "embed", "embed_at",
-           "scatter_nd", "scatter_elements", "range", "nonzero")  # fmt: skip
+           "tile", "fill", "cast", "trilu", "one_hot", "kv_append", "kv_update", "cache_append", "embed",
+           "embed_at", "scatter_nd", "scatter_elements", "range", "nonzero")  # fmt: skip
 _ACTIVATION = {"relu": 1, "identity": 0, "sigmoid": 4, "tanh": 1, "relu_squared": 2}
 _MLPS = {"mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"), "packed_mlp": ("gate_up", "down")}
 _PER_ELEMENT = {"softmax": 5, "topk": 1, "argmax": 1, "sample": 1, "cumsum": 1, "reduce": 1, "rsqrt": 2}

@@ -22,7 +22,8 @@ from mapper.ir.params import parameters
 from mapper.ir.sections import Section, sections_of
 from mapper.ir.strings import check_strings
 from mapper.ir.structure import GraphOp, OutputOp, RepeatOp, WeightOp
-from mapper.ir.types import TensorType
+from mapper.ir.switch import Switch
+from mapper.ir.types import Array, TensorType
 from mapper.ir.weights import WeightSymbol
 
 _MODEL = "dataflow.model"
@@ -31,14 +32,27 @@ _MODEL = "dataflow.model"
 @dataclass(frozen=True, eq=False)
 class Graph:
     """One model. `path` is the model file it came from and `folder` where its weight files are (None:
-    built in code).
+    built in code). Where the file holds two graphs, this is the one that decodes, and `switch` leads to both.
 
-    Passes never change a Graph; they return a new one.
+    Passes never change a Graph; they return a new one, of this graph alone.
     """
 
     module: ModuleOp
     path: Path | None = None
     folder: Path | None = None
+    switch: Switch | None = None
+
+    # the other graph of the file ---------------------------------------------------------------------------
+
+    def chosen(self, inputs: Mapping[str, Array]) -> Graph:
+        """The graph that the file means for these inputs: this one unless a switch says otherwise."""
+        return self if self.switch is None else self.switch.graph(self.switch.choose(inputs))
+
+    def phase(self, name: str) -> Graph:
+        """The file's graph for "prefill" or "decode": this one where both share it."""
+        if self.switch is None or name not in self.switch.phases:
+            return self
+        return self.switch.graph(name)
 
     # the module's parts ------------------------------------------------------------------------------------
 
@@ -156,12 +170,14 @@ class Graph:
 
         Rotary frequencies and derived tables are no parameters, nor are weights that nothing uses."""
         seen: dict[Any, int] = {}
-        parts = {p.name for w in self.weights.values() if w.packing for p in w.packing.parts.values()}
-        for name in parameters(self) - parts:
-            weight = self.weights[name]
-            stored = weight if weight.packing is None else weight.packing.values
-            key = (stored.file, stored.offset, stored.bytes) if stored.file is not None else name
-            seen[key] = weight.elements  # of a packed weight those it stands for
+        for graph in (self, *map(self.phase, self.switch.phases if self.switch else ())):
+            symbols = graph.weights
+            parts = {p.name for w in symbols.values() if w.packing for p in w.packing.parts.values()}
+            for name in parameters(graph) - parts:
+                weight = symbols[name]
+                stored = weight if weight.packing is None else weight.packing.values
+                key = (stored.file, stored.offset, stored.bytes) if stored.file is not None else name
+                seen[key] = weight.elements  # of a packed weight those it stands for
         return sum(seen.values())
 
     @cached_property

@@ -14,6 +14,7 @@ from mapper.ir.transformer import (
     EmbedOp,
     GatedMlpOp,
     KvAppendOp,
+    KvUpdateOp,
     LatentAttentionOp,
     LinearOp,
     LmHeadOp,
@@ -123,6 +124,17 @@ def _kv_append(call: Call) -> Types:
     return [
         TensorType.of([new.shape[0], past.shape[1], past.shape[2] + new.shape[2], past.shape[3]], past.dtype)
     ]
+
+
+@rule(KvUpdateOp)
+def _kv_update(call: Call) -> Types:
+    past, new, rows = call.type("past"), call.type("new"), call.type("rows")
+    call.need(past.rank == new.rank == 4 and past.dtype == new.dtype, f"past {past}, new {new}")
+    call.need(rows.rank in (1, 2), f"rows {rows}")
+    for axis in (0, 1, 3):
+        same(call, past.shape[axis], new.shape[axis], f"past {past}, new {new}")
+    same(call, rows.shape[-1], new.shape[2], "as many rows as new tokens are needed")
+    return [past]
 
 
 @rule(CacheAppendOp)

@@ -97,6 +97,7 @@ def evaluate(
 
     Raises ModelError where an input is missing or has the wrong shape, WeightsMissingError where weights
     are needed and absent."""
+    graph = graph.chosen(inputs)
     names = list(graph.output_values) if outputs is None else list(outputs)
     wanted = [graph.output_values[n] for n in names]
     return dict(zip(names, evaluate_values(graph, inputs, wanted, precision), strict=True))

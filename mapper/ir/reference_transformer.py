@@ -129,6 +129,16 @@ def _kv_append(s: Step) -> Array:
     return np.concatenate([s.arg("past"), s.arg("new")], axis=2)
 
 
+@meaning("kv_update")
+def _kv_update(s: Step) -> Array:
+    result, new = s.arg("past").copy(), s.arg("new")
+    rows = np.broadcast_to(s.arg("rows"), (result.shape[0], new.shape[2]))
+    for b, places in enumerate(rows):
+        for token, place in enumerate(places):
+            result[b, :, place] = new[b, :, token]
+    return np.asarray(result)
+
+
 @meaning("cache_append")
 def _cache_append(s: Step) -> Array:
     cache, new, first = s.arg("cache").copy(), s.arg("new"), int(s.arg("past_length"))

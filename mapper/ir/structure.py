@@ -37,7 +37,7 @@ class NamesKind(Kind):
 
 
 class RolesKind(Kind):
-    """`{inputs = {name = "role"}, outputs = {...}, kv_layout = "BHLD"}`, a dict of str or of dict of str."""
+    """`{inputs = {name = "role"}, outputs = {...}, kv_layout = "BHLD"}`, str or dicts of such."""
 
     def encode(self, value: Any) -> Attribute:
         if isinstance(value, str):

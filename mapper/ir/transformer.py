@@ -173,6 +173,19 @@ class KvAppendOp(DataflowOp):
 
 
 @irdl_op_definition
+class KvUpdateOp(DataflowOp):
+    """past [B, Hkv, M, Dh] with row rows[b, s] of every head replaced by new [B, Hkv, S, Dh]'s row s.
+
+    `rows`: i64, [S] or [B|1, S]; negative ones count from the end."""
+
+    name = "dataflow.kv_update"
+    past = operand_def(TensorType)
+    new = operand_def(TensorType)
+    rows = operand_def(TensorType)
+    y = result_def(TensorType)
+
+
+@irdl_op_definition
 class ActivationOp(DataflowOp):
     """A recognised activation function: gelu is exact (erf), gelu_tanh the tanh form, gelu_quick x
     sigmoid(1.702 x)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -17,6 +17,7 @@ MOST_RUNS = 64
 MOST_STEPS = 2_000_000  # comparisons while the best repetition is searched
 PRIVATE = ("load", "constant")
 """Ops that are copied into the layer that reads them."""
+_VIEWS = frozenset({"transpose", "reshape", "squeeze", "unsqueeze", "cast", "concat", "select"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,23 @@ def hidden_path(graph: Graph) -> list[DataflowOp]:
         if not shape_only and any(v in found for v in op.operands):
             found.update(op.results)
             path.append(op)
-    return path
+    tail = tail_ops(graph)
+    return [op for op in path if op not in tail]
+
+
+def tail_ops(graph: Graph) -> set[DataflowOp]:
+    """The ops that only give outputs their form: views and stacks of caches. They belong to no layer."""
+    found: set[DataflowOp] = set()
+    for op in reversed(graph.top()):
+        uses = (use.operation for result in op.results for use in result.uses)
+        if op.mnemonic in _VIEWS and all(isinstance(u, OutputOp) or u in found for u in uses):
+            found.add(op)
+    return found
+
+
+def output_values(graph: Graph) -> set[SSAValue]:
+    """The values that are outputs of the graph, or only need their form to become some."""
+    return {*graph.output_values.values(), *(v for op in tail_ops(graph) for v in op.operands)}
 
 
 def segments(path: Sequence[DataflowOp]) -> list[Segment]:
@@ -132,7 +149,7 @@ class Shape:
     ops: list[DataflowOp] = field(default_factory=list)
 
 
-def structure(segment: Segment, weights: Mapping[str, Any]) -> Shape:
+def structure(segment: Segment, weights: Mapping[str, Any], outputs: Set[SSAValue]) -> Shape:
     """The structure of a segment; its private loads and constants are taken in. `weights`: what of each
     weight has to be equal."""
     shape = Shape(None)
@@ -147,17 +164,12 @@ def structure(segment: Segment, weights: Mapping[str, Any]) -> Shape:
         keys.append(tuple(r.type for r in op.results))
         for result in op.results:
             local[result] = len(local)
-            if result is not segment.exit and is_output(result):
+            if result is not segment.exit and result in outputs:
                 shape.exported.append(result)
         shape.ops.append(op)
     exports = tuple(local[v] for v in shape.exported)
     shape.key = (tuple(keys), tuple(v.type for v in shape.outer), exports, local[segment.exit])
     return shape
-
-
-def is_output(value: SSAValue) -> bool:
-    """Whether the value is an output of the graph."""
-    return any(isinstance(u.operation, OutputOp) for u in value.uses)
 
 
 def _with_private(segment: Segment) -> list[DataflowOp]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,11 +11,12 @@ import numpy as np
 from xdsl.ir import SSAValue
 
 from mapper.errors import ModelError, UnsupportedModelError
+from mapper.ir.dims import ONE, Dim
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.reference import evaluate_values
 from mapper.ir.reference_transformer import position_mask
-from mapper.ir.types import Array
+from mapper.ir.types import Array, TensorType
 
 _MASKED = -1e4
 """An additive mask at or below this excludes a position."""
@@ -28,25 +30,48 @@ class Probe:
     _tables: dict[tuple[SSAValue, SSAValue, int], Array] = field(default_factory=dict)
     _checked: set[tuple[SSAValue | None, object]] = field(default_factory=set)
 
+    @cached_property
+    def cached(self) -> bool:
+        """Whether the graph has cache inputs; one without starts at position 0."""
+        return bool(self.graph.inputs_with_role("past"))
+
     def inputs(self, past: int, tokens: int) -> dict[str, Array]:
-        """Inputs of batch 1: `tokens` new tokens after `past` old ones, nothing padded, caches zero."""
+        """Inputs of batch 1: `tokens` new tokens after `past` old ones, nothing padded, caches zero. Raises
+        ModelError where a cache of fixed length is too short."""
         made: dict[str, Array] = {}
         for name, kind in self.graph.inputs:
             role = self.graph.roles["inputs"].get(name, "other")
-            if role == "token_ids":
-                made[name] = np.zeros((1, tokens), kind.numpy)
-            elif role == "attention_mask" and kind.rank == 2:
-                made[name] = np.ones((1, past + tokens), kind.numpy)
-            elif role == "position_ids" and kind.rank == 2:
-                made[name] = np.arange(past, past + tokens, dtype=kind.numpy)[None]
-            elif role == "cache_position" and kind.rank == 1:
-                made[name] = np.arange(past, past + tokens, dtype=kind.numpy)
-            elif role.startswith("past.") and kind.rank == 4:
-                made[name] = np.zeros((1, kind.shape[1].value, past, kind.shape[3].value), kind.numpy)
+            array = _steering(role, kind, past, tokens)
+            if array is None and role.startswith("past.") and kind.rank >= 3:
+                array = np.zeros(self._cache_shape(name, kind, past, tokens))
+            if array is not None:
+                made[name] = array.astype(kind.numpy)
         return made
+
+    def _cache_shape(self, name: str, kind: TensorType, past: int, tokens: int) -> list[int]:
+        """A cache's shape: its symbols by name, else by where they stand in [B, Hkv, P, Dh]."""
+        symbols = {"batch": 1, "sequence": tokens, "past": past, "capacity": past + tokens}
+        sizes = []
+        for i, dim in enumerate(kind.shape):
+            known = dim.symbols <= set(symbols)
+            sizes.append(dim.evaluate(symbols) if known else (1, 0, past, 0)[i] if i < 4 else past)
+        if any(
+            str(d) not in symbols and d.is_const and d.value < past + tokens for d in self._rows(name, kind)
+        ):
+            raise ModelError(
+                f"input {name!r}: a cache of fixed length is too short for {past + tokens} tokens"
+            )
+        return sizes
+
+    def _rows(self, name: str, kind: TensorType) -> list[Dim]:
+        """The token axis of a cache of fixed length, none of one that grows."""
+        layouts = [t["layout"] for t in self.graph.roles.get("caches", {}).values() if t["input"] == name]
+        axes = re.findall(r"\(.*?\)|.", layouts[0]) if layouts else []
+        return [kind.shape[axes.index("L")]] if "L" in axes else []
 
     def values(self, op: DataflowOp, values: Sequence[SSAValue], past: int, tokens: int) -> list[Array]:
         """Values of the graph at those positions. Raises UnsupportedModelError naming `op`, their reader."""
+        past = past if self.cached else 0
         try:
             return evaluate_values(self.graph, self.inputs(past, tokens), values)
         except ModelError as error:
@@ -68,9 +93,10 @@ class Probe:
 
     def position_offset(self, op: DataflowOp) -> int:
         """The table row of position 0. Raises where the rows are not position + offset."""
-        (ids,) = self.values(op, [op.operands[0]], 3, 4)
-        offset = int(ids.flat[0]) - 3
-        if ids.shape[-1] != 4 or not (ids.reshape(-1, 4) == np.arange(4) + 3 + offset).all():
+        past = 3 if self.cached else 0
+        (ids,) = self.values(op, [op.operands[0]], past, 4)
+        offset = int(ids.flat[0]) - past
+        if ids.shape[-1] != 4 or not (ids.reshape(-1, 4) == np.arange(4) + past + offset).all():
             raise UnsupportedModelError(f"{place(op)}: its rows are not positions plus a constant")
         return offset
 
@@ -81,7 +107,7 @@ class Probe:
         key = (cos, sin, context)
         if key not in self._tables:
             table = self._angles(op, 0, context)
-            past = context // 2
+            past = context // 2 if self.cached else 0
             later = self._angles(op, past, min(context - past, 4))
             if not np.allclose(later, table[:, past : past + later.shape[1]], rtol=1e-5, atol=1e-6):
                 raise UnsupportedModelError(
@@ -115,13 +141,43 @@ class Probe:
         if mask is None or key in self._checked:
             return
         past, tokens = (window if 0 < window <= 4096 else 0) + 3, 4
+        past, tokens = (past, tokens) if self.cached else (0, past + tokens)
         (found,) = self.values(op, [mask], past, tokens)
-        allowed, bias = position_mask(np.arange(past, past + tokens), past + tokens, True, window, slopes)
+        total = max(past + tokens, found.shape[-1])
+        allowed, bias = position_mask(np.arange(past, past + tokens), total, True, window, slopes)
         if not _same_mask(found, allowed, bias):
             raise UnsupportedModelError(
                 f"{place(op)}: its mask is not causal with window {window} as recognised"
             )
         self._checked.add(key)
+
+    def check_rows(self, op: DataflowOp) -> None:
+        """Raises UnsupportedModelError where a cache update does not write the rows after the past."""
+        rows = op.operands[2]
+        if (rows, None) in self._checked:
+            return
+        for past, tokens in ((3, 4), (5, 1)):
+            (found,) = self.values(op, [rows], past, tokens)
+            if not (found.reshape(-1, tokens) == np.arange(past, past + tokens)).all():
+                raise UnsupportedModelError(f"{place(op)}: its rows are not those after the past")
+        self._checked.add((rows, None))
+
+
+def _steering(role: str, kind: TensorType, past: int, tokens: int) -> Array | None:
+    """An input that is neither tokens nor cache, by its role; None where that does not say what it holds."""
+    lengths = {"write_index": past, "last_index": past + tokens - 1, "total_length": past + tokens}
+    if role == "token_ids":
+        return np.zeros((1, tokens))
+    if role == "attention_mask" and kind.rank == 2:
+        room = kind.shape[1].value if kind.shape[1].is_const else past + tokens
+        return (np.arange(room) < past + tokens)[None]
+    if role == "position_ids" and kind.rank == 2:
+        return np.arange(past, past + tokens)[None]
+    if role == "cache_position" and kind.rank == 1:
+        return np.arange(past, past + tokens)
+    if role in lengths and kind.rank <= 1:
+        return np.full([1] * kind.rank, lengths[role])
+    return None
 
 
 def _same_mask(found: Array, allowed: Array, bias: Array | None) -> bool:
@@ -146,22 +202,29 @@ def place(op: DataflowOp) -> str:
     return f"{op.name} ({op.node or 'unnamed node'})"
 
 
+LENGTHS = ("write_index", "last_index", "total_length")
+"""Roles of inputs that say how many rows of a cache hold tokens: before the step, the last one, after it."""
+
+
 def step_shapes(graph: Graph, batch: int, tokens: int) -> Mapping[str, int]:
     """Values of the symbols for the batch and the number of new tokens; the past stays symbolic."""
     bound: dict[str, int] = {}
+    placed = {t["input"] for t in graph.roles.get("caches", {}).values()}
     for name, kind in graph.inputs:
         role = graph.roles["inputs"].get(name, "other")
         sizes: list[int | None] = []
         if role in ("token_ids", "position_ids"):
             sizes = [batch, tokens]
-        elif role == "attention_mask" or role.startswith("past."):
+        elif role in ("attention_mask", *LENGTHS):
             sizes = [batch]
+        elif role.startswith("past."):
+            sizes = [batch] if name not in placed else []
         elif role == "cache_position":
             sizes = [tokens]
         for dim, size in zip(kind.shape, sizes, strict=False):
             if size is None:
                 continue
-            if dim.is_const and dim.value != size:
+            if dim.is_const and dim.value != size and not (role in LENGTHS and dim == ONE):
                 raise UnsupportedModelError(
                     f"input {name!r} has a fixed dimension {dim}, and {size} is asked for"
                 )

@@ -18,10 +18,11 @@ from mapper.passes.layers import (
     best_runs,
     has_repeat,
     hidden_path,
-    is_output,
+    output_values,
     segments,
     slot_name,
     structure,
+    tail_ops,
 )
 from mapper.passes.rewrite import Values, add_repeat, body_scope, builder_like
 
@@ -48,7 +49,8 @@ class Repeat:
 
     def _runs(self, graph: Graph, cut: Sequence[Segment]) -> list[Run]:
         weights = {n: w.key for n, w in graph.weights.items()}
-        keys = [structure(s, weights).key for s in cut]
+        outputs = output_values(graph)
+        keys = [structure(s, weights, outputs).key for s in cut]
         numbers: dict[object, int] = {}
         hashes = [numbers.setdefault(k, len(numbers)) for k in keys]
         sizes = [len(s.ops) for s in cut]
@@ -62,7 +64,8 @@ class _Grouping:
     runs: Sequence[Run]
 
     def run(self) -> Graph:
-        """The graph with each run as a repeat: first what the hidden path does not touch, then the path."""
+        """The graph with each run as a repeat: first what the hidden path does not touch, then the path, then
+        what only gives outputs their form."""
         graph = self.graph
         new: GraphBuilder = builder_like(graph)
         values: Values = {}
@@ -72,7 +75,9 @@ class _Grouping:
         path = hidden_path(graph)
         on_path = set(path)
         grouped = {op: run for run in self.runs for s in self.cut[run.start : run.stop] for op in s.ops}
-        for op in [o for o in graph.top() if o not in on_path]:
+        rest = [op for op in graph.top() if op not in on_path]
+        tail = tail_ops(graph)
+        for op in [op for op in rest if op not in tail]:
             values.update(zip(op.results, new.copy(op, values).results, strict=True))
         done: set[Run] = set()
         for op in path:
@@ -81,6 +86,8 @@ class _Grouping:
             elif grouped[op] not in done:
                 done.add(grouped[op])
                 self._place(new, grouped[op], values)
+        for op in [op for op in rest if op in tail]:
+            values.update(zip(op.results, new.copy(op, values).results, strict=True))
         outputs = {name: values[v] for name, v in graph.output_values.items()}
         facts = {k: v for k, v in graph.roles.items() if k not in ("inputs", "outputs")}
         return new.finish(outputs, graph.roles["outputs"], verify=False, **facts)
@@ -97,7 +104,8 @@ class _Grouping:
     def _place(self, new: GraphBuilder, run: Run, values: Values) -> None:
         weights = {n: w.key for n, w in self.graph.weights.items()}
         bodies = self._bodies(run)
-        shapes = [structure(body, weights) for body in bodies]
+        outputs = output_values(self.graph)
+        shapes = [structure(body, weights, outputs) for body in bodies]
         if len({s.key for s in shapes}) != 1:  # layers equal one by one, but not in what they share
             for body in bodies:
                 for op in body.ops:
@@ -114,7 +122,7 @@ class _Grouping:
         scope = body_scope(new.scope, dict(new.scope.weights), block.args[1:], sources)
         builder = BlockBuilder(block, scope)
         table, yielded = self._body(builder, bodies[0], shapes, local)
-        watched = any(is_output(body.exit) for body in bodies[:-1])
+        watched = any(body.exit in outputs for body in bodies[:-1])
         yielded += yielded[:1] if watched else []
         results = add_repeat(
             new,

@@ -18,6 +18,7 @@ from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.types import Array, TensorType
 from mapper.ir.weights import WeightSymbol
+from mapper.passes.cache_source import APPENDS, cache_names, source
 from mapper.passes.cse import Cse
 from mapper.passes.dce import Dce
 from mapper.passes.layers import has_repeat
@@ -29,8 +30,9 @@ from mapper.passes.specialise import specialise_values
 from mapper.passes.unflatten import Unflatten
 from mapper.passes.unroll import Unroll
 
-_KEPT = {"rope": ("x",), "attention": ("q", "k", "v", "sinks"), "kv_append": ("new",)}
+_KEPT = {"rope": ("x",), "attention": ("q", "k", "v", "sinks"), "kv_append": ("new",), "kv_update": ("new",)}
 """Operands that the serving form of an op still reads."""
+_HALVES = ("f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def serve(graph: Graph, phase: str = "decode", batch: int = 1, prompt: int = 16,
     tokens = prompt if phase == "prefill" else 1
     if min(batch, prompt, context) < 1 or tokens > context:
         raise UsageError(f"batch {batch}, prompt {prompt}, context {context}: each >= 1, prompt <= context")
+    graph = graph.phase(phase)
     short = shorten(graph)
     if short is not None:
         extended = extend(_serve(short, batch, tokens, context), graph)
@@ -101,6 +104,7 @@ class _Server:
     states: dict[str, SSAValue] = field(default_factory=dict)
     tables: dict[str, Array] = field(default_factory=dict)
     caches: dict[SSAValue, tuple[str, SSAValue]] = field(default_factory=dict)
+    """What is appended, or begins a cache -> the cache's name and value."""
 
     def run(self) -> Graph:
         """The serving form, unrolled, with dead weights."""
@@ -136,21 +140,38 @@ class _Server:
 
     def _cache_inputs(self) -> None:
         """Declares the caches, in layer order, in place of the past key/value inputs."""
-        roles = self.static.roles["inputs"]
-        past = [(n, roles[n].removeprefix("past.")) for n in roles if roles[n].startswith("past.")]
-        if not past:
+        found = self._appended() if self.probe.cached else self._begun()
+        if not found and not self.probe.cached:
             raise UnsupportedModelError("the graph has no key/value cache inputs; export it with a KV cache")
-        for name, what in sorted(past, key=lambda p: (int(p[1].split(".")[1]), p[1])):
-            old = self.static.input_values[name]
-            kind = tensor_type(old)
-            if kind.rank != 4:
-                raise UnsupportedModelError(
-                    f"input {name!r}: a cache of rank {kind.rank}, not [B, Hkv, P, Dh]"
-                )
+        for what, made in sorted(found, key=lambda p: (int(p[0].split(".")[1]), p[0])):
+            kind = tensor_type(made)
             rows = (kind.shape[0], kind.shape[1], Dim.of(self.context), kind.shape[3])
-            cache = f"cache.{what}"
-            value = self.new.input(cache, TensorType.of(rows, kind.dtype), f"state.{what}")
-            self.caches[old] = (cache, value)
+            dtype = "f32" if kind.dtype in _HALVES else kind.dtype
+            value = self.new.input(f"cache.{what}", TensorType.of(rows, dtype), f"state.{what}")
+            self.caches[made] = (f"cache.{what}", value)
+
+    def _appended(self) -> list[tuple[str, SSAValue]]:
+        """(name, result) of every append to a cache."""
+        names = cache_names(self.static.roles)
+        inputs = {v: n for n, v in self.static.input_values.items()}
+        found: list[tuple[str, SSAValue]] = []
+        for op in self.static.top():
+            place_ = source(op.operands[0], inputs) if op.mnemonic in APPENDS else None
+            if place_ in names:
+                self._fits(op)
+                found.append((names[place_], op.results[0]))
+        return found
+
+    def _begun(self) -> list[tuple[str, SSAValue]]:
+        """(name, value) of the keys and values with which a graph without caches begins some."""
+        roles = self.static.roles["outputs"]
+        made = [(n, roles[n].removeprefix("present.")) for n in roles if roles[n].startswith("present.")]
+        return [(what, self.static.output_values[n]) for n, what in made if not what.startswith("cross_")]
+
+    def _fits(self, op: DataflowOp) -> None:
+        rows = tensor_type(op.operands[0]).shape[2]
+        if op.mnemonic == "kv_update" and rows.is_const and rows.value < self.context:
+            raise UsageError(f"context {self.context}: the model's caches have {rows} rows ({place(op)})")
 
     def _origin(self, op: DataflowOp) -> DataflowOp:
         """The op of the dynamic graph that a static one was specialised from."""
@@ -189,6 +210,7 @@ class _Server:
 
     def _place(self, op: DataflowOp) -> None:
         special = {"rope": self._rope, "attention": self._attention, "kv_append": self._append}
+        special["kv_update"] = self._append
         if self._is_position(op):
             self.values[op.results[0]] = self._positions(op)
         elif op.mnemonic in special:
@@ -223,24 +245,40 @@ class _Server:
         )
 
     def _append(self, op: DataflowOp) -> SSAValue:
-        past, new = op.operands
-        if past not in self.caches:
+        if op.results[0] not in self.caches:
             raise UnsupportedModelError(f"{place(op)}: its past is not an input of the graph")
-        name, cache = self.caches[past]
+        if op.mnemonic == "kv_update":
+            self.probe.check_rows(self._origin(op))
+        return self._state(op, op.results[0], self._value(op.operands[1], op))
+
+    def _state(self, op: DataflowOp, made: SSAValue, new: SSAValue) -> SSAValue:
+        """The cache with new rows; they are kept in f32 where the graph has them in half precision."""
+        name, cache = self.caches[made]
         if name in self.states:
             raise UnsupportedModelError(f"{place(op)}: a second append to {name}")
-        made = self.new.add("cache_append", [cache, self._value(new, op), self.past_length], node=op.node)
-        self.states[name] = made
-        return made
+        kind = tensor_type(cache).dtype
+        if tensor_type(new).dtype != kind:
+            new = self.new.add("cast", [new], {"dtype": kind}, node=op.node)
+        self.states[name] = self.new.add("cache_append", [cache, new, self.past_length], node=op.node)
+        return self.states[name]
+
+    def _cached(self, op: DataflowOp, slot: str, value: SSAValue) -> SSAValue:
+        """The cache that an attention operand is, behind casts; a cache begins with rows that nobody appends.
+        Raises UnsupportedModelError."""
+        while isinstance(value.owner, DataflowOp) and value.owner.mnemonic == "cast":
+            value = value.owner.operands[0]
+        if isinstance(value.owner, DataflowOp) and value.owner.mnemonic in APPENDS:
+            return self._value(value, op)
+        if value not in self.caches:
+            raise UnsupportedModelError(f"{place(op)}: {slot} does not come from a cache append")
+        return self._state(op, value, self._value(value, op))
 
     def _attention(self, op: DataflowOp) -> SSAValue:
         self.probe.check_attention(self._origin(op))
         q, k, v = op.operands[:3]
-        for name, value in (("k", k), ("v", v)):
-            if not (isinstance(value.owner, DataflowOp) and value.owner.mnemonic == "kv_append"):
-                raise UnsupportedModelError(f"{place(op)}: {name} does not come from a cache append")
+        keys, values = self._cached(op, "k", k), self._cached(op, "v", v)
         sinks = op.operand("sinks")
         extra = None if sinks is None else self._value(sinks, op)
-        operands = [*(self._value(x, op) for x in (q, k, v)), self.past_length, extra]
+        operands = [self._value(q, op), keys, values, self.past_length, extra]
         attrs = {n: op.attr(n) for n in ("scale", "window", "softcap", "slopes")}
         return self.new.add("cached_attention", operands, attrs, node=op.node)

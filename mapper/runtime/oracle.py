@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import ModelError, WeightsMissingError
-from mapper.runtime.inputs import Entry, Interface
+from mapper.runtime.caches import Entry
+from mapper.runtime.inputs import Interface
 from mapper.runtime.weights import file_sha256
 
 Array = npt.NDArray[Any]
@@ -48,30 +49,15 @@ class Oracle:
 
     def inputs(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> dict[str, Array]:
         """The model's inputs for tokens `ids` [B, S] after `past` positions; `caches` [B, Hkv, past, D]."""
-        batch, tokens = ids.shape
-        position = np.arange(past, past + tokens)
-        given: dict[str, Array] = {self.model.token_ids: ids}
-        for node in self.session.get_inputs():
-            kind = _TYPES.get(node.type, np.float32)
-            if node.name == self.model.attention_mask:
-                given[node.name] = np.ones((batch, past + tokens), kind)
-            elif node.name in self.model.positions:
-                whole = position if len(node.shape) == 1 else np.broadcast_to(position, (batch, tokens))
-                given[node.name] = whole.astype(kind)
-            elif node.name == self.model.token_ids:
-                given[node.name] = ids.astype(kind)
-        for entry, name in self.model.past.items():
-            b, h, _, d = self.caches[entry]
-            cache = caches.get(entry, np.zeros((b, h, 0, d), np.float32))
-            kind = next(_TYPES.get(n.type, np.float32) for n in self.session.get_inputs() if n.name == name)
-            given[name] = np.ascontiguousarray(self.model.from_state(cache).astype(kind))
-        return given
+        nodes = self.session.get_inputs()
+        declared = {n.name: (_TYPES.get(n.type, np.float32), n.shape) for n in nodes}
+        return self.model.inputs(declared, self.caches, ids, past, caches)
 
     def step(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> tuple[Array, dict[Entry, Array]]:
         """(logits [B, S, V], caches after the step [B, Hkv, past + S, D])."""
         out = self.run(self.inputs(ids, past, caches))
-        present = {e: self.model.to_state(out[n]) for e, n in self.model.present.items() if n in out}
-        return out[self.model.logits], present
+        found = self.model.states(out, ids.shape[0], given=False)
+        return out[self.model.logits], {e: c[:, :, : past + ids.shape[1]] for e, c in found.items()}
 
 
 def oracle(path: str | Path, model: Interface, caches: Mapping[Entry, tuple[int, ...]]) -> Oracle:

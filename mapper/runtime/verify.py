@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import ModelError, UsageError
+from mapper.runtime.caches import Entry
 from mapper.runtime.compare import Difference, compare, compare_tokens
 from mapper.runtime.execute import Session
-from mapper.runtime.inputs import Decoder, Entry
+from mapper.runtime.inputs import Decoder
 from mapper.runtime.oracle import Oracle
 from mapper.schedule.tables import Schedule
 

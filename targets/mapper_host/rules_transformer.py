@@ -19,13 +19,14 @@ from mapper_host.opcodes import (
     ROPE,
     ROPE_AT,
     ROUND_BLOCKS,
+    SCATTER_ELEMENTS,
     SIZES,
     bits,
     span,
 )
 from mapper_host.program import Slice, Value
 from mapper_host.strides import broadcast, collapse, row_major
-from mapper_kernels.names import ACTIVATIONS
+from mapper_kernels.names import ACTIVATIONS, COMBINATIONS
 
 
 @rule("embed")
@@ -198,6 +199,18 @@ def _latent_attention(c: Context, op: DataflowOp) -> None:
 @rule("kv_append")
 def _kv_append(c: Context, op: DataflowOp) -> None:
     join(c, [c.value(v) for v in op.operands], 2, c.out())
+
+
+@rule("kv_update")
+def _kv_update(c: Context, op: DataflowOp) -> None:
+    past, new, rows = (c.value(v) for v in op.operands)
+    y, index = c.out(), c.temporary(new.shape, rows.dtype)
+    b, s = new.shape[0], new.shape[2]
+    copy(c, past, y, SIZES[past.code], (past.items,), (1,), (1,))
+    each = s if len(rows.shape) == 2 and rows.shape[0] == b else 0
+    copy(c, rows, index, SIZES[rows.code], new.shape, (each, 0, 1, 0), row_major(new.shape))
+    args = [y.code, index.code, COMBINATIONS.index("none"), 4, 2, *new.shape, *past.shape]
+    c.emit(SCATTER_ELEMENTS, args, [y, index, new, y], new.items)
 
 
 def join(c: Context, parts: list[Value], axis: int, y: Value) -> None:

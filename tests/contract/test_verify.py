@@ -14,7 +14,8 @@ import pytest
 from mapper import driver
 from mapper.errors import ModelError, UsageError
 from mapper.execution import session
-from mapper.runtime.inputs import Entry, interface, states
+from mapper.runtime.caches import Entry
+from mapper.runtime.inputs import interface, states
 from mapper.runtime.oracle import Oracle, oracle
 from mapper.runtime.verify import OracleJudge, verify
 from mapper.schedule.tables import Schedule

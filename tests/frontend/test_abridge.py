@@ -18,10 +18,11 @@ from mapper.frontend.abridge import abridge
 from mapper.frontend.extend import NotAlike, extend
 from mapper.frontend.guard import read_model
 from mapper.frontend.inspect import inspect
-from mapper.frontend.load import load, load_model
+from mapper.frontend.load import load, load_whole
 from mapper.frontend.repetition import KEPT
 from mapper.ir.graph import Graph
 from mapper.ir.reference import evaluate
+from tests.frontend import cached
 from tests.frontend.test_variants import renamed, reordered
 from tests.frontend.tiny import (
     HEADS,
@@ -82,7 +83,7 @@ def abridged(path: Path) -> Graph | None:
     if short is None:
         return None
     try:
-        made = extend(load_model(short.model), short)
+        made = extend(load_whole(short.model), short)
     except NotAlike:
         return None
     made.verify()
@@ -98,7 +99,7 @@ def same(model: onnx.ModelProto, inputs: dict[str, Any], folder: Path) -> list[i
     """Asserts that a model can be abridged, and gives the graph of looking at every layer and what
     onnxruntime computes; the counts of the graph's sections."""
     path = saved(model, folder)
-    made, whole = abridged(path), load_model(read_model(path))
+    made, whole = abridged(path), load_whole(read_model(path), True)
     assert made is not None
     assert unnamed(made) == unnamed(whole) == unnamed(load(path))
     assert worst(evaluate(made, {n: inputs[n] for n, _ in made.inputs}), oracle(model, inputs)) < 1e-4
@@ -206,6 +207,28 @@ def test_residuals_inside_norms_and_packed_weights(bias: bool, tmp_path: Path) -
     assert 7 in counts
 
 
+@pytest.mark.parametrize(
+    ("attend", "opset", "short"),
+    [
+        (cached.growing("BHLD"), 18, True),
+        (cached.growing("BLHD"), 18, False),  # the transposed past is a value of each layer outside of it
+        (cached.half, 18, True),
+        (cached.rolling, 18, False),
+        (cached.layer_stack, 18, False),
+        (cached.static("ScatterND"), 18, True),
+        (cached.tensor_scatter("linear", False), 24, True),
+        (cached.tensor_scatter("circular", True), 24, True),
+        (cached.grouped(), 18, True),
+    ],
+)
+def test_conventions_of_the_cache(attend: cached.Attend, opset: int, short: bool, tmp_path: Path) -> None:
+    path = saved(cached.decoder(attend, opset, layers=5).model(), tmp_path)
+    made, whole = abridged(path), load_whole(read_model(path))
+    assert (made is not None) == short
+    assert unnamed(load(path)) == unnamed(whole)
+    assert made is None or (unnamed(made) == unnamed(whole) and made.roles == whole.roles)
+
+
 def biased(model: onnx.ModelProto, tables: Sequence[Array], slopes: bool) -> onnx.ModelProto:
     """The model with a stored table of each layer added to its scores: as it is, or as slopes [H, 1, 1] times
     the (negative) distance."""
@@ -232,7 +255,7 @@ def looked_at_whole(model: onnx.ModelProto, inputs: dict[str, Any], folder: Path
     assert abridged(path) is None
     graph = load(path)
     assert worst(evaluate(graph, {n: inputs[n] for n, _ in graph.inputs}), oracle(model, inputs)) < 1e-4
-    assert graph.print() == load_model(read_model(path)).print()
+    assert graph.print() == load_whole(read_model(path), True).print()
     return graph
 
 

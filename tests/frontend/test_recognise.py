@@ -81,7 +81,15 @@ def test_every_spelling_is_recognised(changes: dict[str, Any], tmp_path: Path) -
     assert (found["heads"], found["kv_heads"], found["head_dim"]) == (HEADS, KV, HEAD)
     assert found["masks"] == [{"mask": "causal", "window": 0, "layers": 2}]
     width = HEAD // 2 if options.partial else HEAD
-    style = {"style": options.rope, "rotary_dim": width, "theta": 10000.0, "factor": 1.0, "layers": 4}
+    style = {
+        "style": options.rope,
+        "rotary_dim": width,
+        "theta": 10000.0,
+        "factor": 1.0,
+        "scaling": "none",
+        "stretch": 1.0,
+        "layers": 4,
+    }
     assert found["rope"] == [style]
     offset = 1.0 if options.weight_offset else 0.0
     assert found["norms"] == [{"kind": options.norm, "eps": 1e-5, "weight_offset": offset, "layers": 5}]

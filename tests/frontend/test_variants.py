@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from mapper.frontend.inspect import inspect
 from mapper.frontend.load import load
 from mapper.ir.reference import evaluate
 from tests.frontend.corpus import FOLDER, difference, entries, runs
+from tests.frontend.tiny import Options, decoder, feeds, oracle, saved, worst
 
 NAMES = tuple(m["file"].removesuffix(".onnx") for m in entries("compile"))
 
@@ -148,3 +151,43 @@ def test_names_and_order_do_not_matter(name: str, tmp_path: Path) -> None:
     for key, expected in run["ort"].items():
         apart = difference(got[new[key]], expected, run.get("compare_mask", {}).get(""))
         assert apart < (1e-3 if "int4" in name else 1e-4)
+
+
+def nested() -> onnx.ModelProto:
+    """A small decoder whose logits go through a function of the model and a branch that reads them."""
+    model = decoder(Options(layers=2))
+    head = model.graph.node[-1]
+    head.output[0] = "plain"
+    twice = helper.make_function(
+        "local",
+        "Twice",
+        ["x"],
+        ["y"],
+        [helper.make_node("Identity", ["x"], ["z"]), helper.make_node("Add", ["x", "z"], ["y"])],
+        [helper.make_opsetid("", 17)],
+    )
+    logits = helper.make_tensor_value_info("made", onnx.TensorProto.FLOAT, None)
+    taken = [helper.make_node("Tanh", ["doubled"], ["bent"]), helper.make_node("Abs", ["bent"], ["made"])]
+    other = [helper.make_node("Neg", ["doubled"], ["made"])]
+    branches = [helper.make_graph(nodes, "branch", [], [logits]) for nodes in (taken, other)]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    model.graph.node.extend(
+        [
+            helper.make_node("Twice", ["plain"], ["doubled"], domain="local"),
+            helper.make_node("If", ["yes"], ["logits"], then_branch=branches[0], else_branch=branches[1]),
+        ]
+    )
+    model.functions.append(twice)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    return model
+
+
+def test_names_and_order_do_not_matter_inside_functions_and_branches(tmp_path: Path) -> None:
+    model, rng = nested(), random.Random(4)
+    original, expected = load(saved(model, tmp_path, "original.onnx")), oracle(model, feeds())
+    new = renamed(model, rng)
+    reordered(model, rng)
+    graph = load(saved(model, tmp_path))
+    assert structure(inspect(graph)) == structure(inspect(original))
+    got = evaluate(graph, {new[k]: v for k, v in feeds().items()})
+    assert worst({k: got[new[k]] for k in expected}, expected) < 1e-4

@@ -143,6 +143,11 @@ def test_moe_is_a_weighted_sum_of_chosen_experts(scoring: str) -> None:
         np.testing.assert_allclose(y, sum(share[e] * (hidden[e] @ down[e]) for e in best), rtol=1e-10)
 
 
+def test_rounding_in_blocks_by_hand() -> None:
+    (found,) = call("round_blocks", [np.array([[127.0, -1.4, 1.6, 0.5, 0.5]])], {"block": 3})
+    np.testing.assert_allclose(found, [[127.0, -1.0, 2.0, 0.5, 0.5]], rtol=1e-12)
+
+
 def test_groups_limit_the_choice_by_their_best_two() -> None:
     logits = np.array([[3.0, 0.0, 2.0, 1.9, 1.0, 0.9]])
     attrs = {"top_k": 3, "scoring": "none", "groups": 3, "top_groups": 2, "group_fill": -np.inf}
