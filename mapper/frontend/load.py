@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 from mapper.errors import MapperError, ModelError, UnsupportedModelError
 from mapper.frontend import symbols
