@@ -44,7 +44,7 @@ def angles(graph: Graph, cos: Any, sin: Any, style: str, width: int) -> Angles:
         c, s = evaluate_values(graph, _one_token(graph), [cos, sin], "f64")
     except MapperError:
         return Angles()
-    if not c.size or c.shape != s.shape:
+    if not c.size or c.shape != s.shape or not (np.isfinite(c).all() and np.isfinite(s).all()):
         return Angles()
     c, s = (a.reshape(-1, a.shape[-1])[-1].astype(np.float64) for a in (c, s))
     half = width // 2
@@ -54,7 +54,10 @@ def angles(graph: Graph, cos: Any, sin: Any, style: str, width: int) -> Angles:
     angle = np.arctan2(s, c)
     if half < 2 or not bool(np.all(angle > 0)):
         return Angles(None, magnitude)
-    return _stretched(angle, magnitude)
+    with np.errstate(all="ignore"):
+        found = _stretched(angle, magnitude)
+    numbers = (n for n in (found.theta, found.stretch) if n is not None)
+    return found if all(map(np.isfinite, numbers)) else Angles(None, magnitude)
 
 
 def _stretched(angle: Array, magnitude: float) -> Angles:

@@ -10,7 +10,7 @@ from mapper.frontend.proto import FunctionRecord, GraphRecord, ModelRecord, Node
 
 MAX_NODES = 250_000  # after inlining
 MAX_CALLS = 16  # functions inside functions
-LARGE = 10_000  # nodes above which a model must look like a transformer
+LARGE = 5_000  # nodes above which a model must look like a transformer
 SPARSE = 500  # nodes per matrix product; exported transformers have 5 to 40
 OPERANDS = 8  # of a usual node; one with many more costs as much as several
 PRODUCTS = ("MatMul", "Gemm", "Einsum", "Attention", "MoE", "Linear", "Conv")

@@ -28,13 +28,15 @@ Names = ChainMap[str, str]  # value -> what defines it, the innermost graph firs
 @dataclass(frozen=True)
 class GuardedModel:
     """A model whose structure has been checked. `locations` is keyed by `id` of the tensor record; `looked`
-    collects the names of weights whose numbers recognition reads."""
+    collects the names of weights whose numbers recognition reads; `identify`: the graph carries the file's
+    digest."""
 
     path: Path
     record: ModelRecord
     source: Source
     locations: dict[int, Location] = field(default_factory=dict)
     looked: set[str] = field(default_factory=set)
+    identify: bool = True
 
 
 def read_model(path: str | Path, external_root: str | Path | None = None) -> GuardedModel:

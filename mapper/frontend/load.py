@@ -34,7 +34,7 @@ def load(
     Raises ModelError for a malformed or hostile file, and for a model that is refused UnsupportedModelError,
     which names node, operator and reason.
     """
-    model = read_model(path, external_root)
+    model = replace(read_model(path, external_root), identify=identify)
     split = find_split(model)
     if split is not None:
         return phases(
@@ -124,7 +124,9 @@ def refuse_foreign(net: Net) -> None:
 
 
 def digest(model: GuardedModel) -> str:
-    """SHA-256 of the model file."""
+    """SHA-256 of the model file, "" where it is not to be identified."""
+    if not model.identify:
+        return ""
     with model.path.open("rb") as file:  # mapped pages would count as memory of this process
         return hashlib.file_digest(file, "sha256").hexdigest()
 
