@@ -37,35 +37,31 @@ def load(
     model = replace(read_model(path, external_root), identify=identify)
     split = find_split(model)
     if split is not None:
-        return phases(
-            split, lambda taken: load_whole(model, recognise, Reading((split.node, taken)), split, identify)
-        )
+        return phases(split, lambda taken: load_whole(model, recognise, Reading((split.node, taken)), split))
     mode = declared_mode(model.record)
     if mode is None:
-        return load_reading(model, recognise, identify)
-    graph = load_reading(model, recognise, identify, Reading(mode=mode))
+        return load_reading(model, recognise)
+    graph = load_reading(model, recognise, Reading(mode=mode))
     return with_modes(
         graph,
         mode,
-        lambda other: load_reading(model, recognise, identify, Reading(mode=other)),
+        lambda other: load_reading(model, recognise, Reading(mode=other)),
         lambda: questions(canonical(model, Reading(mode="inside")), graph),
     )
 
 
-def load_reading(
-    model: GuardedModel, recognise: bool, identify: bool, reading: Reading | None = None
-) -> Graph:
+def load_reading(model: GuardedModel, recognise: bool, reading: Reading | None = None) -> Graph:
     """The graph of a model, of one reading where there are several; layers that repeat others are not looked
     at where that is enough."""
     short = abridge(model) if recognise else None
     if short is not None:
         try:
-            graph = extend(load_whole(short.model, recognise, reading, identify=identify), short)
+            graph = extend(load_whole(short.model, recognise, reading), short)
             graph.verify()
             return graph
         except (NotAlike, MapperError):
             pass  # the whole model tells what is wrong
-    return load_whole(model, recognise, reading, identify=identify)
+    return load_whole(model, recognise, reading)
 
 
 def load_whole(
@@ -73,7 +69,6 @@ def load_whole(
     recognise: bool = True,
     reading: Reading | None = None,
     split: Split | None = None,
-    identify: bool = True,
 ) -> Graph:
     """The graph of a model, every layer looked at."""
     try:
@@ -84,7 +79,7 @@ def load_whole(
         roles = find_roles(net)
         if split is not None:
             roles["inputs"][split.name] = "use_cache"
-        graph = emit(net, model.path, digest(model) if identify else "", roles)
+        graph = emit(net, model.path, digest(model), roles)
     except RecursionError as error:
         raise ModelError(f"{model.path}: the graph is nested too deeply") from error
     graph = grouped(graph) if recognise else graph

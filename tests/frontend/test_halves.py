@@ -52,7 +52,7 @@ def halved(model: onnx.ModelProto, dtype: str, islands: bool) -> onnx.ModelProto
 
 def _half(array: Array, dtype: str, name: str) -> onnx.TensorProto:
     with np.errstate(over="ignore"):
-        clipped = np.clip(array, -6e4, 6e4) if dtype == "f16" else array
+        clipped = np.clip(array, -6e4, 6e4) if dtype == "f16" else np.clip(array, -3e38, 3e38)
     return numpy_helper.from_array(clipped.astype(numpy_dtype(dtype)), name)
 
 
