@@ -12,6 +12,8 @@ from mapper.frontend.net import Net, Node, Value, product
 from mapper.frontend.rewrite import Match
 from mapper.ir.dims import ONE
 
+_FLOOR = -1e30
+
 
 @dataclass
 class Scores:
@@ -65,7 +67,7 @@ def joined_mask(net: Net, masks: list[Value], q: Value) -> Value | None:
     """The sum of the masks, each against [B, H, S, T]; those against [B*H, S, T] are viewed so."""
     total: Value | None = None
     for mask in masks:
-        if mask.rank == 3 and mask.dims[0] != ONE:
+        if mask.rank == 3 and mask.dims[0] not in (ONE, q.dims[1]):
             if mask.dims[0] != q.dims[0] * q.dims[1]:
                 return None
             mask = build.reshape(net, mask, [*q.dims[:2], *mask.dims[1:]])
@@ -139,6 +141,8 @@ def _peel(view: View, node: Node, out: Scores) -> Value | None:
             return None
         out.masks.append(other[0])
         return data[0]
+    if node.op == "max" and (floor := node.inputs[1].scalar) is not None and floor < _FLOOR:
+        return node.inputs[0]  # keeps what is hidden from becoming infinite
     if node.op == "select" and not view.is_data(node.inputs[0]):
         return _selected(view, node, out)
     return None
