@@ -23,6 +23,8 @@ RECOGNISED = frozenset(
     | {"mlp", "gated_mlp", "latent_attention", "packed_mlp", "moe", "route", "sample", "repeat"}
 )
 _SOURCES = frozenset({"embed", "embed_at", "linear", "conv"})
+_BLOCKS = frozenset({"linear", "mlp", "gated_mlp", "packed_mlp", "moe", "norm"})
+"""What makes the result of a block, before it is added to the hidden state."""
 _TAIL = 8  # ops between the head and the logits
 
 
@@ -67,11 +69,8 @@ def ends(graph: Graph) -> Ends:
     for name in graph.outputs_with_role("logits"):
         _tail(graph.output_values[name], found)
     for op, _, data in hidden_ops(graph):
-        if op.mnemonic == "mul" and (factor := _constant(op)) is not None:
-            source = _behind_views(_other(op))
-            if source is not None and source.mnemonic == "embed":
-                found.facts["embedding_scale"] = factor
-                found.ops.add(op)
+        if op.mnemonic == "mul" and len(op.operands) == 2:
+            _scaled(op, data, found)
         elif op.mnemonic == "add":
             stored = [v for v in op.operands if v not in data and _is_stored(v)]
             if stored:  # of positions, or the bias of the patches
@@ -80,6 +79,44 @@ def ends(graph: Graph) -> Ends:
             found.facts["patch"] = float(tensor_type(op.operands[1]).shape[-1].value)
             found.ops.add(op)
     return found
+
+
+def _scaled(op: DataflowOp, data: set[SSAValue], found: Ends) -> None:
+    """Reads a scale of the embedding, of a norm per head, or of what a block adds to the hidden state."""
+    stored = [_is_weight(v) for v in op.operands]
+    scaled = op.operands[stored.index(False)] if any(stored) else _other(op)
+    source, factor = _behind_views(scaled), _constant(op)
+    if source is None or (factor is None and not any(stored)):
+        return
+    added = source.mnemonic in _BLOCKS and _is_added(op, data)
+    if factor is not None and source.mnemonic == "embed":
+        found.facts["embedding_scale"] = factor
+    elif factor is not None and added:
+        found.facts["residual_scale"] = float(f"{factor:.7g}")
+    elif factor is not None or not (added or _is_bare_norm(source)):
+        return
+    found.ops.add(op)
+
+
+def _is_added(op: DataflowOp, data: set[SSAValue]) -> bool:
+    """Whether the result is only added to the hidden state."""
+    uses = [use.operation for use in op.results[0].uses]
+    return len(uses) == 1 and (
+        isinstance(uses[0], DataflowOp)
+        and uses[0].mnemonic == "add"
+        and all(v in data or v is op.results[0] for v in uses[0].operands)
+    )
+
+
+def _is_bare_norm(op: DataflowOp) -> bool:
+    """Whether an op is a norm without a weight of its own."""
+    return op.mnemonic == "norm" and op.attr("weight") is None
+
+
+def _is_weight(value: SSAValue) -> bool:
+    """Whether a value is a stored tensor as it is, behind views of the same elements."""
+    source = _behind_views(value)
+    return source is not None and source.mnemonic == "load"
 
 
 def _tail(value: SSAValue, found: Ends) -> None:

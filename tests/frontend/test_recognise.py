@@ -63,6 +63,14 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "norm by division": {"norm_form": "div"},
     "one plus weight": {"weight_offset": True},
     "tied": {"tied": True},
+    "rotation before the heads are transposed": {"tokens_first": True},
+    "interleaved rotation of a part before the heads are transposed": {
+        "tokens_first": True,
+        "rope": "interleaved",
+        "partial": True,
+    },
+    "scaled residuals": {"residual": "scaled"},
+    "layer scale": {"residual": "layer_scale"},
     "gelu": {"act": "gelu"},
     "gelu_tanh": {"act": "gelu_tanh"},
     "relu, plain MLP": {"act": "relu", "gated": False},
@@ -102,22 +110,37 @@ def test_every_spelling_is_recognised(changes: dict[str, Any], tmp_path: Path) -
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "rope without the negation": ({"negate": False}, "rope"),
     "interleaved rope without the negation": ({"negate": False, "rope": "interleaved"}, "rope"),
+    "rope of [B, S, H, D] without the negation": ({"negate": False, "tokens_first": True}, "rope"),
     "cosine and sine swapped": ({"swapped": True}, "rope"),
     "softmax over another axis": ({"softmax_axis": 2}, "attention"),
     "a scale per head": ({"uneven_scale": True}, "attention"),
     "maximum instead of mean": ({"norm_reduce": "ReduceMax"}, "norm"),
     "sum instead of mean": ({"norm_reduce": "ReduceSum"}, "norm"),
     "mean over another axis": ({"norm_axis": 1}, "norm"),
+    "another width of gelu": ({"act": "gelu", "act_factor": 1.05}, "gated_mlp"),
+    "another cubic term": ({"act": "gelu_tanh", "act_factor": 1.05}, "gated_mlp"),
     "another sigmoid slope": ({"act_factor": 1.3}, "gated_mlp"),
 }
 
 
 @pytest.mark.parametrize(("changes", "absent"), NEAR_MISSES.values(), ids=NEAR_MISSES.keys())
 def test_near_misses_stay_primitives(changes: dict[str, Any], absent: str, tmp_path: Path) -> None:
-    found = count(checked(Options(**changes), tmp_path))
+    graph = checked(Options(**changes), tmp_path)
+    assert inspect(graph)["recognised_fraction"] < 1.0
+    found = count(graph)
     assert found[absent] == 0
     others = {"rope": 4, "attention": 2, "norm": 5, "gated_mlp": 2}
     assert {k: found[k] for k in others if k != absent} == {k: v for k, v in others.items() if k != absent}
+
+
+def test_a_scale_of_residuals_is_stated(tmp_path: Path) -> None:
+    assert inspect(checked(Options(residual="scaled"), tmp_path))["ends"] == {"residual_scale": 0.5}
+
+
+def test_weights_per_head_of_normalised_queries_are_accounted_for(tmp_path: Path) -> None:
+    found = inspect(checked(Options(head_weight=True), tmp_path))
+    assert found["primitives_left"] == {}
+    assert sum(norm["layers"] for norm in found["norms"]) == 7
 
 
 def test_without_recognition_there_are_primitives_alone(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ class Options:
     gated: bool = True
     tied: bool = False
     weight_offset: bool = False
+    tokens_first: bool = False  # queries and keys are turned as [B, S, H, D], before their transposition
+    head_weight: bool = False  # queries are normalised with a weight per head
+    residual: str = "plain"  # plain, scaled, layer_scale
 
     negate: bool = True
     swapped: bool = False
@@ -97,6 +100,9 @@ def rope(b: Builder, o: Options, x: str, cos: str, sin: str) -> str:
     width = HEAD // 2 if o.partial else HEAD
     whole, half = x, width // 2
     axes, step = b.ints(3), b.ints(1)
+    if o.tokens_first:
+        x = b.op("Transpose", x, perm=[0, 2, 1, 3])
+        whole = x
     if o.partial:
         x = b.op("Slice", x, b.ints(0), b.ints(width), axes, step)
     if o.rope == "half":
@@ -118,7 +124,7 @@ def rope(b: Builder, o: Options, x: str, cos: str, sin: str) -> str:
     if o.partial:
         rest = b.op("Slice", whole, b.ints(width), b.ints(HEAD), axes, step)
         out = b.op("Concat", out, rest, axis=-1)
-    return out
+    return b.op("Transpose", out, perm=[0, 2, 1, 3]) if o.tokens_first else out
 
 
 def angles(b: Builder, o: Options, positions: str) -> tuple[str, str]:
@@ -133,7 +139,7 @@ def angles(b: Builder, o: Options, positions: str) -> tuple[str, str]:
     else:
         pair = b.op("Unsqueeze", angle, b.ints(-1))
         angle = b.op("Reshape", b.op("Concat", pair, pair, axis=-1), b.ints(0, 0, width))
-    angle = b.op("Unsqueeze", angle, b.ints(1))
+    angle = b.op("Unsqueeze", angle, b.ints(2 if o.tokens_first else 1))
     return b.op("Cos", angle), b.op("Sin", angle)
 
 
@@ -154,6 +160,10 @@ def attention(b: Builder, o: Options, x: str, i: int, cos: str, sin: str, hidden
     q = split(b, b.op("MatMul", x, b.weight(WIDTH, HEADS * HEAD, gain=SHARP)), HEADS)
     k = split(b, b.op("MatMul", x, b.weight(WIDTH, KV * HEAD, gain=SHARP)), KV)
     v = split(b, b.op("MatMul", x, b.weight(WIDTH, KV * HEAD)), KV)
+    if o.head_weight:
+        square = b.op("ReduceMean", b.op("Mul", q, q), axes=[-1])
+        q = b.op("Div", q, b.op("Sqrt", b.op("Add", square, b.const(1e-5))))
+        q = b.op("Mul", q, b.const(1 + 0.1 * b.rng.standard_normal((1, HEADS, 1, HEAD))))
     q, k = rope(b, o, q, cos, sin), rope(b, o, k, cos, sin)
     joined = []
     for name, value in (("k", k), ("v", v)):
@@ -186,9 +196,9 @@ def activation(b: Builder, o: Options, x: str) -> str:
     if o.act == "silu":
         return b.op("Mul", x, b.op("Sigmoid", b.op("Mul", x, b.const(o.act_factor))))
     if o.act == "gelu":
-        inner = b.op("Erf", b.op("Div", x, b.const(2.0**0.5)))
+        inner = b.op("Erf", b.op("Div", x, b.const(o.act_factor * 2.0**0.5)))
         return b.op("Mul", b.op("Mul", x, b.op("Add", inner, b.const(1.0))), b.const(0.5))
-    cube = b.op("Mul", b.op("Pow", x, b.const(3.0)), b.const(0.044715))
+    cube = b.op("Mul", b.op("Pow", x, b.const(3.0)), b.const(o.act_factor * 0.044715))
     inner = b.op("Tanh", b.op("Mul", b.op("Add", x, cube), b.const((2 / np.pi) ** 0.5)))
     return b.op("Mul", b.op("Mul", b.const(0.5), x), b.op("Add", b.const(1.0), inner))
 
@@ -199,6 +209,13 @@ def mlp(b: Builder, o: Options, x: str) -> str:
     if o.gated:
         first = b.op("Mul", first, b.op("MatMul", x, b.weight(WIDTH, INNER)))
     return b.op("MatMul", first, b.weight(INNER, WIDTH))
+
+
+def residual(b: Builder, o: Options, x: str) -> str:
+    """What a block adds to the hidden state."""
+    if o.residual == "plain":
+        return x
+    return b.op("Mul", x, b.const(0.5) if o.residual == "scaled" else b.weight(WIDTH))
 
 
 def decoder(options: Options | None = None, seed: int = 0) -> onnx.ModelProto:
@@ -218,8 +235,8 @@ def decoder(options: Options | None = None, seed: int = 0) -> onnx.ModelProto:
     padding = b.op("Not", b.op("Cast", b.op("Unsqueeze", "mask", b.ints(1, 2)), to=TensorProto.BOOL))
     hidden = b.op("Or", future, padding)
     for i in range(o.layers):
-        x = b.op("Add", x, attention(b, o, norm(b, o, x), i, cos, sin, hidden))
-        x = b.op("Add", x, mlp(b, o, norm(b, o, x)))
+        x = b.op("Add", x, residual(b, o, attention(b, o, norm(b, o, x), i, cos, sin, hidden)))
+        x = b.op("Add", x, residual(b, o, mlp(b, o, norm(b, o, x))))
     x = norm(b, o, x)
     head = b.op("Transpose", table, perm=[1, 0]) if o.tied else b.weight(WIDTH, VOCAB)
     b.nodes.append(helper.make_node("MatMul", [x, head], ["logits"]))
