@@ -392,7 +392,9 @@ def _joint_attention(c: Call, joint: Value, padding: int, cache: int, bias: int)
     if c.has(bias):
         mask = c.x(bias) if mask is None else b.binary(net, "add", mask, c.x(bias))
     scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
-    out = merge_heads(net, attend(net, q, k, v, mask, scale, 0.0, past if c.integer("unidirectional") else None))
+    out = merge_heads(
+        net, attend(net, q, k, v, mask, scale, 0.0, past if c.integer("unidirectional") else None)
+    )
     if not any(c.node.outputs[1:]):
         return [out]
     return [out, b.concat(net, [b.reshape(net, y, [ONE, *y.dims]) for y in (k, v)], 0)]

@@ -73,7 +73,9 @@ def rounded(c: Context, x: Value, block: int) -> Value:
 @rule("round_blocks")
 def _round_blocks(c: Context, op: DataflowOp) -> None:
     x = c.f32(op.operands[0])
-    c.emit(ROUND_BLOCKS, [x.items // x.shape[-1], x.shape[-1], op.attr("block")], [x, c.f32_out()], 4 * x.items)
+    c.emit(
+        ROUND_BLOCKS, [x.items // x.shape[-1], x.shape[-1], op.attr("block")], [x, c.f32_out()], 4 * x.items
+    )
 
 
 @rule("linear", "lm_head")

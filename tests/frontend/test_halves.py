@@ -58,9 +58,7 @@ def _half(array: Array, dtype: str, name: str) -> onnx.TensorProto:
 
 def rounded(tensors: dict[str, Array], dtype: str) -> dict[str, Array]:
     """Float32 tensors in half precision."""
-    return {
-        k: v.astype(numpy_dtype(dtype)) if v.dtype == np.float32 else v for k, v in tensors.items()
-    }
+    return {k: v.astype(numpy_dtype(dtype)) if v.dtype == np.float32 else v for k, v in tensors.items()}
 
 
 def widened(tensors: dict[str, npt.NDArray[np.generic]]) -> dict[str, Array]:
@@ -74,7 +72,11 @@ def widened(tensors: dict[str, npt.NDArray[np.generic]]) -> dict[str, Array]:
 def test_decoder_in_half_precision(dtype: str, islands: bool, norm: str, tmp_path: Path) -> None:
     model = decoder(Options(norm=norm))
     given = rounded(feeds(), dtype)
-    exact = oracle(model, widened({k: v for k, v in given.items()}) | {k: v for k, v in feeds().items() if v.dtype != np.float32})
+    exact = oracle(
+        model,
+        widened({k: v for k, v in given.items()})
+        | {k: v for k, v in feeds().items() if v.dtype != np.float32},
+    )
     graph = load(saved(halved(model, dtype, islands), tmp_path))
     made = [op.mnemonic for op in graph.ops()]
     for kind in ("attention", "norm", "rope", "gated_mlp"):
