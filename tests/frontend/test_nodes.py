@@ -26,11 +26,14 @@ from mapper.ir.reference import evaluate
 Array = npt.NDArray[Any]
 FAMILIES = (
     "attention_", "rotary_embedding", "rms_normalization", "layer_normalization", "tensorscatter", "swish",
-    "swiglu", "gelu", "mish", "hardswish", "hardsigmoid", "elu", "selu", "celu", "prelu", "group_normalization",
+    "swiglu", "gelu", "mish", "hardswish", "hardsigmoid", "elu", "selu", "celu", "prelu",
+    "group_normalization",
     "instancenorm", "mvn", "l1normalization", "l2normalization", "batchnorm_e", "reduce_", "argmax", "argmin",
-    "cumsum", "cumprod", "tril", "triu", "einsum", "quantizelinear", "dequantizelinear", "matmulinteger",
+    "cumsum", "cumprod", "tril", "triu", "einsum", "quantizelinear", "dequantizelinear", 
+    "matmulinteger",
     "qlinearmatmul", "onehot", "hardmax", "top_k", "scatter", "gather", "split_", "maxpool", "averagepool",
-    "globalaveragepool", "globalmaxpool", "depthtospace", "spacetodepth", "bitwise", "where", "isinf", "isnan",
+    "globalaveragepool", "globalmaxpool", "depthtospace", "spacetodepth", "bitwise", "where", "isinf",
+    "isnan",
     "mod_", "acos", "asin", "atan", "sinh", "cosh", "edge_pad", "reflect_pad", "wrap_pad", "softmax_", "clip",
     "slice", "squeeze", "unsqueeze", "range_int",
 )  # fmt: skip

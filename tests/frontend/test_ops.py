@@ -176,6 +176,18 @@ CASES: dict[str, Case] = {
     "Attention flat": Case(
         "Attention", [f(2, 3, 32), f(2, 5, 16), f(2, 5, 16)], {"q_num_heads": 4, "kv_num_heads": 2}, opset=23
     ),
+    **{op: Case(op, [X]) for op in ("Softsign", "Shrink", "ThresholdedRelu")},
+    "BitShift": Case(
+        "BitShift", [np.array([1, 9, 200], np.uint8), np.array([1, 2, 3], np.uint8)], {"direction": "LEFT"}
+    ),
+    "DynamicQuantizeLinear": Case("DynamicQuantizeLinear", [X], outputs=3),
+    "MatMulInteger": Case(
+        "MatMulInteger", [BYTES[:, 0], BYTES[0].T.copy(), np.array(7, np.uint8)], fixed=[1, 2]
+    ),
+    "Resize": Case(
+        "Resize", [f(1, 2, 3, 4), None, None, i(1, 2, 6, 12)],
+        {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, fixed=[3],
+    ),
     "MS Gelu": Case("Gelu", [X], domain=MS),
     "MS FastGelu": Case("FastGelu", [X, f(4)], domain=MS),
     "MS BiasGelu": Case("BiasGelu", [X, f(4)], domain=MS),
