@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test check format bench corpus clean
+.PHONY: help venv demo test check format bench corpus fuzz clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ format: $(STAMP)  ## format and mend what the linter can
 
 bench: $(STAMP)  ## run the benchmarks
 	$(BIN)/python -m pytest --benchmark-only benchmarks
+
+fuzz: $(STAMP)  ## load 20,000 mutated model files; none may crash, hang or end in a traceback
+	$(BIN)/python -m tests.fuzz.run
 
 corpus: $(STAMP)  ## load and run every graph of the corpus in ../shared/corpus (or MAPPER_CORPUS)
 	$(BIN)/python -m benchmarks.corpus

@@ -6,6 +6,8 @@ The command line prints `str(error)` on one line and exits with `error.exit_code
 
 from __future__ import annotations
 
+MAX_LINE = 1000  # characters; names in files may have any length
+
 
 class MapperError(Exception):
     """Root of all errors that a user can cause. `str()` is one line that names the cause."""
@@ -13,7 +15,13 @@ class MapperError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        line = " ".join(super().__str__().split())
+        if len(line) > MAX_LINE:
+            line = f"{line[:MAX_LINE]}..."
+        if line.isprintable():
+            return line
+        # names in hostile files must not steer the terminal, nor reverse the order of what it shows
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class UsageError(MapperError):

@@ -41,10 +41,10 @@ def rounded(number: float, digits: int = 7) -> float:
 def angles(graph: Graph, cos: Any, sin: Any, style: str, width: int) -> Angles:
     """What the tables of a rotary embedding of `width` columns are."""
     try:
-        c, s = evaluate_values(graph, _one_token(graph), [cos, sin])
+        c, s = evaluate_values(graph, _one_token(graph), [cos, sin], "f64")
     except MapperError:
         return Angles()
-    if not c.size or c.shape != s.shape:
+    if not c.size or c.shape != s.shape or not (np.isfinite(c).all() and np.isfinite(s).all()):
         return Angles()
     c, s = (a.reshape(-1, a.shape[-1])[-1].astype(np.float64) for a in (c, s))
     half = width // 2
@@ -54,7 +54,10 @@ def angles(graph: Graph, cos: Any, sin: Any, style: str, width: int) -> Angles:
     angle = np.arctan2(s, c)
     if half < 2 or not bool(np.all(angle > 0)):
         return Angles(None, magnitude)
-    return _stretched(angle, magnitude)
+    with np.errstate(all="ignore"):
+        found = _stretched(angle, magnitude)
+    numbers = (n for n in (found.theta, found.stretch) if n is not None)
+    return found if all(map(np.isfinite, numbers)) else Angles(None, magnitude)
 
 
 def _stretched(angle: Array, magnitude: float) -> Angles:
@@ -89,7 +92,7 @@ def _ramp(ratio: Array, frequency: Array, magnitude: float) -> str:
     """Whether the ratio falls linearly in the pair's number (yarn) or in its frequency (llama3)."""
     inside = np.flatnonzero((ratio < ratio[0] * (1 - _CLOSE)) & (ratio > ratio[-1] * (1 + _CLOSE)))
     if len(inside) < 3:
-        return "yarn" if abs(magnitude - 1.0) > _CLOSE or not len(inside) else "llama3"
+        return "yarn" if abs(magnitude - 1.0) > _CLOSE else "llama3"
     misfits = []
     for x in (inside.astype(np.float64), frequency[inside]):
         line = np.polyval(np.polyfit(x, ratio[inside], 1), x)

@@ -218,6 +218,9 @@ def reshape(net: Net, x: Value, target: Sequence[Dim | int]) -> Value:
         return x
     if x.const is not None:
         return net.constant(x.const.reshape([d.value for d in dims]), x.dtype)
+    if x.op == "transpose" and x.node and x.node.attrs["perm"] == (0, 2, 1) and dims[-2:] == x.dims[1:]:
+        inner = reshape(net, x.args[0], [*dims[:-2], dims[-1], dims[-2]])  # leading axes are split first
+        return transpose(net, inner, (*range(len(dims) - 2), len(dims) - 1, len(dims) - 2))
     if x.content is not None and len(dims) <= 1:
         return net.ints(x.content, len(dims))
     out = net.make("reshape", [x], {"shape": dims})

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import mmap
 import stat
+from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mapper.errors import ModelError, UnsupportedModelError
+from mapper.frontend.extent import check_size
 from mapper.frontend.proto import GraphRecord, ModelRecord, NodeRecord, TensorRecord, decode_model
-from mapper.frontend.tensors import Location, locate
+from mapper.frontend.tensors import ExternalFiles, Location, locate
 from mapper.frontend.wire import Source
 
 OPSETS = range(11, 29)
 DOMAINS = {"", "com.microsoft", "ai.onnx.ml"}
+MAX_OPERANDS = 4096  # of one node; experts stacked one by one are hundreds
 MAX_FILE = 1 << 31  # a protobuf message is at most 2 GiB; larger weights are external by definition
 TEXT_SUFFIXES = {".json", ".txt", ".textproto", ".prototxt", ".onnxtxt", ".onnxjson", ".pbtxt"}
+
+
+Names = ChainMap[str, str]  # value -> what defines it, the innermost graph first
 
 
 @dataclass(frozen=True)
 class GuardedModel:
     """A model whose structure has been checked. `locations` is keyed by `id` of the tensor record; `looked`
-    collects the names of weights whose numbers recognition reads."""
+    collects the names of weights whose numbers recognition reads; `identify`: the graph carries the file's
+    digest."""
 
     path: Path
     record: ModelRecord
     source: Source
     locations: dict[int, Location] = field(default_factory=dict)
     looked: set[str] = field(default_factory=set)
+    identify: bool = True
 
 
 def read_model(path: str | Path, external_root: str | Path | None = None) -> GuardedModel:
@@ -39,15 +47,17 @@ def read_model(path: str | Path, external_root: str | Path | None = None) -> Gua
     file, root = Path(path), None if external_root is None else Path(external_root)
     source = _open(file)
     record = decode_model(source, len(source.data))
+    check_size(record)
     model = GuardedModel(file, record, source)
     check_opsets(record)
-    check_graph(record.graph, {}, "graph")
+    check_graph(record.graph, ChainMap(), "graph")
     for function in record.functions.values():
-        where = f"function {function.name!r}"
-        names = {n: where for n in function.inputs}
+        where = f"function {function.name[:80]!r}"
+        names: Names = ChainMap({n: where for n in function.inputs})
         _check_nodes(function.nodes, function.outputs, names, where)
+    others = ExternalFiles(file.parent, root)
     for owner, tensor in _tensors(record):
-        model.locations[id(tensor)] = locate(tensor, source, file, owner, root)
+        model.locations[id(tensor)] = locate(tensor, source, file, owner, others)
     return model
 
 
@@ -86,12 +96,13 @@ def check_opsets(record: ModelRecord) -> None:
 def label(node: NodeRecord) -> str:
     """How errors name a node."""
     name = node.name or (node.outputs[0] if node.outputs else "")
-    return f"node {name[:80]!r} ({node.domain + '.' if node.domain else ''}{node.op[:40]})"
+    domain = f"{node.domain[:40]}." if node.domain else ""
+    return f"node {name[:80]!r} ({domain}{node.op[:40]})"
 
 
-def check_graph(graph: GraphRecord, outer: dict[str, str], where: str) -> None:
+def check_graph(graph: GraphRecord, outer: Names, where: str) -> None:
     """Single assignment, defined inputs, no cycle, sub-graphs included; sorts `graph.nodes` topologically."""
-    names = dict(outer)
+    names = outer.new_child()
     given = {v.name for v in graph.inputs}
     for value in graph.inputs:
         _define(names, value.name, f"an input of {where}")
@@ -105,7 +116,7 @@ def check_graph(graph: GraphRecord, outer: dict[str, str], where: str) -> None:
     graph.nodes[:] = _check_nodes(graph.nodes, [v.name for v in graph.outputs], names, where)
 
 
-def _define(names: dict[str, str], name: str, what: str) -> None:
+def _define(names: Names, name: str, what: str) -> None:
     if not name:
         raise ModelError(f"{what} has no name")
     if name in names:
@@ -114,13 +125,15 @@ def _define(names: dict[str, str], name: str, what: str) -> None:
 
 
 def _check_nodes(
-    nodes: list[NodeRecord], outputs: Iterable[str], names: dict[str, str], where: str
+    nodes: list[NodeRecord], outputs: Iterable[str], names: Names, where: str
 ) -> list[NodeRecord]:
-    outer = set(names)
+    defined = ChainMap(dict(names.maps[0]), *names.maps[1:])
     producer: dict[str, int] = {}
     for index, node in enumerate(nodes):
         if node.domain not in DOMAINS and not node.domain.startswith("pkg.") and not node.op:
             raise ModelError(f"{label(node)} has no operator")
+        if max(len(node.inputs), len(node.outputs)) > MAX_OPERANDS:
+            raise ModelError(f"{label(node)} has more than {MAX_OPERANDS} operands or results")
         for name in node.outputs:
             if name:
                 _define(names, name, label(node))
@@ -136,7 +149,6 @@ def _check_nodes(
         if name not in names:
             raise ModelError(f"{where} gives {name[:80]!r}, which nothing defines")
     order = _order(nodes, needs)
-    defined = {k: names[k] for k in outer}
     for index in order:
         for graph in subgraphs(nodes[index]):
             check_graph(graph, defined, f"a sub-graph of {label(nodes[index])}")

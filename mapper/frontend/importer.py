@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,9 +24,10 @@ from mapper.frontend import (
     ops_vision,
     tensors,
 )
+from mapper.frontend.extent import MAX_CALLS, MAX_NODES
 from mapper.frontend.guard import GuardedModel, label
 from mapper.frontend.lower import LOWERINGS, Call, lower
-from mapper.frontend.net import Array, CacheFacts, Net, Value, WeightRef
+from mapper.frontend.net import MAX_RANK, Array, CacheFacts, Net, Value, WeightRef
 from mapper.frontend.proto import (
     AttributeRecord,
     FunctionRecord,
@@ -40,12 +42,12 @@ REGISTERED = (
     ops_basic, ops_nn, ops_contrib, ops_cache, ops_moe, ops_activation, ops_attention, ops_norm, ops_einsum,
     ops_quant, ops_vision, ops_fused,
 )  # fmt: skip  # imported for their registrations
-MAX_NODES = 250_000  # after inlining
-MAX_CALLS = 16  # functions inside functions
 MAX_INLINE = 1 << 16  # bytes of a constant held in the graph
 MAX_DIM_TEXT = 200
+MAX_FACTORS = 4
+MAX_DECLARED = 2048  # different sizes among the inputs
 
-Names = dict[str, Value]
+Names = MutableMapping[str, Value]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Importer:
                 continue  # an initializer that may be overridden: its default is the model
             if value.dims is None:
                 raise UnsupportedModelError(f"input {value.name[:80]!r} has no rank")
+            if len(value.dims) > MAX_RANK:
+                raise ModelError(f"input {value.name[:80]!r} has rank {len(value.dims)}")
             dims = [d.substitute(self.symbols) for d in input_dims(value)]
             dtype = tensors.dtype_name(value.dtype, f"input {value.name[:80]!r}")
             names[value.name] = self.net.input(value.name, dims, dtype)
@@ -161,7 +165,10 @@ class Importer:
 
     def branch(self, node: NodeRecord, names: Names, opsets: Mapping[str, int], depth: int) -> list[Value]:
         """An If whose condition is known."""
-        condition: float | bool | None = names[node.inputs[0]].scalar
+        given = names.get(node.inputs[0]) if node.inputs else None
+        if given is None:
+            raise ModelError(f"{label(node)} lacks a condition")
+        condition: float | bool | None = given.scalar
         taken = self.reading.taken
         if taken is not None and node is taken[0]:
             condition = taken[1]
@@ -170,7 +177,7 @@ class Importer:
         chosen = node.attributes.get("then_branch" if condition else "else_branch")
         if chosen is None or not isinstance(chosen.value, GraphRecord):
             raise ModelError(f"{label(node)} lacks a branch")
-        inner = dict(names)
+        inner: Names = names.new_child() if isinstance(names, ChainMap) else ChainMap({}, names)
         self.graph(chosen.value, inner, opsets, depth)
         return [inner[v.name] for v in chosen.value.outputs]
 
@@ -178,11 +185,17 @@ class Importer:
         """A function of the model, inlined."""
         if depth >= MAX_CALLS:
             raise ModelError(f"{label(node)}: functions are nested deeper than {MAX_CALLS}")
+        absent = [a for a in node.inputs if a and a not in names]
+        if absent:
+            raise UnsupportedModelError(f"{label(node)}: operand {absent[0][:80]!r} has no value here")
         inner = {f: names[a] for f, a in zip(function.inputs, node.inputs, strict=False) if a}
         given = function.defaults | node.attributes
         body = [_bound(n, given) for n in function.nodes]
         opsets = dict(function.opsets) or dict(self.model.record.opsets)
         self.run_nodes(body, inner, opsets, depth + 1)
+        missing = [name for name in function.outputs if name not in inner]
+        if missing:
+            raise ModelError(f"{label(node)}: its output {missing[0][:80]!r} has no value here")
         return [inner[name] for name in function.outputs]
 
 
@@ -199,7 +212,7 @@ def input_dims(value: ValueRecord) -> list[Dim]:
     dims = []
     for axis, declared in enumerate(value.dims or []):
         if (isinstance(declared, int) and declared >= 0) or (
-            isinstance(declared, str) and len(declared) <= MAX_DIM_TEXT and "**" not in declared
+            isinstance(declared, str) and _is_plain(declared)
         ):
             dims.append(Dim.of(declared))
         else:
@@ -207,8 +220,17 @@ def input_dims(value: ValueRecord) -> list[Dim]:
     return dims
 
 
+def _is_plain(text: str) -> bool:
+    """Whether an expression is short enough to be worked out: products of sums grow exponentially."""
+    longest = MAX_DIM_TEXT if "(" not in text else MAX_DIM_TEXT // 3
+    return len(text) <= longest and "**" not in text and text.count("*") <= MAX_FACTORS
+
+
 def declared_dims(model: GuardedModel) -> list[Dim]:
-    """The declared dimensions of all inputs of the model."""
+    """The declared dimensions of all inputs of the model. Raises ModelError where there are too many."""
+    different = {d for v in model.record.graph.inputs for d in v.dims or ()}
+    if len(different) > MAX_DECLARED:
+        raise ModelError(f"the inputs have more than {MAX_DECLARED} different sizes")
     return [d for v in model.record.graph.inputs for d in input_dims(v)]
 
 

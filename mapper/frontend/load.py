@@ -23,20 +23,21 @@ from mapper.frontend.split import Split, find_split, phases
 from mapper.ir.graph import Graph
 
 
-def load(path: str | Path, recognise: bool = True, external_root: str | Path | None = None) -> Graph:
+def load(
+    path: str | Path, recognise: bool = True, external_root: str | Path | None = None, identify: bool = True
+) -> Graph:
     """The graph of an ONNX file, verified; reads no weights.
 
     With `recognise`, transformer ops and repeated layers are found; without, there are primitives alone.
     Weights lie in the model's folder or, where it is given, in `external_root` (links are followed).
+    Without `identify` the file is not hashed, which takes seconds for one of gigabytes.
     Raises ModelError for a malformed or hostile file, and for a model that is refused UnsupportedModelError,
     which names node, operator and reason.
     """
-    model = read_model(path, external_root)
+    model = replace(read_model(path, external_root), identify=identify)
     split = find_split(model)
     if split is not None:
-        return phases(
-            split, lambda taken: load_reading(model, recognise, Reading((split.node, taken)), split)
-        )
+        return phases(split, lambda taken: load_whole(model, recognise, Reading((split.node, taken)), split))
     mode = declared_mode(model.record)
     if mode is None:
         return load_reading(model, recognise)
@@ -49,12 +50,10 @@ def load(path: str | Path, recognise: bool = True, external_root: str | Path | N
     )
 
 
-def load_reading(
-    model: GuardedModel, recognise: bool, reading: Reading | None = None, split: Split | None = None
-) -> Graph:
+def load_reading(model: GuardedModel, recognise: bool, reading: Reading | None = None) -> Graph:
     """The graph of a model, of one reading where there are several; layers that repeat others are not looked
     at where that is enough."""
-    short = abridge(model) if recognise and split is None else None
+    short = abridge(model) if recognise else None
     if short is not None:
         try:
             graph = extend(load_whole(short.model, recognise, reading), short)
@@ -62,11 +61,14 @@ def load_reading(
             return graph
         except (NotAlike, MapperError):
             pass  # the whole model tells what is wrong
-    return load_whole(model, recognise, reading, split)
+    return load_whole(model, recognise, reading)
 
 
 def load_whole(
-    model: GuardedModel, recognise: bool = True, reading: Reading | None = None, split: Split | None = None
+    model: GuardedModel,
+    recognise: bool = True,
+    reading: Reading | None = None,
+    split: Split | None = None,
 ) -> Graph:
     """The graph of a model, every layer looked at."""
     try:
@@ -117,8 +119,11 @@ def refuse_foreign(net: Net) -> None:
 
 
 def digest(model: GuardedModel) -> str:
-    """SHA-256 of the model file."""
-    return hashlib.sha256(model.source.data).hexdigest()
+    """SHA-256 of the model file, "" where it is not to be identified."""
+    if not model.identify:
+        return ""
+    with model.path.open("rb") as file:  # mapped pages would count as memory of this process
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def grouped(graph: Graph) -> Graph:

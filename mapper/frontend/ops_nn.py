@@ -118,13 +118,17 @@ def _gelu(c: Call) -> list[Value]:
 
 
 def gelu_erf(net: Net, x: Value) -> Value:
-    """x/2 (1 + erf(x / sqrt 2))."""
+    """x/2 (1 + erf(x / sqrt 2)); half precision is widened first, for its own constants are too coarse."""
+    if x.dtype in ("f16", "bf16"):
+        return b.cast(net, gelu_erf(net, b.cast(net, x, "f32")), x.dtype)
     inner = plus(net, b.unary(net, "erf", times(net, x, math.sqrt(0.5))), 1.0)
     return b.binary(net, "mul", times(net, x, 0.5), inner)
 
 
 def gelu_tanh(net: Net, x: Value) -> Value:
-    """The tanh approximation of gelu."""
+    """The tanh approximation of gelu; half precision is widened first."""
+    if x.dtype in ("f16", "bf16"):
+        return b.cast(net, gelu_tanh(net, b.cast(net, x, "f32")), x.dtype)
     cube = b.binary(net, "mul", b.binary(net, "mul", x, x), x)
     inner = times(net, b.binary(net, "add", x, times(net, cube, 0.044715)), math.sqrt(2 / math.pi))
     return b.binary(net, "mul", times(net, x, 0.5), plus(net, b.unary(net, "tanh", inner), 1.0))

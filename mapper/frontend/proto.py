@@ -10,10 +10,11 @@ import struct
 from dataclasses import dataclass, field
 
 from mapper.errors import ModelError
-from mapper.frontend.wire import FIXED32, SPAN, Source, fields, packed_varints, signed, text
+from mapper.frontend.wire import FIXED32, SPAN, Source, chunk, fields, packed_varints, signed, text
 
 MAX_DEPTH = 16  # of sub-graphs inside sub-graphs
 MAX_SHAPE_DIMS = 64
+MAX_STRING = 1 << 20
 MESSAGE_COST = 5  # a record costs about as much as this many fields
 
 Span = tuple[int, int]
@@ -146,7 +147,7 @@ def _graph(source: Source, start: int, end: int, depth: int) -> GraphRecord:
     for number, kind, a, b in fields(source, start, end):
         if kind != SPAN:
             continue
-        source.fields_left -= MESSAGE_COST
+        source.spend(MESSAGE_COST)
         if number == 1:
             graph.nodes.append(_node(source, a, b, depth))
         elif number == 2:
@@ -196,11 +197,11 @@ def _attribute(source: Source, start: int, end: int, depth: int) -> AttributeRec
     many: dict[int, list[Attribute]] = {7: [], 8: [], 9: [], 10: [], 11: []}
     kind_code = 0
     for number, kind, a, b in fields(source, start, end):
-        if number == 1:
+        if number == 1 and kind == SPAN:
             out.name = text(source, a, b)
         elif number == 20:
             kind_code = a
-        elif number == 21:
+        elif number == 21 and kind == SPAN:
             out.refers = text(source, a, b)
         elif number in (2, 3, 4, 5, 6):
             single[number] = _attribute_value(source, number, kind, a, b, depth)
@@ -225,32 +226,40 @@ def _attribute_value(source: Source, number: int, kind: int, a: int, b: int, dep
     if kind != SPAN:
         raise ModelError(f"malformed protobuf: attribute field {number} has wire type {kind}")
     if number == 4:
-        return bytes(source.data[a:b]) if b - a <= 1 << 20 else b""
+        return chunk(source, a, b, MAX_STRING)
     return _tensor(source, a, b) if number == 5 else _graph(source, a, b, depth + 1)
 
 
 def _extend(
     source: Source, into: list[Attribute], number: int, kind: int, a: int, b: int, depth: int
 ) -> None:
-    if number == 7:
+    if number == 7 and kind in (SPAN, FIXED32):
+        source.spend((b - a) // 4)
         into.extend(struct.unpack(f"<{(b - a) // 4}f", source.data[a : b - (b - a) % 4]))
     elif number == 8:
-        into.extend([signed(a)] if kind == 0 else packed_varints(bytes(source.data[a:b])).view("i8").tolist())
+        into.extend(_integers(source, kind, a, b))
     elif kind != SPAN:
         raise ModelError(f"malformed protobuf: attribute field {number} has wire type {kind}")
     elif number == 9:
-        into.append(bytes(source.data[a : min(b, a + (1 << 16))]))
+        into.append(chunk(source, a, b, MAX_STRING))
     else:
         into.append(_tensor(source, a, b) if number == 10 else _graph(source, a, b, depth + 1))
+
+
+def _integers(source: Source, kind: int, a: int, b: int) -> list[int]:
+    """The integers of a repeated field, packed or not."""
+    if kind != SPAN:
+        return [signed(a)]
+    source.spend(b - a)
+    numbers: list[int] = packed_varints(bytes(source.data[a:b])).view("i8").tolist()
+    return numbers
 
 
 def _tensor(source: Source, start: int, end: int) -> TensorRecord:
     tensor = TensorRecord()
     for number, kind, a, b in fields(source, start, end):
         if number == 1:
-            tensor.dims += (
-                [signed(a)] if kind == 0 else packed_varints(bytes(source.data[a:b])).view("i8").tolist()
-            )
+            tensor.dims += _integers(source, kind, a, b)
         elif number == 2:
             tensor.dtype = a
         elif number in (4, 5, 6, 7, 10, 11):

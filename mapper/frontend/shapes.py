@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mapper.errors import ModelError
-from mapper.frontend.net import Dims, Net, Value, product, rule
+from mapper.frontend.net import Dims, Net, Value, check_dims, product, rule
 from mapper.ir.dims import ONE, ZERO, Dim
 
 UNARY = [
@@ -141,6 +141,7 @@ def _concat(net: Net, ins: Sequence[Value], attrs: dict[str, Any]) -> Types:
         for i, d in enumerate(other.dims):
             if i == axis:
                 dims[i] = dims[i] + d
+                check_dims((dims[i],), net.origin)
             else:
                 net.same(dims[i], d)
     return [(tuple(dims), ins[0].dtype)]

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from mapper.errors import ModelError
 from mapper.frontend.build import is_float
 from mapper.frontend.caches import Cache, find_caches
-from mapper.frontend.net import Net, Node, Value
+from mapper.frontend.net import Net, Node, Value, tame
 from mapper.ir.dims import Dim
 
 TAG = "~"
+FLAT = 64  # eliminations after which values are brought up to date
 KNOWN = ("batch", "sequence", "past", "capacity")
 
 
@@ -27,18 +29,35 @@ def tags(dims: Iterable[Dim]) -> dict[str, Dim]:
 
 def solve(pairs: Iterable[tuple[Dim, Dim]]) -> dict[str, Dim]:
     """A substitution that makes the sides of each pair equal, where one symbol can be eliminated for it."""
-    found: dict[str, Dim] = {}
-    for left, right in pairs:
-        difference = left.substitute(found) - right.substitute(found)
+    found: dict[str, Dim] = {}  # values may hold symbols that were eliminated later
+    for left, right in dict.fromkeys(pairs):
+        difference = _resolved(left - right, found)
         common = math.gcd(*(c for _, c in difference.terms))
         difference = difference // common if common > 1 else difference
-        chosen = _eliminable(difference)
+        chosen = _eliminable(difference) if difference.terms else None
         if chosen is None:
             continue
-        symbol, value = chosen
-        found = {s: d.substitute({symbol: value}) for s, d in found.items()}
-        found[symbol] = value
-    return found
+        found[chosen[0]] = chosen[1]
+        if len(found) % FLAT == 0:
+            found = _flattened(found)
+    return _flattened(found)
+
+
+def _resolved(dim: Dim, found: Mapping[str, Dim]) -> Dim:
+    """`dim` in symbols that are not eliminated."""
+    while not found.keys().isdisjoint(dim.symbols):
+        dim = dim.substitute(found)
+        if not tame(dim):
+            raise ModelError("the sizes of the inputs depend on each other in too complex a way")
+    return dim
+
+
+def _flattened(found: Mapping[str, Dim]) -> dict[str, Dim]:
+    """The same substitution in symbols that are not eliminated: those found last come first."""
+    done: dict[str, Dim] = {}
+    for symbol, value in reversed(list(found.items())):
+        done[symbol] = _resolved(value, done)
+    return dict(reversed(list(done.items())))
 
 
 def _eliminable(difference: Dim) -> tuple[str, Dim] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,15 @@ import numpy.typing as npt
 
 from mapper.errors import ModelError, UnsupportedModelError, WeightsMissingError
 from mapper.frontend.proto import TensorRecord
-from mapper.frontend.wire import Source, count_packed_varints, packed_varints
-from mapper.ir.types import numpy_dtype
+from mapper.frontend.wire import (
+    FIXED32,
+    FIXED64,
+    SPAN,
+    VARINT,
+    Source,
+    count_packed_varints,
+    packed_varints,
+)
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +46,30 @@ _TYPED = {
     5: {"i32", "i16", "i8", "u8", "u16", "bool", "f16", "bf16", "f8e4m3", "f8e5m2", "u4", "i4"},
 }
 _TYPED |= {7: {"i64"}, 10: {"f64"}, 11: {"u32", "u64"}}
+_WIRE = {4: (FIXED32, SPAN), 10: (FIXED64, SPAN)}  # how the elements of a typed field are written
 MAX_ELEMENTS = 1 << 60
+MAX_LOCATION = 1024  # characters of an external file's path
+MAX_FILES = 10_000  # external files of one model
+
+
+@dataclass(frozen=True)
+class ExternalFiles:
+    """The files outside of the model file that hold tensors: in `folder`, the model's, or in `root`. Each is
+    looked at once; `sizes` are their bytes, None where a file is not there."""
+
+    folder: Path
+    root: Path | None = None
+    sizes: dict[str, int | None] = field(default_factory=dict)
+
+    def size(self, location: str, where: str) -> int | None:
+        """Bytes of the file at `location`. Raises ModelError where it is none that may be read."""
+        if location not in self.sizes:
+            if len(self.sizes) >= MAX_FILES:
+                raise ModelError(f"{where}: external data in more than {MAX_FILES} files")
+            self.sizes[location] = _file_size(
+                inside(self.folder, self.root, location, where), location, where
+            )
+        return self.sizes[location]
 
 
 @dataclass(frozen=True)
@@ -64,7 +94,9 @@ def elements(dims: list[int], where: str) -> int:
         raise ModelError(f"{where} has a negative dimension: {dims}")
     product = math.prod(dims)
     if product > MAX_ELEMENTS:
-        raise ModelError(f"{where} has dims {dims[:8]}, whose product {product:.3g} overflows any file")
+        raise ModelError(
+            f"{where} has dims {dims[:8]}, whose product of {product.bit_length()} bits overflows any file"
+        )
     return product
 
 
@@ -74,15 +106,14 @@ def byte_length(count: int, code: int) -> int:
 
 
 def locate(
-    tensor: TensorRecord, source: Source, model_file: Path, owner: str, external_root: Path | None = None
+    tensor: TensorRecord, source: Source, model_file: Path, owner: str, others: ExternalFiles
 ) -> Location:
-    """Where the data of `tensor` lies. Raises ModelError where length, offset or path cannot be right.
-    External data lie in the model's folder, or, where it is given, in `external_root`."""
+    """Where the data of `tensor` lies. Raises ModelError where length, offset or path cannot be right."""
     where = f"{owner} {tensor.name[:80]!r}"
     name = dtype_name(tensor.dtype, where)
     need = byte_length(elements(tensor.dims, where), tensor.dtype)
     if tensor.is_external:
-        return _external(tensor, need, (model_file.parent, external_root), where)
+        return _external(tensor, need, others, where)
     if tensor.raw is not None:
         if tensor.typed:
             raise ModelError(f"{where} holds both raw and typed data")
@@ -96,13 +127,20 @@ def locate(
 
 def _check_typed(tensor: TensorRecord, source: Source, name: str, where: str) -> None:
     have = 0
+    spans = [(n, b - a) for n, kind, a, b in tensor.typed if kind == SPAN]
+    source.typed_left -= sum(size if n in _WIRE else 8 * size for n, size in spans)
+    if source.typed_left < 0:
+        raise UnsupportedModelError(f"{where}: too much data in the file that is neither raw nor external")
     for number, kind, a, b in tensor.typed:
+        if kind not in _WIRE.get(number, (VARINT, SPAN)):
+            raise ModelError(f"malformed protobuf: {where} has data of wire type {kind}")
         if number not in _TYPED or name not in _TYPED[number]:
             raise ModelError(f"{where} of type {name} keeps data in field {number} of another type")
         if kind != 2:
             have += 1
         elif number in (4, 10):
-            have += (b - a) // (4 if number == 4 else 8)
+            size = 4 if number == 4 else 8
+            have += (b - a) // size if (b - a) % size == 0 else -1
         else:
             have += count_packed_varints(bytes(source.data[a:b]))
     count = elements(tensor.dims, where)
@@ -117,7 +155,7 @@ def _number(text: str, key: str, where: str) -> int:
     return int(text)
 
 
-def _external(tensor: TensorRecord, need: int, roots: tuple[Path, Path | None], where: str) -> Location:
+def _external(tensor: TensorRecord, need: int, others: ExternalFiles, where: str) -> Location:
     entries = tensor.external
     location = entries.get("location", "")
     offset = _number(entries.get("offset", "0"), "offset", where)
@@ -126,27 +164,33 @@ def _external(tensor: TensorRecord, need: int, roots: tuple[Path, Path | None], 
         raise ModelError(
             f"{where} of shape {tensor.dims[:8]} needs {need} bytes, its external data has {length}"
         )
-    path = inside(*roots, location, where)
+    size = others.size(location, where)
+    if size is not None and offset + need > size:
+        raise ModelError(
+            f"{where}: external data ends at byte {offset + need} of {location[:80]!r}, of {size}"
+        )
+    return Location(location, offset, need)
+
+
+def _file_size(path: Path, location: str, where: str) -> int | None:
     try:
         found = path.stat()
     except FileNotFoundError:
-        return Location(location, offset, need)
+        return None
     except OSError as error:
         raise ModelError(
             f"{where}: external file {location[:80]!r} cannot be read: {error.strerror}"
         ) from error
     if not stat.S_ISREG(found.st_mode):
         raise ModelError(f"{where}: external data {location[:80]!r} is not a regular file")
-    if offset + need > found.st_size:
-        raise ModelError(
-            f"{where}: external data ends at byte {offset + need} of {location[:80]!r}, of {found.st_size}"
-        )
-    return Location(location, offset, need)
+    return found.st_size
 
 
 def inside(folder: Path, external_root: Path | None, location: str, where: str) -> Path:
     """The real path of `location`. Raises ModelError where it leads out of `folder` and of `external_root`,
     also by links."""
+    if len(location) > MAX_LOCATION:
+        raise ModelError(f"{where} has external data at a path of {len(location)} characters")
     if not location or "\0" in location or "\\" in location or Path(location).is_absolute():
         raise ModelError(f"{where} has external data at {location[:80]!r}, which is no relative path")
     try:
@@ -165,7 +209,7 @@ def read(tensor: TensorRecord, source: Source, location: Location, folder: Path)
     name = DTYPES[tensor.dtype][0]
     if name not in NUMPY:
         raise UnsupportedModelError(f"tensor {tensor.name[:80]!r} of type {name} is needed as a constant")
-    dtype = numpy_dtype(name) if name == "bf16" else np.dtype(NUMPY[name])
+    dtype = _numpy(NUMPY[name])
     if location.file is None:
         return _typed(tensor, source, dtype).reshape(tensor.dims)
     if not tensor.is_external:
@@ -182,6 +226,15 @@ def read(tensor: TensorRecord, source: Source, location: Location, folder: Path)
     return np.frombuffer(raw, dtype).reshape(tensor.dims)
 
 
+def _numpy(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    kind: np.dtype[Any] = np.dtype(name)
+    return kind
+
+
 def _typed(tensor: TensorRecord, source: Source, dtype: np.dtype[Any]) -> Array:
     parts: list[Array] = []
     for number, kind, a, b in tensor.typed:
@@ -194,6 +247,6 @@ def _typed(tensor: TensorRecord, source: Source, dtype: np.dtype[Any]) -> Array:
         else:
             parts.append(packed_varints(bytes(source.data[a:b])))
     whole = np.concatenate(parts) if parts else np.zeros(0, dtype)
-    if whole.dtype == np.uint64 and dtype.itemsize == 2 and dtype.kind not in "iu":
+    if whole.dtype == np.uint64 and dtype.itemsize == 2 and dtype.kind not in "iu":  # bits of a half
         return whole.astype("<u2").view(dtype)
     return whole.astype(dtype)

@@ -18,16 +18,30 @@ from mapper.errors import ModelError
 VARINT, FIXED64, SPAN, FIXED32 = 0, 1, 2, 5
 MAX_FIELDS = 1_000_000  # bounds time and memory on files made of millions of empty messages
 MAX_TEXT = 1 << 16
+MAX_TYPED = 64 << 20  # bytes in memory of all tensors that are not stored raw
+MAX_DECODED = 64 << 20  # bytes of all names and attributes together
 
 Field = tuple[int, int, int, int]  # field number, wire type, value or first byte, one past the last byte
 
 
 @dataclass
 class Source:
-    """The bytes of one file and the number of fields that may still be read from it."""
+    """The bytes of one file, and how many fields and decoded bytes may still be read from it."""
 
     data: mmap.mmap | bytes
     fields_left: int = field(default=MAX_FIELDS)
+    bytes_left: int = field(default=MAX_DECODED)
+    typed_left: int = field(default=MAX_TYPED)
+
+    def spend(self, fields: int, size: int = 0) -> None:
+        """Counts fields (or elements, which cost as much) and decoded bytes. Raises ModelError where there
+        are too many."""
+        self.fields_left -= fields
+        self.bytes_left -= size
+        if self.fields_left < 0:
+            raise ModelError(f"the file holds more than {MAX_FIELDS} protobuf fields")
+        if self.bytes_left < 0:
+            raise ModelError(f"the file holds more than {MAX_DECODED} bytes of names and attributes")
 
 
 def varint(data: mmap.mmap | bytes, at: int, end: int) -> tuple[int, int]:
@@ -88,12 +102,18 @@ def signed(value: int) -> int:
 
 def text(source: Source, start: int, end: int) -> str:
     """A UTF-8 string field. Raises ModelError where it is not UTF-8 or longer than 64 KiB."""
-    if end - start > MAX_TEXT:
-        raise ModelError(f"a name of {end - start} bytes at byte {start}")
     try:
-        return bytes(source.data[start:end]).decode()
+        return chunk(source, start, end, MAX_TEXT).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"a name at byte {start} is not UTF-8") from error
+
+
+def chunk(source: Source, start: int, end: int, largest: int) -> bytes:
+    """The bytes of a name or an attribute. Raises ModelError where there are more than `largest`."""
+    if not 0 <= end - start <= largest:
+        raise ModelError(f"a name or attribute of {end - start} bytes at byte {start}")
+    source.spend(0, end - start)
+    return bytes(source.data[start:end])
 
 
 def packed_varints(raw: bytes) -> npt.NDArray[np.uint64]:

@@ -19,6 +19,8 @@ from functools import lru_cache
 from mapper.errors import ModelError
 
 _LONGEST_TEXT = 4096
+_MOST_PRODUCTS = 4096
+_MOST_ATOMS = 256  # inside // % max min, where nesting doubles them
 _FUNCTIONS: dict[str, Callable[[int, int], int]] = {
     "//": lambda a, b: a // b,
     "%": lambda a, b: a % b,
@@ -167,6 +169,8 @@ class Dim:
 
     def __mul__(self, other: int | Dim) -> Dim:
         right = Dim.of(other).terms
+        if len(self.terms) * len(right) > _MOST_PRODUCTS:
+            raise ModelError("a dimension is too complex an expression")
         return _sum([(_sorted([*a, *b]), ca * cb) for a, ca in self.terms for b, cb in right])
 
     def __rmul__(self, other: int) -> Dim:
@@ -203,7 +207,18 @@ def _const(value: int) -> Dim:
 
 
 def _atom(atom: Atom) -> Dim:
+    if isinstance(atom, Call) and sum(_atoms(a) for a in atom.args) > _MOST_ATOMS:
+        raise ModelError("a dimension is too complex an expression")
     return Dim((((atom,), 1),))
+
+
+def _atoms(dim: Dim) -> int:
+    """Atoms of an expression, those inside others included."""
+    found = 0
+    for monomial, _ in dim.terms:
+        for atom in monomial:
+            found += 1 if isinstance(atom, str) else 1 + sum(_atoms(a) for a in atom.args)
+    return found
 
 
 def _sorted(atoms: Iterable[Atom]) -> Monomial:

@@ -168,6 +168,8 @@ def _masked_attention(c: Context, op: DataflowOp, q: Value, k: Value, v: Value) 
     given = op.operand("sinks") if op.mnemonic == "attention" else None
     sinks = None if given is None else c.f32(given)
     mask = c.operand("mask")
+    if op.mnemonic == "attention" and op.attr("chunk") and mask is None:
+        c.fail("attention in chunks without a mask is not supported")
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
     y = c.f32_out()

@@ -1,4 +1,4 @@
-"""Weights behind links out of the model's folder, as in the cache of a model hub: only where that is asked for."""
+"""Weights behind links out of the model's folder, as in a model hub's cache: only where that is asked for."""
 
 from __future__ import annotations
 

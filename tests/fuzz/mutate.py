@@ -43,14 +43,72 @@ SIZES += [
     "a%a",
 ]
 OPERATORS = [
-    "Add", "Mul", "MatMul", "Gemm", "Reshape", "Expand", "Tile", "Range", "ConstantOfShape", "OneHot", "Pad",
-    "Gather", "GatherND", "GatherElements", "ScatterND", "Slice", "Split", "Concat", "Transpose", "Squeeze",
-    "Unsqueeze", "Flatten", "Shape", "Size", "Softmax", "ReduceMean", "ReduceSum", "CumSum", "TopK", "Trilu", "Where",
-    "Cast", "Einsum", "LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Attention", "If", "Loop", "Scan",
-    "Constant", "Identity", "Dropout", "Clip", "Pow", "Mod", "Equal", "ArgMax", "EyeLike", "Conv", "QuantizeLinear",
-    "DequantizeLinear", "MatMulInteger", "GroupQueryAttention", "MultiHeadAttention", "SkipLayerNormalization",
-    "MatMulNBits", "MoE", "QMoE", "EmbedLayerNormalization", "TensorScatter", "Resize", "NonZero", "LSTM", "Foo",
-]  # fmt: skip
+    "Add",
+    "Mul",
+    "MatMul",
+    "Gemm",
+    "Reshape",
+    "Expand",
+    "Tile",
+    "Range",
+    "ConstantOfShape",
+    "OneHot",
+    "Pad",
+    "Gather",
+    "GatherND",
+    "GatherElements",
+    "ScatterND",
+    "Slice",
+    "Split",
+    "Concat",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Shape",
+    "Size",
+    "Softmax",
+    "ReduceMean",
+    "ReduceSum",
+    "CumSum",
+    "TopK",
+    "Trilu",
+    "Where",
+    "Cast",
+    "Einsum",
+    "LayerNormalization",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "Attention",
+    "If",
+    "Loop",
+    "Scan",
+    "Constant",
+    "Identity",
+    "Dropout",
+    "Clip",
+    "Pow",
+    "Mod",
+    "Equal",
+    "ArgMax",
+    "EyeLike",
+    "Conv",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "MatMulInteger",
+    "GroupQueryAttention",
+    "MultiHeadAttention",
+    "SkipLayerNormalization",
+    "MatMulNBits",
+    "MoE",
+    "QMoE",
+    "EmbedLayerNormalization",
+    "TensorScatter",
+    "Resize",
+    "NonZero",
+    "LSTM",
+    "Foo",
+]
 
 
 def mutant(seeds: Sequence[bytes], rng: random.Random) -> bytes:
@@ -70,7 +128,7 @@ def mutant(seeds: Sequence[bytes], rng: random.Random) -> bytes:
         splice(model.graph, onnx.ModelProto.FromString(rng.choice(seeds)).graph, rng)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         changed_graph(model, rng)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def bytes_changed(data: bytes, rng: random.Random) -> bytes:
@@ -143,9 +201,8 @@ def changed_graph(model: onnx.ModelProto, rng: random.Random) -> None:
         del node.input[:]
         node.input.extend(operands)
     elif what == 11:
-        model.opset_import[0].version = rng.choice(
-            [-1, 0, 9, 11, 12, 13, 17, 18, 21, 23, 24, 28, 29, 1 << 40]
-        )
+        versions = [-1, 0, 9, 11, 12, 13, 17, 18, 21, 23, 24, 28, 29, 1 << 40]
+        model.opset_import[0].version = rng.choice(versions)
     elif what == 12:
         _function(model, node, rng)
     else:
@@ -158,9 +215,8 @@ def _attribute(node: onnx.NodeProto, graph: onnx.GraphProto, rng: random.Random)
         if others:
             copy = node.attribute.add()
             copy.CopyFrom(rng.choice(others))
-            copy.name = rng.choice(
-                [copy.name, "axis", "axes", "perm", "to", "keepdims", "value", "num_heads"]
-            )
+            names = [copy.name, "axis", "axes", "perm", "to", "keepdims", "value", "num_heads"]
+            copy.name = rng.choice(names)
         return
     attribute = rng.choice(node.attribute)
     what = rng.randrange(6)

@@ -34,4 +34,4 @@ def skeleton(data: bytes, largest: int = 2048) -> bytes:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="absent.bin")
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())

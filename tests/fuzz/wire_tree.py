@@ -102,7 +102,7 @@ class Places:
 
 
 def change(tree: list[Item], other: list[Item], rng: random.Random) -> None:
-    """One random change of a tree: fields dropped, doubled, swapped, moved, changed, or taken from `other`."""
+    """One random change: a field dropped, doubled, swapped, moved, changed, or taken from `other`."""
     places = Places.of(tree)
     if not places.items:
         return
