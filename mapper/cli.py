@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mapper import __version__
+from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
 from mapper.exits import run_app
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 machines_app = typer.Typer(help="List, show and calibrate machine files.")
 app.add_typer(machines_app, name="machines")
+app.add_typer(zoo_app, name="zoo")
 
 
 def _targets(incomplete: str) -> list[str]:
@@ -42,7 +44,7 @@ def _targets(incomplete: str) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file, or zoo:NAME.")]
 Dir = Annotated[
     Path, typer.Argument(metavar="DIR", help="A schedule directory that `mapper compile --out` made.")
 ]
@@ -174,11 +176,11 @@ def check(schedule: Dir, as_json: Json = False) -> None:
 @app.command(epilog="Example: mapper inspect examples/tiny-llama-op18.onnx")
 def inspect(model: Model, external_root: External = None, as_json: Json = False) -> None:
     """Show what was recognised in a model. Layers, widths, heads, attention, masks, RoPE, norms, MLP, KV."""
+    from mapper.driver import load
     from mapper.frontend.inspect import inspect as recognised
-    from mapper.frontend.load import load
 
     with _working(f"reading {model}"):
-        record = recognised(load(model, external_root=external_root, identify=False))
+        record = recognised(load(model, external_root, identify=False))
     if as_json:
         _print_json(record)
     else:

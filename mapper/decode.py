@@ -117,8 +117,9 @@ def stream(model: Path, ids: Sequence[int], tokens: int, external_root: str | Pa
     """
     from mapper import driver, execution
 
-    context = len(ids) + tokens
-    done = driver.build(model, execution.HOST, context=context, prompt=len(ids), external_root=external_root)
+    done = driver.build(
+        model, execution.HOST, context=len(ids) + tokens, prompt=len(ids), external_root=external_root
+    )
     done.report.raise_first()
     vocabulary = next(p.shape[-1] for p in done.schedule.ports if p.name == "logits")
     if not all(0 <= i < vocabulary for i in ids):

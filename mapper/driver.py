@@ -64,12 +64,18 @@ class Compiled:
     result: Result
 
 
-def load(path: str | Path, external_root: str | Path | None = None) -> Graph:
-    """The graph of an ONNX file, whose weights lie in its folder or, where it is given, in `external_root`.
-    Raises ModelError, UnsupportedModelError."""
-    from mapper.frontend.load import load as load_onnx
+def load(path: str | Path, external_root: str | Path | None = None, identify: bool = True) -> Graph:
+    """The graph of an ONNX file, whose weights lie in its folder or, where it is given, in `external_root`;
+    or of the model of the zoo that `zoo:NAME` names, without weights.
 
-    return load_onnx(path, external_root=external_root)
+    Without `identify` the file is not hashed. Raises ModelError, UnsupportedModelError, UsageError for a name
+    that is not in the zoo."""
+    from mapper.frontend.load import load as load_onnx
+    from mapper.zoo.files import is_name, skeleton
+
+    if not is_name(path):
+        return load_onnx(path, external_root=external_root, identify=identify)
+    return replace(load_onnx(skeleton(path), identify=identify), path=Path(path))
 
 
 def compile(
@@ -257,9 +263,10 @@ def optimise(file: str | Path, passes: str, external_root: str | Path | None = N
     """The graph of an ONNX file, or of IR text (any other file; "-" is standard input), after some passes."""
     from mapper.ir.graph import Graph
     from mapper.passes.pipeline import run as run_passes
+    from mapper.zoo.files import is_name
 
     path = Path(file)
-    if path.suffix == ".onnx" or path.is_dir():
+    if path.suffix == ".onnx" or path.is_dir() or is_name(path):
         graph = load(path, external_root)
     else:
         graph = Graph.parse(_text(path), path, path.parent)

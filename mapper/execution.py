@@ -37,7 +37,11 @@ def session(
 
 def model_file(schedule: Schedule, model: str | Path | None) -> Path:
     """The model's file: `model`, or where it was when the schedule was made. Raises UsageError."""
+    from mapper.zoo.files import is_name, skeleton
+
     path = Path(model if model is not None else schedule.model.path)
+    if is_name(path):
+        return skeleton(path)
     if not path.is_file():
         hint = "" if model is not None else "; say where it is now with --model"
         raise UsageError(f"the model file {path} is not there{hint}")

@@ -41,7 +41,7 @@ def rounded(number: float, digits: int = 7) -> float:
 def angles(graph: Graph, cos: Any, sin: Any, style: str, width: int) -> Angles:
     """What the tables of a rotary embedding of `width` columns are."""
     try:
-        c, s = evaluate_values(graph, _one_token(graph), [cos, sin])
+        c, s = evaluate_values(graph, _one_token(graph), [cos, sin], "f64")
     except MapperError:
         return Angles()
     if not c.size or c.shape != s.shape or not (np.isfinite(c).all() and np.isfinite(s).all()):
@@ -92,7 +92,7 @@ def _ramp(ratio: Array, frequency: Array, magnitude: float) -> str:
     """Whether the ratio falls linearly in the pair's number (yarn) or in its frequency (llama3)."""
     inside = np.flatnonzero((ratio < ratio[0] * (1 - _CLOSE)) & (ratio > ratio[-1] * (1 + _CLOSE)))
     if len(inside) < 3:
-        return "yarn" if abs(magnitude - 1.0) > _CLOSE or not len(inside) else "llama3"
+        return "yarn" if abs(magnitude - 1.0) > _CLOSE else "llama3"
     misfits = []
     for x in (inside.astype(np.float64), frequency[inside]):
         line = np.polyval(np.polyfit(x, ratio[inside], 1), x)

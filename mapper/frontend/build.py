@@ -20,7 +20,7 @@ from mapper.ir.dims import ONE, ZERO, Dim
 _FOLD: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "pow": np.power, "min": np.minimum,
     "max": np.maximum,
-    "and": np.logical_and, "or": np.logical_or, "eq": np.equal, "lt": np.less, "le": np.less_equal,
+    "and": np.bitwise_and, "or": np.bitwise_or, "eq": np.equal, "lt": np.less, "le": np.less_equal,
     "gt": np.greater, "ge": np.greater_equal, "neg": np.negative, "abs": np.abs, "exp": np.exp, "log": np.log,
     "sqrt": np.sqrt, "floor": np.floor, "ceil": np.ceil, "not": np.logical_not, "isnan": np.isnan,
     "select": np.where, "sin": np.sin, "cos": np.cos, "reciprocal": np.reciprocal,
@@ -154,7 +154,7 @@ def _neutral(net: Net, op: str, a: Value, b: Value) -> Value | None:
             continue
         right = op in ("add", "mul", "and", "or") or not commuted
         neutral = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "pow": 1.0, "and": 1.0, "or": 0.0}.get(op)
-        if right and neutral is not None and y.scalar == neutral:
+        if right and neutral is not None and y.scalar == neutral and (op != "and" or y.dtype == "bool"):
             return x
     return None
 
@@ -218,6 +218,9 @@ def reshape(net: Net, x: Value, target: Sequence[Dim | int]) -> Value:
         return x
     if x.const is not None:
         return net.constant(x.const.reshape([d.value for d in dims]), x.dtype)
+    if x.op == "transpose" and x.node and x.node.attrs["perm"] == (0, 2, 1) and dims[-2:] == x.dims[1:]:
+        inner = reshape(net, x.args[0], [*dims[:-2], dims[-1], dims[-2]])  # leading axes are split first
+        return transpose(net, inner, (*range(len(dims) - 2), len(dims) - 1, len(dims) - 2))
     if x.content is not None and len(dims) <= 1:
         return net.ints(x.content, len(dims))
     out = net.make("reshape", [x], {"shape": dims})

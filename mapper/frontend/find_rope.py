@@ -17,7 +17,8 @@ from mapper.frontend.rewrite import Match
 from mapper.ir.dims import ONE, Dim
 
 _INSIDE = frozenset({"add", "sub", "mul", "neg", "cast"} | VIEWS)
-_OUT = ("add", "concat", "reshape")
+_OUT = ("add", "concat", "reshape", "transpose")
+_SWAP = (0, 2, 1, 3)  # [B, S, H, D] to [B, H, S, D]
 _PROBE = {"batch": 1, "sequence": 6, "past": 0}
 
 
@@ -88,7 +89,11 @@ def ropes(view: View, checker: Checker) -> list[Match]:
             continue
         if not out.dims[3].is_const:
             continue
-        cuts = [c for c in view.sources(out, _INSIDE) if c[0].dims == out.dims and len(c[1]) == 2]
+        swapped = node.op == "transpose"
+        if swapped and node.attrs["perm"] != _SWAP:
+            continue
+        dims = node.inputs[0].dims if swapped else out.dims
+        cuts = [c for c in view.sources(out, _INSIDE) if c[0].dims == dims and len(c[1]) == 2]
         match = _rope(view, checker, tables, out, *cuts[0]) if cuts else None
         if match is not None:
             found.append(match)
@@ -111,13 +116,15 @@ def _rope(
     angles = _angles(free)
     if len(angles) != 2 or len(free) != 2:
         return None
+    swapped = out.op == "transpose"
+    source, x = x, build.transpose(view.net, x, _SWAP) if swapped else x
     for cos, sin in (angles, angles[::-1]):
         made = tables.values(cos, sin)
         if made is not None and not is_rotation(*made):
             continue
         for width in _widths(cos, x):
             for given, style in _operands(view, x, width):
-                match = _with_tables(view, checker, out, (given, x), (cos, sin), width, style, made)
+                match = _with_tables(view, checker, out, (given, source), (cos, sin), width, style, made)
                 if match is not None:
                     return match
     return None
@@ -153,7 +160,7 @@ def _with_tables(
     full = pair[0].dims[-1].value == width
     if full and made is not None and not all(doubled(t, style) for t in made):
         return None
-    fitted = [_fit(view, t) for t in pair]
+    fitted = [_fit(view, t, out.op == "transpose") for t in pair]
     if None in fitted:
         return None
     cos, sin = (t for t in fitted if t is not None)
@@ -183,8 +190,14 @@ def _holds_doubled(checker: Checker, match: Match, pair: tuple[Value, Value], st
     return checker.seen[key]
 
 
-def _fit(view: View, table: Value) -> Value | None:
-    """The table in a shape that `rope` takes: [S, r], [B, S, r] or [B, 1, S, r]."""
+def _fit(view: View, table: Value, swapped: bool) -> Value | None:
+    """The table in a shape that `rope` takes: [S, r], [B, S, r] or [B, 1, S, r]; `swapped` where it is laid
+    out against [B, S, H, D]."""
+    if swapped:
+        if table.rank == 3 and table.dims[1] == ONE:  # [S, 1, r]
+            return build.transpose(view.net, table, (1, 0, 2))
+        fits = table.rank == 4 and table.dims[2] == ONE
+        return build.transpose(view.net, table, _SWAP) if fits else None
     if table.rank == 2 or table.rank == 3:
         return table
     if table.rank == 4 and table.dims[1] == ONE:

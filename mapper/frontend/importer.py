@@ -9,7 +9,21 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mapper.errors import ModelError, UnsupportedModelError
-from mapper.frontend import ops_basic, ops_cache, ops_contrib, ops_moe, ops_nn, tensors
+from mapper.frontend import (
+    ops_activation,
+    ops_attention,
+    ops_basic,
+    ops_cache,
+    ops_contrib,
+    ops_einsum,
+    ops_fused,
+    ops_moe,
+    ops_nn,
+    ops_norm,
+    ops_quant,
+    ops_vision,
+    tensors,
+)
 from mapper.frontend.extent import MAX_CALLS, MAX_NODES
 from mapper.frontend.guard import GuardedModel, label
 from mapper.frontend.lower import LOWERINGS, Call, lower
@@ -24,7 +38,10 @@ from mapper.frontend.proto import (
 )
 from mapper.ir.dims import Dim
 
-REGISTERED = (ops_basic, ops_nn, ops_contrib, ops_cache, ops_moe)  # imported for their registrations
+REGISTERED = (
+    ops_basic, ops_nn, ops_contrib, ops_cache, ops_moe, ops_activation, ops_attention, ops_norm, ops_einsum,
+    ops_quant, ops_vision, ops_fused,
+)  # fmt: skip  # imported for their registrations
 MAX_INLINE = 1 << 16  # bytes of a constant held in the graph
 MAX_DIM_TEXT = 200
 MAX_FACTORS = 4
@@ -150,7 +167,7 @@ class Importer:
         """An If whose condition is known."""
         given = names.get(node.inputs[0]) if node.inputs else None
         if given is None:
-            raise ModelError(f"{label(node)} lacks its condition")
+            raise ModelError(f"{label(node)} lacks a condition")
         condition: float | bool | None = given.scalar
         taken = self.reading.taken
         if taken is not None and node is taken[0]:

@@ -100,7 +100,8 @@ def _attention(op: DataflowOp) -> Facts:
     causal, window = op.attr("causal"), op.attr("window")
     slopes = None if latent else op.attr("slopes")
     mask = "causal" if causal else "given" if op.operand("mask") is not None else "none"
-    mask = "sliding" if window else mask
+    chunk = 0 if latent else op.attr("chunk")
+    mask = "sliding" if window else "chunked" if chunk else mask
     return {
         "kind": kind,
         "heads": _number(heads),
@@ -113,7 +114,7 @@ def _attention(op: DataflowOp) -> Facts:
         "softcap": _round(op.attr("softcap")),
         "sinks": not latent and op.operand("sinks") is not None,
         "mask": mask + ("+alibi" if slopes else ""),
-        "window": window,
+        "window": window or chunk,
     }
 
 

@@ -38,9 +38,7 @@ def load(
     model = replace(read_model(path, external_root), identify=identify)
     split = find_split(model)
     if split is not None:
-        return phases(
-            split, lambda taken: load_reading(model, recognise, Reading((split.node, taken)), split)
-        )
+        return phases(split, lambda taken: load_whole(model, recognise, Reading((split.node, taken)), split))
     mode = declared_mode(model.record)
     if mode is None:
         return load_reading(model, recognise)
@@ -53,12 +51,10 @@ def load(
     )
 
 
-def load_reading(
-    model: GuardedModel, recognise: bool, reading: Reading | None = None, split: Split | None = None
-) -> Graph:
+def load_reading(model: GuardedModel, recognise: bool, reading: Reading | None = None) -> Graph:
     """The graph of a model, of one reading where there are several; layers that repeat others are not looked
     at where that is enough."""
-    short = abridge(model) if recognise and split is None else None
+    short = abridge(model) if recognise else None
     if short is not None:
         try:
             graph = extend(load_whole(short.model, recognise, reading), short)
@@ -66,11 +62,14 @@ def load_reading(
             return graph
         except (NotAlike, MapperError):
             pass  # the whole model tells what is wrong
-    return load_whole(model, recognise, reading, split)
+    return load_whole(model, recognise, reading)
 
 
 def load_whole(
-    model: GuardedModel, recognise: bool = True, reading: Reading | None = None, split: Split | None = None
+    model: GuardedModel,
+    recognise: bool = True,
+    reading: Reading | None = None,
+    split: Split | None = None,
 ) -> Graph:
     """The graph of a model, every layer looked at."""
     try:

@@ -164,7 +164,11 @@ def lower(call: Call) -> list[Value]:
     found = LOWERINGS.get((node.domain, node.op))
     if found is None:
         known = {d for d, _ in LOWERINGS}
-        why = "unknown operator" if node.domain in known else f"unknown domain {node.domain[:40]!r}"
+        why = (
+            "this operator is not supported"
+            if node.domain in known
+            else f"unknown domain {node.domain[:40]!r}"
+        )
         raise call.refuse(why)
     call.net.origin = label(node)
     call.net.name = node.name or next(iter(node.outputs), "")

@@ -22,6 +22,8 @@ from mapper.frontend.steering import sizes as buffer_sizes
 HIDDEN = -1e4  # scores below this take no part in a softmax
 NOTHING = Steering()
 _LONGEST = 1 << 17
+_WHOLE = 1 << 10  # longest sequence whose whole mask is evaluated
+_SIZES = 16  # sizes of runs that are tried
 _SMALL = ((5, 0), (4, 3), (1, 6))  # (new tokens, past) of the first probes
 
 
@@ -32,6 +34,7 @@ class MaskKind:
     causal: bool = False
     window: int = 0
     slopes: tuple[float, ...] = ()
+    chunk: int = 0
 
 
 def classify(net: Net, folder: Path) -> Net:
@@ -64,7 +67,7 @@ def steered_kind(mask: Value, folder: Path, steering: Steering) -> tuple[MaskKin
         kind = kind_of(mask, folder, tried)
         if kind is not None and kind.causal:
             return kind, tried
-    return None, steering
+    return (None if steering.fixed else kind_of(mask, folder, steering)), steering
 
 
 def hides_nothing(mask: Value) -> bool:
@@ -91,12 +94,15 @@ def _unmasked(node: Node) -> Match:
 
 
 def _with_kind(node: Node, kind: MaskKind | None) -> list[Match]:
-    if kind is None or kind == MaskKind() or (kind.slopes and node.op != "attention"):
+    plain = kind is None or not (kind.slopes or kind.chunk) or node.op == "attention"
+    if kind is None or kind == MaskKind() or not plain:
         return []
     attrs = {k: v for k, v in node.attrs.items() if k != "slots"}
     attrs |= {"causal": kind.causal, "window": kind.window}
     if kind.slopes:
         attrs["slopes"] = kind.slopes
+    if kind.chunk:
+        attrs["chunk"] = kind.chunk
     return [Match(node.outputs[0], node.op, node.attrs["slots"], node.inputs, attrs)]
 
 
@@ -240,18 +246,53 @@ def _window(
     cached: bool,
     steering: Steering,
 ) -> MaskKind | None:
-    """`kind` with the window that long sequences show."""
-    if kind is None or not kind.causal or kind.slopes or not cached:
+    """`kind` with the window, or the chunk, that long sequences show."""
+    if kind is None or not kind.causal or kind.slopes:
         return kind
+    look = _Look(probe, stored, cached, steering)
     for length in _lengths(probe):
-        values = evaluate(probe, stored, 1, length - 1, steering)
-        if values is not None:
-            seen = values[0, 0] > HIDDEN
-            reach = int(seen.sum())
-            if reach == length:
-                return kind
-            return MaskKind(True, reach) if bool(seen[length - reach :].all()) else None
+        reach = look.reach(length)
+        if reach is None:
+            continue
+        if reach == length:
+            return kind
+        other = length - 3 if length - 3 > reach else length + 3
+        if look.reach(other) == reach:
+            return MaskKind(True, reach)
+        return look.chunked(length, reach)
     return kind
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How far back the last token of a sequence sees."""
+
+    probe: Probe
+    stored: Mapping[int, Array]
+    cached: bool
+    steering: Steering
+
+    def reach(self, length: int) -> int | None:
+        """Tokens that the last of `length` sees, None where they are not the last ones or cannot be told."""
+        if not self.cached and length > _WHOLE:
+            return None
+        new, past = (1, length - 1) if self.cached else (length, 0)
+        values = evaluate(self.probe, self.stored, new, past, self.steering)
+        if values is None:
+            return None
+        seen = values[0, -1] > HIDDEN
+        reach = int(seen.sum())
+        return reach if bool(seen[length - reach :].all()) else None
+
+    def chunked(self, length: int, reach: int) -> MaskKind | None:
+        """Attention inside runs of one size, where that explains what the last tokens see."""
+        start = length - reach  # of the last run: a multiple of its size
+        sizes = [n for n in range(start, 1, -1) if start % n == 0 and reach <= n][:_SIZES]
+        for size in sizes:
+            lengths = (length, length + 1, size, size + 1, 2 * size, 2 * size + 1)
+            if all(self.reach(n) == (n - 1) % size + 1 for n in lengths if n > 1):
+                return MaskKind(True, chunk=size)
+        return None
 
 
 def _short_window(
@@ -262,11 +303,22 @@ def _short_window(
     if values is None:
         return None
     reach = int((values[0, -1] > HIDDEN).sum())
-    for new, past in ((6, 0), (4, 30)) if cached else ((6, 0), (30, 0)):
-        made = evaluate(probe, stored, new, past, steering)
-        position, token = past + np.arange(new)[:, None], np.arange(past + new)[None, :]
-        if made is None or np.any(np.where(made > HIDDEN, made, 0.0)):
-            return None
-        if not np.array_equal(made[0] > HIDDEN, (token <= position) & (token > position - reach)):
-            return None
-    return MaskKind(True, reach)
+    kinds = [MaskKind(True, reach), *(MaskKind(True, chunk=n) for n in range(2, 17) if 40 % n + 1 == reach)]
+    shapes = ((6, 0), (4, 30), (1, 13)) if cached else ((6, 0), (30, 0), (13, 0))
+    made = [evaluate(probe, stored, new, past, steering) for new, past in shapes]
+    for kind in kinds:
+        if all(m is not None and _is_kind(m, kind, past) for m, (_, past) in zip(made, shapes, strict=True)):
+            return kind
+    return None
+
+
+def _is_kind(mask: Array, kind: MaskKind, past: int) -> bool:
+    """Whether an evaluated mask [H, S, T] is a causal window, or causal runs, and nothing besides."""
+    position, token = past + np.arange(mask.shape[1])[:, None], np.arange(mask.shape[2])[None, :]
+    wanted = token <= position
+    if kind.chunk:
+        wanted = wanted & (token // kind.chunk == position // kind.chunk)
+    else:
+        wanted = wanted & (token > position - kind.window)
+    seen = mask > HIDDEN
+    return bool((seen == wanted).all()) and not np.any(np.where(seen, mask, 0.0))

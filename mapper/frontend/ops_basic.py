@@ -11,26 +11,37 @@ from mapper.frontend.cache_views import joined, scattered_elements, scattered_ro
 from mapper.frontend.counters import counted, rows_from, stretch
 from mapper.frontend.lower import Call, array_constant, lowers, type_name
 from mapper.frontend.net import Value
+from mapper.frontend.ops_vision import padded_by_index
 from mapper.frontend.proto import TensorRecord
-from mapper.ir.dims import ONE, Dim
+from mapper.ir.dims import ONE, ZERO, Dim
 
 _UNARY = {
     "Neg": "neg", "Abs": "abs", "Exp": "exp", "Log": "log", "Sqrt": "sqrt",
     "Reciprocal": "reciprocal", "Sin": "sin", "Cos": "cos", "Tan": "tan", "Tanh": "tanh", "Erf": "erf",
     "Sigmoid": "sigmoid", "Relu": "relu", "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign",
-    "Not": "not", "IsNaN": "isnan", "IsInf": "isinf", "Atan": "atan",
+    "Not": "not", "IsNaN": "isnan", "Atan": "atan",
 }  # fmt: skip
 _BINARY = {
     "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "And": "and", "Or": "or",
     "Xor": "xor",
     "Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge",
-    "BitwiseAnd": "bitwise_and", "BitwiseOr": "bitwise_or",
+    "BitwiseAnd": "and", "BitwiseOr": "or", "BitwiseXor": "xor",
 }  # fmt: skip
 
 
 @lowers(*_UNARY)
 def _unary(c: Call) -> list[Value]:
     return [b.unary(c.net, _UNARY[c.node.op], c.x())]
+
+
+@lowers("IsInf")
+def _is_inf(c: Call) -> list[Value]:
+    net, x = c.net, c.x()
+    out = b.unary(net, "isinf", x)
+    for name, sign in (("detect_positive", "lt"), ("detect_negative", "gt")):
+        if not c.integer(name, 1):
+            out = b.binary(net, "and", out, b.binary(net, sign, x, net.scalar(0.0, x)))
+    return [out]
 
 
 @lowers(*_BINARY)
@@ -299,13 +310,16 @@ def _trilu(c: Call) -> list[Value]:
 @lowers("Pad")
 def _pad(c: Call) -> list[Value]:
     x, mode = c.x(), c.text("mode", "constant")
-    if mode != "constant":
-        raise c.refuse(f"padding mode {mode!r} is not supported")
     pads = c.content(1, "the padding")
     axes = [d.value % x.rank for d in c.content(3, "the axes")] if c.has(3) else list(range(x.rank))
     before, after = [Dim.of(0)] * x.rank, [Dim.of(0)] * x.rank
     for i, axis in enumerate(axes):
         before[axis], after[axis] = pads[i], pads[i + len(axes)]
+    if mode != "constant":
+        for axis in range(x.rank):
+            if before[axis] != ZERO or after[axis] != ZERO:
+                x = padded_by_index(c, x, axis, before[axis].value, after[axis].value, mode)
+        return [x]
     fill = c.x(2) if c.has(2) else c.net.scalar(0.0, x)
     return [
         c.net.make("pad", [x, b.reshape(c.net, fill, [])], {"before": tuple(before), "after": tuple(after)})
@@ -317,11 +331,6 @@ def _topk(c: Call) -> list[Value]:
     k = c.content(1, "the number of results")[0]
     attrs = {"k": k.value if k.is_const else k, "axis": c.axis(-1), "largest": bool(c.integer("largest", 1))}
     return c.net.many("topk", [c.x()], attrs)
-
-
-@lowers("ArgMax")
-def _argmax(c: Call) -> list[Value]:
-    return [c.net.make("argmax", [c.x()], {"axis": c.axis(0), "keepdims": bool(c.integer("keepdims", 1))})]
 
 
 @lowers("OneHot")
@@ -347,19 +356,27 @@ _REDUCE |= {"ReduceProd": ("prod", 18), "ReduceSumSquare": ("sum", 18), "ReduceL
 @lowers(*_REDUCE)
 def _reduce(c: Call) -> list[Value]:
     kind, moved = _REDUCE[c.node.op]
-    x, axes = c.x(), c.axes(1, moved)
+    x, axes, truth = c.x(), reduce_axes(c, moved), c.x().dtype == "bool"
     if c.node.op in ("ReduceSumSquare", "ReduceL2"):
         x = b.binary(c.net, "mul", x, x)
-    if not axes:
-        axes = [] if c.integer("noop_with_empty_axes") else list(range(x.rank))
+    x = b.cast(c.net, x, "u8") if truth else x
     out = b.reduce(c.net, kind, x, axes, bool(c.integer("keepdims", 1)))
+    out = b.cast(c.net, out, "bool") if truth else out
     return [b.unary(c.net, "sqrt", out) if c.node.op == "ReduceL2" else out]
+
+
+def reduce_axes(c: Call, moved_at: int) -> list[int]:
+    """The axes of a reduction: given, all of them, or none where an empty list asks for that."""
+    axes = c.axes(1, moved_at)
+    if axes:
+        return axes
+    return [] if c.integer("noop_with_empty_axes") else list(range(c.x().rank))
 
 
 @lowers("EyeLike")
 def _eye_like(c: Call) -> list[Value]:
     rows, cols = c.x().dims
-    dtype = type_name(c, "dtype", 1)
+    dtype = type_name(c, "dtype") if c.value("dtype") is not None else c.x().dtype
     row = b.reshape(c.net, b.iota(c.net, Dim.of(0), rows, 1), [rows, ONE])
     column = b.binary(
         c.net, "sub", b.iota(c.net, Dim.of(0), cols, 1), c.net.constant(np.array(c.integer("k")), "i64")

@@ -24,9 +24,12 @@ from mapper.frontend.ops_nn import (
     plus,
     rms,
     rotate,
+    scored,
     silu,
     split_heads,
+    weighted,
 )
+from mapper.frontend.ops_quant import integer_product
 from mapper.frontend.packed import packed_weight
 from mapper.ir.dims import ONE, ZERO, Dim
 from mapper.lowbit import Scheme
@@ -108,6 +111,8 @@ def _embed_norm(c: Call) -> list[Value]:
 def _rotary(c: Call) -> list[Value]:
     """Operands: x [B, S, H*D] or [B, H, S, D], positions [B, S] or [1], tables [L, R/2]."""
     net, x, positions = c.net, c.x(0), c.x(1)
+    if c.integer("is_packed_batching") or c.number("scale", 1.0) != 1.0:
+        raise c.refuse("packed batches and scaled positions are not supported")
     flat, half = x.rank == 3, c.x(2).dims[1].value
     width = c.integer("rotary_embedding_dim") or 2 * half
     if flat:
@@ -132,11 +137,11 @@ def _grouped(c: Call) -> list[Value]:
     net, heads, kv_heads = c.net, c.integer("num_heads"), c.integer("kv_num_heads")
     if heads < 1 or kv_heads < 1:
         raise ModelError(f"{net.origin}: no head counts")
-    if c.has(11):
-        raise c.refuse("attention sinks are not supported")
-    if any(c.node.outputs[3:]):
-        raise c.refuse("the matrix of query-key products is an output")
+    if c.has(12) or c.has(13) or c.has(16) or c.integer("sliding_window_cache"):
+        raise c.refuse("quantised caches, padded chunks and caches that evict are not supported")
     q, k, v = _query_key_value(c, heads, kv_heads)
+    if c.has(14) and c.has(15):
+        q, k = (_head_norm(c, x, i, name) for x, i, name in ((q, 14, "q"), (k, 15, "k")))
     places = grouped_places(c, q.dims[2])
     if c.integer("do_rotary"):
         q, k = (_rotated(c, x, places) for x in (q, k))
@@ -145,8 +150,34 @@ def _grouped(c: Call) -> list[Value]:
     window = c.integer("local_window_size", -1)
     mask = _grouped_mask(c, q, k, places, window)
     scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
-    out = attend(net, q, k, v, mask, scale, max(c.number("softcap", 0.0), 0.0), None)
-    return [merge_heads(net, out), k, v]
+    stages = scored(net, q, k, [mask], scale, max(c.number("softcap", 0.0), 0.0))
+    shares = _shares(c, stages[2])
+    outs = [merge_heads(net, weighted(net, shares, v)), k, v]
+    if any(c.node.outputs[3:]):
+        if c.integer("qk_output") != 2:
+            raise c.refuse("the matrix of query-key products before the softmax is an output")
+        outs.append(shares)
+    return outs
+
+
+def _shares(c: Call, scores: Value) -> Value:
+    """Softmax, where a sink (one number per head, or zero) may join the denominator."""
+    net, heads = c.net, scores.dims[1]
+    if c.has(11):
+        sink = b.reshape(net, c.x(11), [ONE, heads, ONE, ONE])
+    elif c.integer("smooth_softmax") == 1:
+        sink = net.scalar(0.0, scores)
+    else:
+        return net.make("softmax", [scores], {"axis": 3})
+    column = b.expand(net, b.cast(net, sink, scores.dtype), [*scores.dims[:3], ONE])
+    joint = net.make("softmax", [b.concat(net, [scores, column], 3)], {"axis": 3})
+    return b.slice_(net, joint, [ZERO], [scores.dims[3]], [3], [1])
+
+
+def _head_norm(c: Call, x: Value, weight: int, name: str) -> Value:
+    eps = c.number(f"{name}_norm_epsilon", c.number("qk_norm_epsilon", 1e-6))
+    wide = rms(c.net, b.cast(c.net, x, "f32"), [3], eps)
+    return b.binary(c.net, "mul", b.cast(c.net, wide, x.dtype), c.x(weight))
 
 
 def _like(net: Net, cache: Value, new: Value) -> Value:
@@ -184,12 +215,14 @@ def _grouped_mask(c: Call, q: Value, k: Value, places: Places, window: int) -> V
     """Causal, within the window, and before the end of each sequence (operand 5: its last index)."""
     net, keys = c.net, k.dims[2]
     row = b.iota(net, ZERO, keys, 1)
-    visible = b.binary(net, "le", row, places.queries(net))
+    visible = net.constant(np.array(True), "bool")
+    if c.integer("causal", 1):
+        visible = b.binary(net, "le", row, places.queries(net))
     if window > 0:
         span = net.constant(np.array(window, np.int64), "i64")
         oldest = b.binary(net, "sub", places.queries(net), span)
         visible = b.binary(net, "and", visible, b.binary(net, "gt", row, oldest))
-    if places.start is None:
+    if places.start is None or not c.integer("causal", 1):
         last = b.reshape(net, b.cast(net, c.x(5), "i64"), [q.dims[0], ONE, ONE, ONE])
         visible = b.binary(net, "and", visible, b.binary(net, "le", row, last))
     mask = additive(net, visible, q)
@@ -201,11 +234,9 @@ def _multi_head(c: Call) -> list[Value]:
     """Operands: q, k, v, bias, key_padding_mask, attention_bias, past_key, past_value, past_sequence_length
     (of a buffer of fixed length), cache_indirection."""
     net, heads = c.net, c.integer("num_heads")
-    if not c.has(1) or not c.has(2):
-        raise c.refuse("packed operands are not supported")
     if c.has(9):
         raise c.refuse("a cache indirection is not supported")
-    q, k, v = (_headed(c, i, heads) for i in range(3))
+    q, k, v = _operands(c, heads)
     if c.has(6) and c.has(8):
         return _in_buffer(c, (q, k, v), (6, 7, 8), (4, 5), bool(c.integer("unidirectional")))
     past = ZERO
@@ -220,6 +251,32 @@ def _multi_head(c: Call) -> list[Value]:
     scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
     out = attend(net, q, k, v, mask, scale, 0.0, past if c.integer("unidirectional") else None)
     return [merge_heads(net, out), k, v]
+
+
+def _operands(c: Call, heads: int) -> tuple[Value, Value, Value]:
+    """Queries, keys and values [B, H, S, D], given apart, or packed: [B, S, H, 3, D], or keys and values
+    [B, T, H, 2, D]."""
+    net = c.net
+    if c.has(1) and c.has(2):
+        q, k, v = (_headed(c, i, heads) for i in range(3))
+        return q, k, v
+    packed, count = (c.x(1), 2) if c.has(1) else (c.x(0), 3)
+    if packed.rank != 5 or packed.dims[3] != Dim.of(count):
+        raise c.refuse("packed operands of another form are not supported")
+    if c.has(3) and count == 3:
+        width = packed.dims[2] * packed.dims[4]
+        bias = b.reshape(net, c.x(3), [Dim.of(3), packed.dims[2], packed.dims[4]])
+        net.same(c.x(3).dims[0], width * 3)
+        packed = b.binary(net, "add", packed, b.transpose(net, bias, (1, 0, 2)))
+    elif c.has(3):
+        raise c.refuse("a bias beside packed keys and values is not supported")
+    apart = []
+    for i in range(count):
+        part = b.slice_(net, packed, [Dim.of(i)], [Dim.of(i + 1)], [3], [1])
+        part = b.reshape(net, part, [*packed.dims[:3], packed.dims[4]])
+        apart.append(b.transpose(net, part, (0, 2, 1, 3)))
+    q = apart[0] if count == 3 else _headed(c, 0, heads)
+    return q, apart[-2], apart[-1]
 
 
 @lowers("DecoderMaskedMultiHeadAttention", domain=MS)
@@ -271,11 +328,19 @@ def _headed(c: Call, index: int, heads: int, bias: int = 3) -> Value:
 
 
 def padding_mask(c: Call, mask: Value, keys: Dim, low: float) -> Value:
-    """[B] lengths, [B, T] truths or [B, S, T] truths as something to add to scores."""
-    net = c.net
+    """[B] lengths, [2 B] ends and starts, [B, T] truths or [B, S, T] truths as something to add to scores."""
+    net, batch = c.net, c.x(0).dims[0]
     if mask.rank == 1:
-        lengths = b.reshape(net, b.cast(net, mask, "i64"), [mask.dims[0], ONE, ONE, ONE])
-        visible = b.binary(net, "lt", b.iota(net, ZERO, keys, 1), lengths)
+        if mask.dims[0] == batch * 3 + 2:
+            raise c.refuse("a mask of three vectors per sequence is not supported")
+        two = mask.dims[0] == batch * 2 and batch != ZERO
+        vectors = b.reshape(net, b.cast(net, mask, "i64"), [Dim.of(2 if two else 1), batch, ONE, ONE, ONE])
+        ends = b.gather(net, vectors, net.ints([0], 0), 0)
+        places = b.iota(net, ZERO, keys, 1)
+        visible = b.binary(net, "lt", places, ends)
+        if two:
+            starts = b.gather(net, vectors, net.ints([1], 0), 0)
+            visible = b.binary(net, "and", visible, b.binary(net, "ge", places, starts))
     elif mask.rank in (2, 3):
         shape = [mask.dims[0], ONE, *([ONE] if mask.rank == 2 else []), *mask.dims[1:]]
         visible = b.reshape(net, b.cast(net, mask, "bool"), shape)
@@ -288,28 +353,51 @@ def padding_mask(c: Call, mask: Value, keys: Dim, low: float) -> Value:
 @lowers("Attention", domain=MS)
 def _packed(c: Call) -> list[Value]:
     """Operands: x [B, S, D], weights [D, 3 D], bias, mask, past [2, B, H, P, Dh], attention_bias."""
-    net, x, heads = c.net, c.x(0), c.integer("num_heads")
+    joint = b.matmul(c.net, c.x(0), c.x(1))
+    joint = b.binary(c.net, "add", joint, c.x(2)) if c.has(2) else joint
+    return _joint_attention(c, joint, 3, 4, 5)
+
+
+@lowers("QAttention", domain=MS)
+def _quantised_attention(c: Call) -> list[Value]:
+    """Operands: x, weights (integers), bias, their scales, mask, their zero points, past."""
+    net = c.net
+    zeros = [c.x(i) if c.has(i) else None for i in (6, 7)]
+    joint = b.cast(net, integer_product(net, c.x(0), c.x(1), zeros[0], zeros[1]), "f32")
+    joint = b.binary(net, "mul", joint, b.binary(net, "mul", c.x(3), c.x(4)))
+    return _joint_attention(c, b.binary(net, "add", joint, c.x(2)), 5, 8, 99)
+
+
+def _joint_attention(c: Call, joint: Value, padding: int, cache: int, bias: int) -> list[Value]:
+    """Self-attention over queries, keys and values side by side; the last three name operands."""
+    net, heads = c.net, c.integer("num_heads")
     if c.integer("past_present_share_buffer"):
         raise c.refuse("a stacked cache of fixed length is not supported")
-    if c.integers("qkv_hidden_sizes") or c.integer("do_rotary") or heads < 1:
-        raise c.refuse("unequal widths and built-in rotary embeddings are not supported")
-    joint = b.matmul(net, x, c.x(1))
-    joint = b.binary(net, "add", joint, c.x(2)) if c.has(2) else joint
-    width = joint.dims[2] // 3
-    starts = [width * i for i in range(3)]
-    q, k, v = (split_heads(net, b.slice_(net, joint, [s], [s + width], [2], [1]), heads) for s in starts)
-    past = ZERO
-    if c.has(4):
-        past = c.x(4).dims[3]
-        old = [b.gather(net, c.x(4), net.ints([i], 0), 0) for i in (0, 1)]
+    if c.integer("do_rotary") or heads < 1:
+        raise c.refuse("built-in rotary embeddings are not supported")
+    widths = [Dim.of(w) for w in c.integers("qkv_hidden_sizes") or ()] or [joint.dims[2] // 3] * 3
+    if len(widths) != 3:
+        raise ModelError(f"{net.origin}: {len(widths)} hidden sizes")
+    at, parts = ZERO, []
+    for width in widths:
+        parts.append(split_heads(net, b.slice_(net, joint, [at], [at + width], [2], [1]), heads))
+        at = at + width
+    (q, k, v), past = parts, ZERO
+    if c.has(cache):
+        past = c.x(cache).dims[3]
+        old = [b.gather(net, c.x(cache), net.ints([i], 0), 0) for i in (0, 1)]
         k, v = b.concat(net, [old[0], k], 2), b.concat(net, [old[1], v], 2)
-    mask = padding_mask(c, c.x(3), k.dims[2], c.number("mask_filter_value", -10000.0)) if c.has(3) else None
-    if c.has(5):
-        mask = c.x(5) if mask is None else b.binary(net, "add", mask, c.x(5))
+    low = c.number("mask_filter_value", -10000.0)
+    mask = padding_mask(c, c.x(padding), k.dims[2], low) if c.has(padding) else None
+    if c.has(bias):
+        mask = c.x(bias) if mask is None else b.binary(net, "add", mask, c.x(bias))
     scale = c.number("scale", 0.0) or 1.0 / math.sqrt(q.dims[3].value)
-    out = attend(net, q, k, v, mask, scale, 0.0, past if c.integer("unidirectional") else None)
-    stacked = b.concat(net, [b.reshape(net, y, [ONE, *y.dims]) for y in (k, v)], 0)
-    return [merge_heads(net, out), stacked]
+    out = merge_heads(
+        net, attend(net, q, k, v, mask, scale, 0.0, past if c.integer("unidirectional") else None)
+    )
+    if not any(c.node.outputs[1:]):
+        return [out]
+    return [out, b.concat(net, [b.reshape(net, y, [ONE, *y.dims]) for y in (k, v)], 0)]
 
 
 @lowers("MatMulNBits", domain=MS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
@@ -56,23 +57,39 @@ def _norm_axes(c: Call) -> list[int]:
 
 @lowers("RMSNormalization", "SimplifiedLayerNormalization")
 def _rms(c: Call) -> list[Value]:
-    if len([o for o in c.node.outputs if o]) > 1:
-        raise c.refuse("the inverse deviation is used")
-    x = c.x()
-    wide = b.cast(c.net, x, "f32")
-    out = rms(c.net, wide, _norm_axes(c), c.number("epsilon", 1e-5))
-    return [b.binary(c.net, "mul", b.cast(c.net, out, c.x(1).dtype), c.x(1))]
+    """Results: the normalised tensor and the inverse root mean square."""
+    net, x, axes, eps = c.net, c.x(), _norm_axes(c), c.number("epsilon", 1e-5)
+    wide = b.cast(net, x, stash_type(c))
+    out = b.binary(net, "mul", b.cast(net, rms(net, wide, axes, eps), c.x(1).dtype), c.x(1))
+    return [out, inverse_root(net, wide, axes, eps)] if any(c.node.outputs[1:]) else [out]
 
 
 @lowers("LayerNormalization")
 def _layer_norm(c: Call) -> list[Value]:
-    if len([o for o in c.node.outputs if o]) > 1:
-        raise c.refuse("the mean or the inverse deviation is used")
-    x = c.x()
-    wide = b.cast(c.net, x, "f32")
-    out = b.cast(c.net, layer_norm(c.net, wide, _norm_axes(c), c.number("epsilon", 1e-5)), x.dtype)
-    out = b.binary(c.net, "mul", out, c.x(1)) if c.has(1) else out
-    return [b.binary(c.net, "add", out, c.x(2)) if c.has(2) else out]
+    """Results: the normalised tensor, the mean and the inverse standard deviation."""
+    net, x, axes, eps = c.net, c.x(), _norm_axes(c), c.number("epsilon", 1e-5)
+    wide = b.cast(net, x, stash_type(c))
+    out = b.cast(net, layer_norm(net, wide, axes, eps), x.dtype)
+    out = b.binary(net, "mul", out, c.x(1)) if c.has(1) else out
+    out = b.binary(net, "add", out, c.x(2)) if c.has(2) else out
+    return [out, *statistics(net, wide, axes, eps)] if any(c.node.outputs[1:]) else [out]
+
+
+def stash_type(c: Call) -> str:
+    """The type that a normalisation computes its statistics in."""
+    return type_name(c, "stash_type", 1)
+
+
+def statistics(net: Net, x: Value, axes: list[int], eps: float) -> list[Value]:
+    """The mean and the inverse standard deviation."""
+    mean = b.reduce(net, "mean", x, axes, True)
+    return [mean, inverse_root(net, b.binary(net, "sub", x, mean), axes, eps)]
+
+
+def inverse_root(net: Net, x: Value, axes: list[int], eps: float) -> Value:
+    """1 / sqrt(mean of squares + eps)."""
+    square = b.reduce(net, "mean", b.binary(net, "mul", x, x), axes, True)
+    return net.make("rsqrt", [plus(net, square, eps)])
 
 
 @lowers("Softmax")
@@ -101,13 +118,17 @@ def _gelu(c: Call) -> list[Value]:
 
 
 def gelu_erf(net: Net, x: Value) -> Value:
-    """x/2 (1 + erf(x / sqrt 2))."""
+    """x/2 (1 + erf(x / sqrt 2)); half precision is widened first, for its own constants are too coarse."""
+    if x.dtype in ("f16", "bf16"):
+        return b.cast(net, gelu_erf(net, b.cast(net, x, "f32")), x.dtype)
     inner = plus(net, b.unary(net, "erf", times(net, x, math.sqrt(0.5))), 1.0)
     return b.binary(net, "mul", times(net, x, 0.5), inner)
 
 
 def gelu_tanh(net: Net, x: Value) -> Value:
-    """The tanh approximation of gelu."""
+    """The tanh approximation of gelu; half precision is widened first."""
+    if x.dtype in ("f16", "bf16"):
+        return b.cast(net, gelu_tanh(net, b.cast(net, x, "f32")), x.dtype)
     cube = b.binary(net, "mul", b.binary(net, "mul", x, x), x)
     inner = times(net, b.binary(net, "add", x, times(net, cube, 0.044715)), math.sqrt(2 / math.pi))
     return b.binary(net, "mul", times(net, x, 0.5), plus(net, b.unary(net, "tanh", inner), 1.0))
@@ -125,9 +146,13 @@ def _swish(c: Call) -> list[Value]:
 
 @lowers("Softplus")
 def _softplus(c: Call) -> list[Value]:
-    x = c.x()
-    decay = b.unary(c.net, "exp", b.unary(c.net, "neg", b.unary(c.net, "abs", x)))
-    return [b.binary(c.net, "add", b.unary(c.net, "relu", x), b.unary(c.net, "log", plus(c.net, decay, 1.0)))]
+    return [softplus(c.net, c.x())]
+
+
+def softplus(net: Net, x: Value) -> Value:
+    """log(1 + exp(x)), without overflow."""
+    decay = b.unary(net, "exp", b.unary(net, "neg", b.unary(net, "abs", x)))
+    return b.binary(net, "add", b.unary(net, "relu", x), b.unary(net, "log", plus(net, decay, 1.0)))
 
 
 @lowers("LeakyRelu")
@@ -186,46 +211,6 @@ def causal(net: Net, queries: Dim, keys: Dim, offset: Dim) -> Value:
     return b.binary(net, "le", b.iota(net, Dim.of(0), keys, 1), row)
 
 
-@lowers("Attention")
-def _attention(c: Call) -> list[Value]:
-    """Opset 23 and 24: 3-d or 4-d operands, past and present, mask, softcap, causal."""
-    net, (q, k, v) = c.net, (c.x(0), c.x(1), c.x(2))
-    flat = q.rank == 3
-    if flat:
-        heads, kv_heads = c.integer("q_num_heads"), c.integer("kv_num_heads")
-        if heads < 1 or kv_heads < 1:
-            raise ModelError(f"{net.origin}: three-dimensional operands without head counts")
-        q, k, v = split_heads(net, q, heads), split_heads(net, k, kv_heads), split_heads(net, v, kv_heads)
-    offset = Dim.of(0)
-    if c.has(4) and c.has(5):
-        offset = c.x(4).dims[2]
-        k, v = b.concat(net, [c.x(4), k], 2), b.concat(net, [c.x(5), v], 2)
-    mask, start = c.x(3) if c.has(3) else None, offset if c.integer("is_causal") else None
-    if c.has(6):
-        mask, start = _within(c, q, k, mask, start is not None), None
-    if any(c.node.outputs[3:4]):
-        raise c.refuse("the attention matrix is an output")
-    width = q.dims[3]
-    scale = c.number("scale", 0.0) or 1.0 / math.sqrt(width.value)
-    out = attend(net, q, k, v, mask, scale, c.number("softcap", 0.0), start)
-    return [merge_heads(net, out) if flat else out, k, v]
-
-
-def _within(c: Call, q: Value, k: Value, mask: Value | None, is_causal: bool) -> Value:
-    """The mask over keys of which operand 6 [B] says how many hold tokens; queries are the last of these."""
-    net, queries, keys = c.net, q.dims[2], k.dims[2]
-    length = b.reshape(net, b.cast(net, c.x(6), "i64"), [q.dims[0], ONE, ONE, ONE])
-    row = b.iota(net, Dim.of(0), keys, 1)
-    if is_causal:
-        step = b.reshape(net, b.iota(net, ONE - queries, ONE, 1), [queries, ONE])
-        visible = b.binary(net, "lt", row, b.binary(net, "add", length, step))
-    else:
-        visible = b.binary(net, "lt", row, length)
-    return (
-        visible if mask is None else b.binary(net, "add", additive(net, visible, q), additive(net, mask, q))
-    )
-
-
 def attend(
     net: Net,
     q: Value,
@@ -237,14 +222,28 @@ def attend(
     offset: Dim | None,
 ) -> Value:
     """softmax(scale q k^T + mask) v over [B, H, S, D] operands; `offset` asks for a causal mask."""
-    k, v = repeat_heads(net, k, q.dims[1]), repeat_heads(net, v, q.dims[1])
-    scores = times(net, b.matmul(net, q, b.transpose(net, k, (0, 1, 3, 2))), scale)
+    masks = [mask, None if offset is None else causal(net, q.dims[2], k.dims[2], offset)]
+    stages = scored(net, q, k, [m for m in masks if m is not None], scale, softcap)
+    return weighted(net, net.make("softmax", [stages[-1]], {"axis": 3}), v)
+
+
+def scored(
+    net: Net, q: Value, k: Value, masks: Sequence[Value], scale: float, softcap: float
+) -> tuple[Value, Value, Value]:
+    """scale q k^T; the same after the soft cap; the same after the masks."""
+    k = repeat_heads(net, k, q.dims[1])
+    raw = capped = times(net, b.matmul(net, q, b.transpose(net, k, (0, 1, 3, 2))), scale)
     if softcap > 0.0:
-        scores = times(net, b.unary(net, "tanh", times(net, scores, 1.0 / softcap)), softcap)
-    for visible in [mask, None if offset is None else causal(net, q.dims[2], k.dims[2], offset)]:
-        if visible is not None:
-            scores = b.binary(net, "add", scores, additive(net, visible, scores))
-    return b.matmul(net, net.make("softmax", [scores], {"axis": 3}), v)
+        capped = times(net, b.unary(net, "tanh", times(net, raw, 1.0 / softcap)), softcap)
+    scores = capped
+    for visible in masks:
+        scores = b.binary(net, "add", scores, additive(net, visible, scores))
+    return raw, capped, scores
+
+
+def weighted(net: Net, shares: Value, v: Value) -> Value:
+    """The sum of the values [B, Hkv, T, D] by their shares [B, H, S, T]."""
+    return b.matmul(net, shares, repeat_heads(net, v, shares.dims[1]))
 
 
 def additive(net: Net, mask: Value, like: Value) -> Value:
@@ -300,13 +299,3 @@ def rotate(net: Net, x: Value, cos: Value, sin: Value, width: int, interleaved: 
     else:
         out = b.concat(net, [real, imaginary], x.rank - 1)
     return out if width == whole else b.concat(net, [out, part(net, x, width, whole)], x.rank - 1)
-
-
-@lowers("Einsum")
-def _einsum(c: Call) -> list[Value]:
-    raise c.refuse(f"Einsum {c.text('equation', '')[:60]!r} is not supported")
-
-
-@lowers("DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear", "DequantizeLinear")
-def _quantised(c: Call) -> list[Value]:
-    raise c.refuse(f"quantised operators are not supported yet (type {type_name(c, 'output_dtype', 2)})")

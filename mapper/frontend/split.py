@@ -36,15 +36,19 @@ class Split:
 
 
 def find_split(model: GuardedModel) -> Split | None:
-    """The If whose condition is an input and whose results are all the outputs of the model."""
+    """The If whose condition is an input and whose results are all the outputs of the model (but inputs that
+    are handed through)."""
     graph = model.record.graph
     makers = {name: node for node in graph.nodes for name in node.outputs if name}
     stored = {t.name for t in graph.tensors}
     inputs = {v.name for v in graph.inputs} - stored
     chosen: dict[int, NodeRecord] = {}
     for output in graph.outputs:
-        node = makers.get(_behind(output.name, makers)[0])
-        if node is None or node.op != "If" or node.domain:
+        name = _behind(output.name, makers)[0]
+        if name in inputs:
+            continue  # handed through, in either branch
+        node = makers.get(name)
+        if node is None or node.op != "If" or node.domain or not node.inputs:
             return None
         chosen[id(node)] = node
     if len(chosen) != 1:

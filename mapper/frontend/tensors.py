@@ -38,7 +38,7 @@ DTYPES: dict[int, tuple[str, int]] = {
 }  # fmt: skip
 NUMPY: dict[str, str] = {
     "f32": "<f4", "u8": "u1", "i8": "i1", "u16": "<u2", "i16": "<i2", "i32": "<i4", "i64": "<i8", "bool": "?",
-    "f16": "<f2", "f64": "<f8", "u32": "<u4", "u64": "<u8",
+    "f16": "<f2", "f64": "<f8", "u32": "<u4", "u64": "<u8", "bf16": "bfloat16",
 }  # fmt: skip
 # typed field of TensorProto -> what it may hold
 _TYPED = {
@@ -209,7 +209,7 @@ def read(tensor: TensorRecord, source: Source, location: Location, folder: Path)
     name = DTYPES[tensor.dtype][0]
     if name not in NUMPY:
         raise UnsupportedModelError(f"tensor {tensor.name[:80]!r} of type {name} is needed as a constant")
-    dtype = np.dtype(NUMPY[name])
+    dtype = _numpy(NUMPY[name])
     if location.file is None:
         return _typed(tensor, source, dtype).reshape(tensor.dims)
     if not tensor.is_external:
@@ -226,6 +226,15 @@ def read(tensor: TensorRecord, source: Source, location: Location, folder: Path)
     return np.frombuffer(raw, dtype).reshape(tensor.dims)
 
 
+def _numpy(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    kind: np.dtype[Any] = np.dtype(name)
+    return kind
+
+
 def _typed(tensor: TensorRecord, source: Source, dtype: np.dtype[Any]) -> Array:
     parts: list[Array] = []
     for number, kind, a, b in tensor.typed:
@@ -238,6 +247,6 @@ def _typed(tensor: TensorRecord, source: Source, dtype: np.dtype[Any]) -> Array:
         else:
             parts.append(packed_varints(bytes(source.data[a:b])))
     whole = np.concatenate(parts) if parts else np.zeros(0, dtype)
-    if whole.dtype == np.uint64 and dtype == np.dtype("<f2"):
-        return whole.astype("<u2").view("<f2")
+    if whole.dtype == np.uint64 and dtype.itemsize == 2 and dtype.kind not in "iu":  # bits of a half
+        return whole.astype("<u2").view(dtype)
     return whole.astype(dtype)

@@ -163,13 +163,15 @@ def _weighted(s: Step, scores: Array, v: Array) -> Array:
 
 
 def position_mask(
-    queries: Array, keys: int, causal: bool, window: int, slopes: tuple[float, ...] | None
+    queries: Array, keys: int, causal: bool, window: int, slopes: tuple[float, ...] | None, chunk: int = 0
 ) -> tuple[Array, Array | None]:
     """(allowed [S, keys], bias [H, S, keys] or None) for queries at the given positions."""
     t, position = np.arange(keys)[None, :], queries[:, None]
     allowed = (t <= position) if causal else np.ones((len(queries), keys), bool)
     if window:
         allowed = allowed & (t > position - window)
+    if chunk:
+        allowed = allowed & (t // chunk == position // chunk)
     if slopes is None:
         return allowed, None
     return allowed, np.array(slopes)[:, None, None] * (t - position)[None]
@@ -181,11 +183,13 @@ def _masked(scores: Array, allowed: Array, bias: Array | None) -> Array:
     return np.where(allowed, scores, scores.dtype.type(-np.inf))
 
 
-def _attended(s: Step, q: Array, k: Array, v: Array, slopes: tuple[float, ...] | None) -> Array:
+def _attended(
+    s: Step, q: Array, k: Array, v: Array, slopes: tuple[float, ...] | None, chunk: int = 0
+) -> Array:
     mask, scores = s.optional("mask"), _scores(s, q, k)
     if mask is None:
         queries = np.arange(q.shape[2]) + k.shape[2] - q.shape[2]
-        rule = position_mask(queries, k.shape[2], s.attr("causal"), s.attr("window"), slopes)
+        rule = position_mask(queries, k.shape[2], s.attr("causal"), s.attr("window"), slopes, chunk)
         scores = _masked(scores, *rule)
     elif mask.dtype == np.bool_:
         scores = _masked(scores, mask, None)
@@ -196,7 +200,7 @@ def _attended(s: Step, q: Array, k: Array, v: Array, slopes: tuple[float, ...] |
 
 @meaning("attention")
 def _attention(s: Step) -> Array:
-    return _attended(s, s.arg("q"), s.arg("k"), s.arg("v"), s.attr("slopes"))
+    return _attended(s, s.arg("q"), s.arg("k"), s.arg("v"), s.attr("slopes"), s.attr("chunk"))
 
 
 @meaning("latent_attention")

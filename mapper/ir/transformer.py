@@ -119,7 +119,8 @@ class AttentionOp(DataflowOp):
     Query head h reads key/value head h // (H/Hkv). `softcap` c > 0 makes scores c tanh(score/c) before
     masking. `mask` broadcasts to [B, H, S, T]: added where float, and where bool false positions are
     excluded. `sinks` [H] adds one score per head to the softmax's denominator. `causal`, `window` (0: none;
-    else a query sees only the last `window` positions, itself included) and `slopes` (ALiBi: slope_h * (t -
+    else a query sees only the last `window` positions, itself included), `chunk` (0: none; else only
+    those of its own run of `chunk` positions) and `slopes` (ALiBi: slope_h * (t -
     position) is added) say what the mask is when no token is padding; where there is no mask operand they
     are the mask themselves."""
 
@@ -134,6 +135,7 @@ class AttentionOp(DataflowOp):
     causal = opt_attr_def(BOOL, _FALSE)
     window = opt_attr_def(INT, INT.encode(0))
     softcap = opt_attr_def(FLOAT, FLOAT.encode(0.0))
+    chunk = opt_attr_def(INT, INT.encode(0))
     slopes = opt_attr_def(FLOATS)
     irdl_options = (AttrSizedOperandSegments(as_property=False),)
 

@@ -137,8 +137,13 @@ def _extended(
     kinds = {
         n: tensor_type(s[0]) for row, s in zip(caches, repeat.iterated_operands(), strict=True) for n in row
     }
+    alone = [
+        n for n, _ in served.inputs if n not in kinds and n not in plain
+    ]  # of layers outside of the repeat
+    kinds |= {n: tensor_type(served.input_values[n]) for n in alone}
     order = sorted(kinds, key=lambda n: (int(n.split(".")[2]), n))
     inputs = {n: new.input(n, kinds[n], n.replace("cache", "state", 1)) for n in order}
+    values.update((served.input_values[n], inputs[n]) for n in alone)
     outputs: dict[str, SSAValue] = {}
     for op in served.top():
         if op is repeat:
@@ -149,6 +154,8 @@ def _extended(
             outputs = _cache_outputs(served, repeat, caches, made)
         else:
             values.update(zip(op.results, new.copy(op, values).results, strict=True))
+    made_alone = {n: served.output_values[n] for n in alone if n in served.output_values}
+    outputs |= {n: values[v] for n, v in made_alone.items()}
     results = {
         "logits": values[served.output_values["logits"]],
         **{n: outputs[n] for n in order if n in outputs},

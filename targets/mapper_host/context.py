@@ -81,6 +81,10 @@ def _numpy(dtype: str) -> Any:
     return numpy_dtype(dtype)
 
 
+HALVES = ("f16", "bf16")
+"""Element types that the kernels of transformer ops read and write through float32."""
+
+
 @dataclass(eq=False)
 class Context:
     """The program being lowered: the current block and op, and the value of every SSA value so far.
@@ -99,6 +103,7 @@ class Context:
     serving: bool = False
     op: DataflowOp | None = None
     row: int = -1
+    narrowed: list[tuple[Value, Value]] = field(default_factory=list)
 
     def fail(self, reason: str) -> NoReturn:
         """Raise LoweringError naming the op and its place."""
@@ -117,8 +122,12 @@ class Context:
         return None if ssa is None else self.values[ssa]
 
     def f32(self, ssa: SSAValue) -> Value:
-        """The value of an SSA value that must hold float32."""
+        """The value of an SSA value in float32, widened where it has half the precision."""
         value = self.values[ssa]
+        if value.dtype in HALVES:
+            wide = self.temporary(value.shape, "f32")
+            self.elementwise(ELEMENTWISE_NUMBERS["cast"], [value], wide)
+            return wide
         if value.dtype != "f32":
             self.fail(f"computes in f32, not in {value.dtype}")
         return value
@@ -173,6 +182,21 @@ class Context:
             self.fail(f"the shape of its result is not known before it runs ({kind.shape})")
         self.values[ssa] = self.temporary(kind.ints, kind.dtype)
         return self.values[ssa]
+
+    def f32_out(self, index: int = 0) -> Value:
+        """As `out`, for a kernel that writes float32: a result of half the precision is narrowed after it."""
+        y = self.out(index)
+        if y.dtype not in HALVES:
+            return y
+        wide = self.temporary(y.shape, "f32")
+        self.narrowed.append((wide, y))
+        return wide
+
+    def narrow(self) -> None:
+        """Emit the narrowing of the results that the op at hand has made in float32."""
+        for wide, y in self.narrowed:
+            self.elementwise(ELEMENTWISE_NUMBERS["cast"], [wide], y)
+        self.narrowed.clear()
 
     def temporary(self, shape: Sequence[int], dtype: str) -> Value:
         """New storage for an array of this program."""

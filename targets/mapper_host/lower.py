@@ -62,6 +62,7 @@ class _Lowering:
                 raise LoweringError(f"host: {c.place}{op.mnemonic}: this target has no kernel for it")
             c.op, c.row = op, self.ops.add(op, c, repeat)
             RULES[op.mnemonic](c, op)
+            c.narrow()
             self.done.add(op)
 
     def plain(self, section: Section, place: str) -> None:

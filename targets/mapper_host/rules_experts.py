@@ -13,7 +13,7 @@ _MATRICES = ("gate", "up", "down")
 @rule("route")
 def _route(c: Context, op: DataflowOp) -> None:
     logits, correction = c.f32(op.operands[0]), c.weight("correction")
-    index, share = c.out(0), c.out(1)
+    index, share = c.out(0), c.f32_out(1)
     e = logits.shape[-1]
     rows = logits.items // e
     args = [
@@ -33,7 +33,7 @@ def _moe(c: Context, op: DataflowOp) -> None:
     down, up = c.need("down"), c.need("up")
     inner, width = down.shape[1:][:: -1 if op.attr("down_transposed") else 1]
     d, experts, k = x.shape[-1], down.shape[0], index.shape[-1]
-    rows, y = x.items // d, c.out()
+    rows, y = x.items // d, c.f32_out()
     gate = weights["gate"]
     args = [
         rows, experts, d, inner, width, k, PACKINGS.index(op.attr("packing")), int(gate is not None),

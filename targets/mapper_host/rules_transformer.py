@@ -40,7 +40,7 @@ def _embed(c: Context, op: DataflowOp) -> None:
 
 @rule("embed_at")
 def _embed_at(c: Context, op: DataflowOp) -> None:
-    table, past, y = c.need("table"), c.value(op.operands[0]), c.out()
+    table, past, y = c.need("table"), c.value(op.operands[0]), c.f32_out()
     args = [*table.shape, op.attr("batch"), op.attr("seq"), op.attr("offset")]
     c.emit(EMBED_AT, args, [table, past, y], y.items, bytes=2 * y.bytes)
 
@@ -73,19 +73,21 @@ def rounded(c: Context, x: Value, block: int) -> Value:
 @rule("round_blocks")
 def _round_blocks(c: Context, op: DataflowOp) -> None:
     x = c.f32(op.operands[0])
-    c.emit(ROUND_BLOCKS, [x.items // x.shape[-1], x.shape[-1], op.attr("block")], [x, c.out()], 4 * x.items)
+    c.emit(
+        ROUND_BLOCKS, [x.items // x.shape[-1], x.shape[-1], op.attr("block")], [x, c.f32_out()], 4 * x.items
+    )
 
 
 @rule("linear", "lm_head")
 def _linear(c: Context, op: DataflowOp) -> None:
     x, weight = c.f32(op.operands[0]), c.matrix("weight", op.attr("transposed"))
-    linear(c, x, weight, c.weight("bias"), c.out())
+    linear(c, x, weight, c.weight("bias"), c.f32_out())
 
 
 @rule("norm")
 def _norm(c: Context, op: DataflowOp) -> None:
     x, weight, bias = c.f32(op.operands[0]), c.weight("weight"), c.weight("bias")
-    y = c.out()
+    y = c.f32_out()
     d = x.shape[-1]
     args = [
         x.items // d, d, int(op.attr("kind") == "layer"), int(weight is not None), int(bias is not None),
@@ -98,7 +100,7 @@ def _norm(c: Context, op: DataflowOp) -> None:
 def _rope(c: Context, op: DataflowOp) -> None:
     x, cos, sin = (c.f32(v) for v in op.operands)
     b, h, s, d = x.shape
-    y = c.out()
+    y = c.f32_out()
     width, rotary = cos.shape[-1], op.attr("rotary_dim")
     full = (
         cos.shape
@@ -117,7 +119,7 @@ def _rope(c: Context, op: DataflowOp) -> None:
 @rule("rope_at")
 def _rope_at(c: Context, op: DataflowOp) -> None:
     x, past, table = c.f32(op.operands[0]), c.value(op.operands[1]), c.need("table")
-    y = c.out()
+    y = c.f32_out()
     s, d = x.shape[2:]
     interleaved = int(op.attr("style") == "interleaved")
     args = [x.items // d, d, s, table.shape[1], op.attr("rotary_dim"), interleaved]
@@ -145,7 +147,7 @@ def _cached_attention(c: Context, op: DataflowOp) -> None:
     b, h, s, d = q.shape
     hkv, length, dv = k.shape[1], k.shape[2], v.shape[3]
     slopes = op.attr("slopes") or ()
-    y = c.out()
+    y = c.f32_out()
     args = [
         b, h, s, d, hkv, length, dv, op.attr("window"), int(sinks is not None), len(slopes),
         bits(op.attr("scale")), bits(op.attr("softcap")), *map(bits, slopes),
@@ -163,11 +165,14 @@ def _attention(c: Context, op: DataflowOp) -> None:
 def _masked_attention(c: Context, op: DataflowOp, q: Value, k: Value, v: Value) -> None:
     """Emit attention with the mask and attributes of `op`."""
     slopes = op.attr("slopes") or () if op.mnemonic == "attention" else ()
-    sinks = c.operand("sinks") if op.mnemonic == "attention" else None
+    given = op.operand("sinks") if op.mnemonic == "attention" else None
+    sinks = None if given is None else c.f32(given)
     mask = c.operand("mask")
+    if op.mnemonic == "attention" and op.attr("chunk") and mask is None:
+        c.fail("attention in chunks without a mask is not supported")
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
-    y = c.out()
+    y = c.f32_out()
     walk = (0, 0, 0, 0) if mask is None else broadcast(mask.shape, (b, h, s, t))
     args = [
         b, h, s, d, hkv, t, dv, op.attr("window"), int(op.attr("causal")), int(mask is not None),
@@ -264,7 +269,7 @@ def copy(
 @rule("activation")
 def _activation(c: Context, op: DataflowOp) -> None:
     x = c.f32(op.operands[0])
-    c.emit(ACTIVATION, [x.items, ACTIVATIONS[op.attr("kind")]], [x, c.out()], 4 * x.items)
+    c.emit(ACTIVATION, [x.items, ACTIVATIONS[op.attr("kind")]], [x, c.f32_out()], 4 * x.items)
 
 
 @rule("mlp")
@@ -272,7 +277,7 @@ def _mlp(c: Context, op: DataflowOp) -> None:
     x = c.f32(op.operands[0])
     up, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("up", "down"))
     inner = (*x.shape[:-1], up[0].shape[0 if up[1] else 1])
-    h, a, y = c.temporary(inner, "f32"), c.temporary(inner, "f32"), c.out()
+    h, a, y = c.temporary(inner, "f32"), c.temporary(inner, "f32"), c.f32_out()
     linear(c, x, up, c.weight("up_bias"), h)
     c.emit(ACTIVATION, [h.items, ACTIVATIONS[op.attr("act")]], [h, a], 4 * h.items)
     linear(c, a, down, c.weight("down_bias"), y)
@@ -284,7 +289,7 @@ def _gated_mlp(c: Context, op: DataflowOp) -> None:
     gate, up, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("gate", "up", "down"))
     inner = (*x.shape[:-1], gate[0].shape[0 if gate[1] else 1])
     g, u, a = (c.temporary(inner, "f32") for _ in range(3))
-    y = c.out()
+    y = c.f32_out()
     linear(c, x, gate, c.weight("gate_bias"), g)
     linear(c, x, up, c.weight("up_bias"), u)
     c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
@@ -299,7 +304,7 @@ def _packed_mlp(c: Context, op: DataflowOp) -> None:
     rows, inner = x.items // x.shape[-1], width // 2
     wide = c.temporary((rows, width), "f32")
     g, u, a = (c.temporary((rows, inner), "f32") for _ in range(3))
-    y = c.out()
+    y = c.f32_out()
     linear(c, x, both, c.weight("gate_up_bias"), wide)
     step, second = (1, inner) if op.attr("packing") == "halves" else (2, 1)
     for target, first in ((g, 0), (u, second)):

@@ -22,7 +22,7 @@ from mapper.frontend.load import load, load_whole
 from mapper.frontend.repetition import KEPT
 from mapper.ir.graph import Graph
 from mapper.ir.reference import evaluate
-from tests.frontend import cached
+from tests.frontend import cached, decoders
 from tests.frontend.test_variants import renamed, reordered
 from tests.frontend.tiny import (
     HEADS,
@@ -221,8 +221,8 @@ def test_residuals_inside_norms_and_packed_weights(bias: bool, tmp_path: Path) -
         (cached.grouped(), 18, True),
     ],
 )
-def test_conventions_of_the_cache(attend: cached.Attend, opset: int, short: bool, tmp_path: Path) -> None:
-    path = saved(cached.decoder(attend, opset, layers=5).model(), tmp_path)
+def test_conventions_of_the_cache(attend: decoders.Attend, opset: int, short: bool, tmp_path: Path) -> None:
+    path = saved(decoders.decoder(attend, opset, layers=5).model(), tmp_path)
     made, whole = abridged(path), load_whole(read_model(path))
     assert (made is not None) == short
     assert unnamed(load(path)) == unnamed(whole)

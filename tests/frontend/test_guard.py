@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "future opset": (lambda: model([node("Relu", ["x"], ["y"])], opset=29), "opset 29"),
     "unknown operator": (
         lambda: model([node("Frobnicate", ["x"], ["y"])]),
-        r"'node_y' \(Frobnicate\): unknown operator",
+        r"'node_y' \(Frobnicate\): this operator is not supported",
     ),
     "unknown domain": (
         lambda: model([node("Relu", ["x"], ["y"], domain="org.example")]),

@@ -9,11 +9,11 @@ import pytest
 from onnx import TensorProto, helper
 
 import mapper
-from mapper.errors import UnsupportedModelError
+from mapper.errors import ModelError, UnsupportedModelError
 from mapper.frontend.inspect import inspect
 from mapper.frontend.load import load
 from mapper.ir.reference import evaluate
-from tests.frontend import cached
+from tests.frontend import cached, decoders
 from tests.frontend.tiny import oracle, saved, worst
 
 
@@ -22,9 +22,9 @@ def test_both_branches_run(negated: bool, tmp_path: Path) -> None:
     model, case = cached.merged(negated)
     graph = load(saved(model, tmp_path))
     for past, new in ((0, 4), (4, 3), (2, 1)):
-        feeds = cached.inputs(case, new, past)
+        feeds = decoders.inputs(case, new, past)
         if not past:  # exporters feed a row of zeros that nothing reads
-            feeds |= {n: a for n, a in cached.inputs(case, 1, 1).items() if n.startswith("past")}
+            feeds |= {n: a for n, a in decoders.inputs(case, 1, 1).items() if n.startswith("past")}
         want = oracle(model, feeds)
         assert worst(evaluate(graph, feeds), want) < 1e-5
         assert worst(mapper.run(graph, feeds), want) < 1e-5
@@ -47,17 +47,17 @@ def test_both_phases_are_described(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_outputs_as_well(tmp_path: Path) -> None:
-    def attend(c: cached.Case, i: int, q: str, k: str, v: str) -> str:
+    def attend(c: decoders.Case, i: int, q: str, k: str, v: str) -> str:
         c.out(v, f"new_v{i}")  # an equal view of what the scores read turned
         half = c.op("Slice", q, c.ints(0), c.ints(2), c.ints(1))
         scores = c.op("MatMul", half, c.op("Transpose", v, perm=[0, 1, 3, 2]))
         y = c.op("MatMul", c.op("Softmax", c.op("Mul", scores, c.const(0.3)), axis=-1), v)
         return c.op("Concat", y, y, axis=1)
 
-    case = cached.decoder(attend)
+    case = decoders.decoder(attend)
     graph = load(saved(case.model(), tmp_path))
     assert inspect(graph)["attention"][0]["layers"] == 2
-    feeds = cached.inputs(case)
+    feeds = decoders.inputs(case)
     assert worst(evaluate(graph, feeds), oracle(case.model(), feeds)) < 1e-5
 
 
@@ -67,11 +67,27 @@ def test_branches_that_are_no_phases_are_refused(tmp_path: Path) -> None:
         load(saved(model, tmp_path))
 
 
+def test_an_output_that_is_an_input(tmp_path: Path) -> None:
+    model, case = cached.merged()
+    model.graph.node.append(helper.make_node("Identity", ["positions"], ["same"]))
+    model.graph.output.append(helper.make_tensor_value_info("same", TensorProto.INT64, None))
+    feeds = decoders.inputs(case)
+    got = evaluate(load(saved(model, tmp_path)), feeds)
+    assert worst(got, oracle(model, feeds)) < 1e-5
+
+
 def test_an_if_inside_stays_refused(tmp_path: Path) -> None:
     model, _ = cached.merged()
     model.graph.output[0].name = "doubled"
     model.graph.node.append(helper.make_node("Add", ["logits", "logits"], ["doubled"]))
     with pytest.raises(UnsupportedModelError, match=r"'split' \(If\)"):
+        load(saved(model, tmp_path))
+
+
+def test_an_if_without_a_condition_is_an_error(tmp_path: Path) -> None:
+    model, _ = cached.merged()
+    del model.graph.node[-1].input[:]
+    with pytest.raises(ModelError, match=r"'split' \(If\) lacks a condition"):
         load(saved(model, tmp_path))
 
 
@@ -93,7 +109,7 @@ def test_encoder_decoder_with_caches_of_both_kinds(tmp_path: Path) -> None:
     model, case = cached.merged(first=cached.crossed(True), then=cached.crossed(False))
     graph = load(saved(model, tmp_path))
     for past, new in ((0, 4), (4, 1)):
-        feeds = cached.inputs(case, new, past)
+        feeds = decoders.inputs(case, new, past)
         want = oracle(model, feeds)
         assert worst(evaluate(graph, feeds), want) < 1e-5
         assert worst(mapper.run(graph, feeds), want) < 1e-5

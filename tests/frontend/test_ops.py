@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from onnx import TensorProto, ValueInfoProto, helper, numpy_helper
 
+from mapper.driver import run
 from mapper.frontend.load import load
 from mapper.frontend.lower import LOWERINGS
 from mapper.ir.reference import evaluate
@@ -279,7 +280,11 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_lowering_equals_onnxruntime(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
+    check(CASES[name], tmp_path)
+
+
+def check(case: Case, tmp_path: Path, limit: float = 1e-5, kernels: bool = False) -> None:
+    """Compares one node with onnxruntime, by the reference and where asked by the host's kernels."""
     names = ["" if a is None else f"x{k}" for k, a in enumerate(case.inputs)]
     given = {m: a for m, a in zip(names, case.inputs, strict=True) if a is not None}
     stored = {f"x{k}" for k in case.fixed}
@@ -311,7 +316,9 @@ def test_lowering_equals_onnxruntime(name: str, tmp_path: Path) -> None:
         got = evaluate(load(path, recognise), feed)
         for key, value in expected.items():
             assert got[key].dtype == value.dtype, key
-        assert worst(got, expected) < 1e-5
+        assert worst(got, expected) < limit
+    if kernels:
+        assert worst(run(load(path), feed), expected) < limit
 
 
 def test_every_registered_operator_has_a_case() -> None:

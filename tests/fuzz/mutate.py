@@ -201,7 +201,8 @@ def changed_graph(model: onnx.ModelProto, rng: random.Random) -> None:
         del node.input[:]
         node.input.extend(operands)
     elif what == 11:
-        model.opset_import[0].version = rng.choice([-1, 0, 9, 11, 12, 13, 17, 18, 21, 23, 24, 29, 1 << 40])
+        versions = [-1, 0, 9, 11, 12, 13, 17, 18, 21, 23, 24, 28, 29, 1 << 40]
+        model.opset_import[0].version = rng.choice(versions)
     elif what == 12:
         _function(model, node, rng)
     else:
@@ -214,7 +215,8 @@ def _attribute(node: onnx.NodeProto, graph: onnx.GraphProto, rng: random.Random)
         if others:
             copy = node.attribute.add()
             copy.CopyFrom(rng.choice(others))
-            copy.name = rng.choice([copy.name, "axis", "axes", "perm", "to", "keepdims", "value"])
+            names = [copy.name, "axis", "axes", "perm", "to", "keepdims", "value", "num_heads"]
+            copy.name = rng.choice(names)
         return
     attribute = rng.choice(node.attribute)
     what = rng.randrange(6)

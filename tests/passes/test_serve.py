@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from mapper.errors import UnsupportedModelError, UsageError
+from mapper.frontend.load import load
 from mapper.ir.builder import GraphBuilder
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp
@@ -18,6 +20,9 @@ from mapper.ir.types import TensorType
 from mapper.passes.pipeline import run
 from mapper.passes.serve import serve
 from mapper.passes.shorten import shorten
+from mapper.passes.unroll import Unroll
+from tests.frontend.test_abridge import mixed
+from tests.frontend.tiny import Options, saved
 from tests.ir.models import Sizes, gpt2, llama, run_inputs
 
 Array = npt.NDArray[Any]
@@ -209,3 +214,17 @@ def test_a_fixed_batch_that_differs_is_refused() -> None:
     assert serve(graph, batch=1).inputs[0][1].ints == (1, 1)
     with pytest.raises(UnsupportedModelError, match="fixed dimension 1"):
         serve(graph, batch=2)
+
+
+@pytest.mark.parametrize("odd", [(0,), (5,), (0, 5)])
+def test_layers_beside_the_repeat_keep_their_caches(odd: tuple[int, ...], tmp_path: Path) -> None:
+    layers = [Options(act="relu") if i in odd else Options() for i in range(6)]
+    graph = load(saved(mixed(layers), tmp_path))
+    assert shorten(graph) is not None
+    for phase, tokens in (("decode", 1), ("prefill", 4)):
+        short = serve(graph, phase, 1, 4, 32)
+        unrolled = Unroll().apply(graph)
+        assert shorten(unrolled) is None, "every layer is looked at"
+        assert short.print() == serve(unrolled, phase, 1, 4, 32).print()
+        assert short.inputs[0][1].ints == (1, tokens)
+        assert len(short.inputs_with_role("state")) == 2 * len(layers)
