@@ -141,3 +141,21 @@ def test_a_skeleton_reads_no_weights(tmp_path: Path) -> None:
 
 def test_every_entry_names_its_source() -> None:
     assert all(raw(name)["source"] for name in names())
+
+
+# published scaling by model: Meta's, Google's, OpenAI's and DeepSeek's config.json
+SCALED = {
+    "llama3": {"llama-3.1-8b": 8, "llama-3.2-1b": 32, "llama-3.2-3b": 32, "llama-3.3-70b": 8},
+    "linear": {"gemma-3-4b": 8, "gemma-3-27b": 8},
+    "yarn": {"gpt-oss-20b": 32, "deepseek-v3": 40, "kimi-k2": 32},
+    "": {"llama-3-8b": 1, "llama-2-7b": 1, "gemma-3-1b": 1, "qwen3-8b": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "factor"), [(k, n, f) for k, models in SCALED.items() for n, f in models.items()]
+)
+def test_rotary_embeddings_are_scaled_as_published(kind: str, name: str, factor: float) -> None:
+    scalings = [layer.rope.scaling for layer in config(name).layers if layer.rope is not None]
+    found = {(s.get("rope_type") or s["type"], s["factor"]) for s in scalings if s}
+    assert found == ({(kind, factor)} if kind else set())
