@@ -146,6 +146,12 @@ def test_a_scale_of_residuals_is_stated(tmp_path: Path) -> None:
     assert inspect(checked(Options(residual="scaled"), tmp_path))["ends"] == {"residual_scale": 0.5}
 
 
+def test_a_symmetric_clip_of_projections_is_stated(tmp_path: Path) -> None:
+    found = inspect(checked(Options(clip=(-0.5, 0.5)), tmp_path))
+    assert (found["ends"], found["primitives_left"]) == ({"projection_clip": 0.5}, {})
+    assert inspect(checked(Options(clip=(-0.5, 0.7)), tmp_path))["primitives_left"] == {"max": 2, "min": 2}
+
+
 def test_weights_per_head_of_normalised_queries_are_accounted_for(tmp_path: Path) -> None:
     found = inspect(checked(Options(head_weight=True), tmp_path))
     assert found["primitives_left"] == {}

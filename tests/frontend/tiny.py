@@ -37,6 +37,7 @@ class Options:
     weight_offset: bool = False
     tokens_first: bool = False  # queries and keys are turned as [B, S, H, D], before their transposition
     alibi: bool = False  # a bias per head and key, [H, 1, T], on the scores
+    clip: tuple[float, float] | None = None  # of the projected values
     clamp: float | None = None  # the least score, after the mask
     head_weight: bool = False  # queries are normalised with a weight per head
     residual: str = "plain"  # plain, scaled, layer_scale
@@ -161,7 +162,10 @@ def attention(b: Builder, o: Options, x: str, i: int, cos: str, sin: str, hidden
     """Self-attention with a key-value cache, sharpened."""
     q = split(b, b.op("MatMul", x, b.weight(WIDTH, HEADS * HEAD, gain=SHARP)), HEADS)
     k = split(b, b.op("MatMul", x, b.weight(WIDTH, KV * HEAD, gain=SHARP)), KV)
-    v = split(b, b.op("MatMul", x, b.weight(WIDTH, KV * HEAD)), KV)
+    v = b.op("MatMul", x, b.weight(WIDTH, KV * HEAD))
+    if o.clip is not None:
+        v = b.op("Clip", v, b.const(o.clip[0]), b.const(o.clip[1]))
+    v = split(b, v, KV)
     if o.head_weight:
         square = b.op("ReduceMean", b.op("Mul", q, q), axes=[-1])
         q = b.op("Div", q, b.op("Sqrt", b.op("Add", square, b.const(1e-5))))
