@@ -252,7 +252,9 @@ def opt(
     if out is None:
         sys.stdout.write(text)
     else:
-        out.write_text(text, encoding="utf-8")
+        from mapper.files import write_whole
+
+        write_whole(out, text)
 
 
 @app.command(epilog="Example: mapper explain out/lpu")

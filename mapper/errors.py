@@ -9,6 +9,14 @@ from __future__ import annotations
 MAX_LINE = 1000  # characters; names in files may have any length
 
 
+def printable(text: str) -> str:
+    """`text` with escapes for what would steer the terminal, break the line, or reverse the order of what is
+    shown: names in hostile files may hold any of it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class MapperError(Exception):
     """Root of all errors that a user can cause. `str()` is one line that names the cause."""
 
@@ -18,10 +26,7 @@ class MapperError(Exception):
         line = " ".join(super().__str__().split())
         if len(line) > MAX_LINE:
             line = f"{line[:MAX_LINE]}..."
-        if line.isprintable():
-            return line
-        # names in hostile files must not steer the terminal, nor reverse the order of what it shows
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        return printable(line)
 
 
 class UsageError(MapperError):

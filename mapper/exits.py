@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import typer
 from mapper.errors import MapperError
 
 BUG, INTERRUPTED = 70, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_app(app: typer.Typer) -> NoReturn:
@@ -37,13 +39,22 @@ def _guarded(app: typer.Typer) -> int:
         return _complain(f"{error.format_message().rstrip('.')}. See {_help_for(error)}.", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in FULL:
+            return _bug(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer has no place to go
+        return _complain(f"cannot write: {error.strerror}", 2)
     except Exception as error:
-        if os.environ.get("MAPPER_DEBUG"):
-            raise
-        where = _place(error)
-        return _complain(
-            f"bug: {type(error).__name__}: {error} ({where}); MAPPER_DEBUG=1 shows the traceback", BUG
-        )
+        return _bug(error)
+
+
+def _bug(error: Exception) -> int:
+    if os.environ.get("MAPPER_DEBUG"):
+        raise error
+    where = _place(error)
+    return _complain(
+        f"bug: {type(error).__name__}: {error} ({where}); MAPPER_DEBUG=1 shows the traceback", BUG
+    )
 
 
 def _help_for(error: typer.TyperException) -> str:

@@ -67,7 +67,7 @@ def joined_mask(net: Net, masks: list[Value], q: Value) -> Value | None:
     """The sum of the masks, each against [B, H, S, T]; those against [B*H, S, T] are viewed so."""
     total: Value | None = None
     for mask in masks:
-        if mask.rank == 3 and mask.dims[0] != ONE:
+        if mask.rank == 3 and mask.dims[0] not in (ONE, q.dims[1]):
             if mask.dims[0] != q.dims[0] * q.dims[1]:
                 return None
             mask = build.reshape(net, mask, [*q.dims[:2], *mask.dims[1:]])
@@ -170,7 +170,12 @@ def _scaled(inner: Value, factor: float, out: Scores) -> Value | None:
 def _clamped(view: View, node: Node, out: Scores) -> Value | None:
     """The scores below max(scores + mask, lowest): only masks reach so low, and are clamped instead."""
     scores, low = node.inputs if node.inputs[1].scalar is not None else node.inputs[::-1]
-    if low.scalar is None or low.scalar > LOWEST or scores.node is None or scores.node.op != "add":
+    if (
+        low.scalar is None
+        or low.scalar > LOWEST
+        or scores.node is None
+        or scores.node.op not in ("add", "select")
+    ):
         return None
     below = _peel(view, scores.node, out)
     if below is not None:

@@ -6,18 +6,19 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from mapper.errors import MapperError, ModelError, UnsupportedModelError
+from mapper.errors import MapperError, ModelError
 from mapper.frontend import symbols
 from mapper.frontend.abridge import abridge
 from mapper.frontend.caches import find_caches, flat_heads
 from mapper.frontend.emit import emit
 from mapper.frontend.extend import NotAlike, extend
+from mapper.frontend.foreign import refuse_foreign
 from mapper.frontend.guard import GuardedModel, read_model
 from mapper.frontend.importer import Reading, declared_dims, import_model
 from mapper.frontend.modes import declared_mode, questions, with_modes
 from mapper.frontend.net import Net
 from mapper.frontend.recognise import recognise as recognise_net
-from mapper.frontend.rewrite import data_values, topological
+from mapper.frontend.rewrite import topological
 from mapper.frontend.roles import find_roles
 from mapper.frontend.split import Split, find_split, phases
 from mapper.ir.graph import Graph
@@ -104,18 +105,6 @@ def canonical(model: GuardedModel, reading: Reading | None = None) -> Net:
         clearer = import_model(model, {s: t.substitute(known) for s, t in tags.items()}, reading)
         pairs = [*raw.equal, *symbols.equations(clearer)]
     return import_model(model, symbols.untag(symbols.solve(pairs), tags), reading)
-
-
-def refuse_foreign(net: Net) -> None:
-    """Raises UnsupportedModelError for a graph with a convolution and no attention."""
-    nodes = topological(net)
-    data = data_values(nodes)
-    if any(n.op == "softmax" and id(n.outputs[0]) in data for n in nodes):
-        return
-    for node in nodes:
-        if node.op == "conv":
-            reason = "a convolution in a graph without attention: not a transformer"
-            raise UnsupportedModelError(f"node {node.origin!r} (Conv): {reason}")
 
 
 def digest(model: GuardedModel) -> str:

@@ -127,7 +127,7 @@ REFUSED: dict[str, str] = {
     "SequenceInsert": "tensor sequences are not supported",
     "SequenceConstruct": "tensor sequences are not supported",
     "SequenceAt": "tensor sequences are not supported",
-    "NonZero": "the size of the result depends on the data",
+    "NonZero": "the size of the result depends on the data, as in a loop over experts",
     "Unique": "the size of the result depends on the data",
     "Compress": "the size of the result depends on the data",
     "NonMaxSuppression": "the size of the result depends on the data",

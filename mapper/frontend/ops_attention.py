@@ -105,7 +105,7 @@ def _empty_rows(c: Call, masks: list[Value]) -> Value | None:
     net = c.net
     given = [c.x(3)] if c.has(3) and c.x(3).dtype == "bool" else []
     given += [c.x(6)] if c.has(6) else []
-    if not c.x(1).source or not any(v.source for v in given):
+    if not c.x(1).source or not any(v.node is None for v in given):
         return None
     seen: Value | None = None
     for mask in masks:

@@ -335,10 +335,18 @@ def _topk(c: Call) -> list[Value]:
 
 @lowers("OneHot")
 def _one_hot(c: Call) -> list[Value]:
-    x, depth = c.x(), c.content(1, "the depth")[0]
+    x, given = c.x(), c.x(1)
+    whole = given.const is not None and given.content is None  # a depth may be a float
+    depth = (
+        Dim.of(int(given.const.reshape(-1)[0]))
+        if whole and given.const is not None
+        else c.content(1, "the depth")[0]
+    )
     axis = c.integer("axis", -1) % (x.rank + 1)
     classes = b.cast(c.net, b.iota(c.net, Dim.of(0), depth, 1), x.dtype)
     classes = b.reshape(c.net, classes, [depth, *[ONE] * (x.rank - axis)])
+    size = b.cast(c.net, c.net.ints([depth], 0), x.dtype)  # indices below zero count from the end
+    x = b.select(c.net, b.binary(c.net, "lt", x, c.net.scalar(0, x)), b.binary(c.net, "add", x, size), x)
     hit = b.binary(c.net, "eq", b.reshape(c.net, x, [*x.dims[:axis], ONE, *x.dims[axis:]]), classes)
     off, on = (b.reshape(c.net, b.gather(c.net, c.x(2), c.net.ints([i], 0), 0), []) for i in (0, 1))
     return [b.select(c.net, hit, on, off)]

@@ -80,7 +80,7 @@ def _bias_split(c: Call) -> list[Value]:
 
 @lowers("BiasSoftmax", domain=MS)
 def _bias_softmax(c: Call) -> list[Value]:
-    """Softmax over all axes from `axis` on. The bias is broadcast over inner batch axes, or over outer ones."""
+    """Softmax over all axes from `axis` on. The bias is broadcast over inner batch axes, or outer ones."""
     net, x, bias, axis = c.net, c.x(0), c.x(1), c.axis(1)
     if c.integer("is_inner_broadcast", 1) and bias.rank < x.rank:
         lead = axis - (x.rank - bias.rank)
@@ -135,7 +135,8 @@ def _bucket(net: Net, apart: Value, buckets: int, both: bool, furthest: int) -> 
 
 @lowers("GatedRelativePositionBias", domain=MS)
 def _gated_bias(c: Call) -> list[Value]:
-    """Operands: queries [B, S, H*D], their bias, biases [1, H, S, S], gate weights [D, E] and bias, [1, H, 1, 1]."""
+    """Operands: queries [B, S, H*D], their bias, position biases [1, H, S, S], the gates' weights [D, E] and
+    bias, and a factor per head [1, H, 1, 1]."""
     net, heads = c.net, c.integer("num_heads")
     if c.has(6) or heads < 1:
         raise c.refuse("packed sequences are not supported")

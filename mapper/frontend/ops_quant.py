@@ -1,4 +1,6 @@
-"""Lowerings of quantisation operators: integers become numbers by primitives, products are of 32-bit integers.
+"""Lowerings of quantisation operators: integers become numbers by primitives.
+
+Products are of 32-bit integers.
 
 Sources: the ONNX operator specification and onnxruntime's contrib operator documentation.
 """
@@ -14,7 +16,8 @@ from mapper.ir.dims import ONE, ZERO, Dim
 
 MS = "com.microsoft"
 LIMITS: dict[str, tuple[float, float]] = {
-    "u8": (0, 255), "i8": (-128, 127), "u16": (0, 65535), "i16": (-32768, 32767), "u4": (0, 15), "i4": (-8, 7),
+    "u8": (0, 255), "i8": (-128, 127), "u16": (0, 65535), "i16": (-32768, 32767),
+    "u4": (0, 15), "i4": (-8, 7),
     "f8e4m3": (-448, 448), "f8e5m2": (-57344, 57344),
 }  # fmt: skip
 

@@ -79,7 +79,7 @@ def _pool(c: Call) -> list[Value]:
 
 
 def _padded(net: Net, x: Value, pads: tuple[list[int], list[int], list[int]], fill: float) -> Value:
-    """`x` with rows before it, and after it up to the length that all windows reach (or the padding's end)."""
+    """`x` with rows before it, and after it up to the length that all windows reach."""
     before, _, reach = pads
     after = [max(0, r - p - d.value) for r, p, d in zip(reach, before, x.dims[2:], strict=True)]
     if not any(before) and not any(after):
@@ -155,7 +155,7 @@ def _resize(c: Call) -> list[Value]:
     else:
         scales = c.x(2).const
         if scales is None:
-            raise c.refuse("the scales depend on the data")
+            raise c.refuse("scales that are stored or computed, where sizes are not given, are not supported")
         factors = [Dim.of(int(v)) for v in scales.reshape(-1)]
         whole = bool((scales == scales.astype(int)).all()) and len(factors) == x.rank
     half = c.text("coordinate_transformation_mode", "half_pixel") in ("half_pixel", "asymmetric")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mapper.driver import Compiled
-from mapper.errors import UsageError
+from mapper.files import write_whole
 from mapper.report import numbers, plots
 
 
@@ -42,11 +42,8 @@ def render(entries: Sequence[Entry], relative_to: Path = Path()) -> str:
 
 
 def write(entries: Sequence[Entry], path: Path) -> Path:
-    """Write the page to `path`; returns it. Raises UsageError where it cannot be written."""
-    try:
-        path.write_text(render(entries, path.parent), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    """Write the page to `path`; returns it. Raises MapperError where it cannot be written."""
+    write_whole(path, render(entries, path.parent))
     return path
 
 

@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mapper.errors import printable
 from mapper.report.numbers import count, seconds, share, significant
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def fields(record: Mapping[str, Any], title: str = "") -> Table:
     """A record as a two-column table; nested records and lists are written out in one cell."""
     made = table(title, "field", "value")
     for key, value in record.items():
-        made.add_row(key.replace("_", " "), _cell(value))
+        made.add_row(printable(key.replace("_", " ")), _cell(value))
     return made
 
 
@@ -112,7 +113,9 @@ def _cell(value: Any, depth: int = 0) -> str:
     """Records of records and lists of records take a line each; what is inside of them stays on it."""
     if isinstance(value, Mapping):
         nested = depth == 0 and any(isinstance(v, Mapping) for v in value.values())
-        parts = [f"{k}{':' if nested else ''} {_cell(v, depth + 1)}" for k, v in value.items()]
+        parts = [
+            f"{printable(str(k))}{':' if nested else ''} {_cell(v, depth + 1)}" for k, v in value.items()
+        ]
         return ("\n" if nested else ", ").join(parts) or "none"
     if isinstance(value, list | tuple):
         nested = depth == 0 and any(isinstance(v, Mapping) for v in value)
@@ -122,7 +125,7 @@ def _cell(value: Any, depth: int = 0) -> str:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
         return significant(value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -268,3 +268,18 @@ def test_a_folder_with_other_things_is_not_replaced(example_model: Path, tmp_pat
     done = inside("compile", str(example_model), "--target", "host", "--out", str(tmp_path))
     assert done.returncode == 2
     assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_names_of_a_model_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    given = helper.make_tensor_value_info("x\x1b[2J\nfine", TensorProto.FLOAT, ["\x1b[1mn", 3])
+    made = helper.make_tensor_value_info("\x1b]0;y\x07", TensorProto.FLOAT, None)
+    node = helper.make_node("Relu", [given.name], [made.name], name="\x1b[7mn")
+    graph = helper.make_graph([node], "\x1b[41m", [given], [made])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    for command in (["inspect", str(path)], ["inspect", str(path), "--json"], ["opt", str(path)]):
+        done = inside(*command)
+        assert done.returncode == 0 and done.stdout.replace("\n", "").isprintable(), done.stdout

@@ -21,7 +21,7 @@ LIMITS = {"f16": 1e-2, "bf16": 8e-2}  # some rounding steps of 2^-11 and of 2^-8
 
 
 def halved(model: onnx.ModelProto, dtype: str, islands: bool) -> onnx.ModelProto:
-    """The model with every float32 tensor in half precision; with `islands`, softmax alone stays in float32."""
+    """The model with every float32 tensor in half precision; `islands`: softmax alone stays in f32."""
     out = onnx.ModelProto()
     out.CopyFrom(model)
     code = CODES[dtype]

@@ -124,6 +124,11 @@ def _symbols(graph: Graph) -> dict[str, int]:
 def _small(graph: Graph) -> bool:
     """Whether every value and weight is small and every weight there, so that computing it is quick."""
     env = _symbols(graph)
+    sizes = [d.evaluate(env) for _, kind in graph.inputs for d in kind.shape]
+    if sizes and not 0 <= min(sizes) <= max(sizes) <= MAX_COMPUTED:
+        return False
+    if any(math.prod(d.evaluate(env) for d in kind.shape) > MAX_COMPUTED for _, kind in graph.inputs):
+        return False
     for op in graph.ops():
         if isinstance(op, RepeatOp) and op.attr("count") > 100:
             return False
