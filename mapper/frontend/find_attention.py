@@ -12,7 +12,7 @@ from mapper.frontend.net import Net, Node, Value, product
 from mapper.frontend.rewrite import Match
 from mapper.ir.dims import ONE
 
-_FLOOR = -1e30
+LOWEST = -65504.0  # the least number of half precision
 
 
 @dataclass
@@ -139,10 +139,13 @@ def _peel(view: View, node: Node, out: Scores) -> Value | None:
         other = [v for v in node.inputs if not view.is_data(v)]
         if len(data) != 1 or out.scale != 1.0 or out.softcap:
             return None
-        out.masks.append(other[0])
+        mask = other[0]
+        if mask.rank == 3 and node.outputs[0].rank == 4:  # [H, 1, T], against heads and not against B*H
+            mask = build.reshape(view.net, mask, [ONE, *mask.dims])
+        out.masks.append(mask)
         return data[0]
-    if node.op == "max" and (floor := node.inputs[1].scalar) is not None and floor < _FLOOR:
-        return node.inputs[0]  # keeps what is hidden from becoming infinite
+    if node.op == "max":
+        return _clamped(view, node, out)
     if node.op == "select" and not view.is_data(node.inputs[0]):
         return _selected(view, node, out)
     return None
@@ -162,6 +165,22 @@ def _scaled(inner: Value, factor: float, out: Scores) -> Value | None:
         return a
     out.scale *= factor
     return inner
+
+
+def _clamped(view: View, node: Node, out: Scores) -> Value | None:
+    """The scores below max(scores + mask, lowest): only masks reach so low, and are clamped instead."""
+    scores, low = node.inputs if node.inputs[1].scalar is not None else node.inputs[::-1]
+    if (
+        low.scalar is None
+        or low.scalar > LOWEST
+        or scores.node is None
+        or scores.node.op not in ("add", "select")
+    ):
+        return None
+    below = _peel(view, scores.node, out)
+    if below is not None:
+        out.masks[-1] = build.binary(view.net, "max", out.masks[-1], low)
+    return below
 
 
 def _selected(view: View, node: Node, out: Scores) -> Value | None:

@@ -71,6 +71,8 @@ def ends(graph: Graph) -> Ends:
     for op, _, data in hidden_ops(graph):
         if op.mnemonic == "mul" and len(op.operands) == 2:
             _scaled(op, data, found)
+        elif op.mnemonic in ("min", "max"):
+            _clipped(op, found)
         elif op.mnemonic == "add":
             stored = [v for v in op.operands if v not in data and _is_stored(v)]
             if stored:  # of positions, or the bias of the patches
@@ -96,6 +98,18 @@ def _scaled(op: DataflowOp, data: set[SSAValue], found: Ends) -> None:
     elif factor is not None or not (added or _is_bare_norm(source)):
         return
     found.ops.add(op)
+
+
+def _clipped(op: DataflowOp, found: Ends) -> None:
+    """Reads a symmetric clip of what a linear layer makes: min(max(x, -c), c), or the other way round."""
+    inner, outer = _behind_views(_other(op)), _constant(op)
+    if inner is None or outer is None or {inner.mnemonic, op.mnemonic} != {"min", "max"}:
+        return
+    source, bound = _behind_views(_other(inner)), _constant(inner)
+    upper = outer if op.mnemonic == "min" else -outer
+    if source is not None and source.mnemonic == "linear" and bound == -outer and upper > 0:
+        found.facts["projection_clip"] = float(f"{upper:.7g}")
+        found.ops |= {op, inner}
 
 
 def _is_added(op: DataflowOp, data: set[SSAValue]) -> bool:

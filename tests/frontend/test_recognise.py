@@ -17,6 +17,7 @@ from tests.frontend.tiny import (
     HEADS,
     INNER,
     KV,
+    LOW,
     VOCAB,
     WIDTH,
     Options,
@@ -69,6 +70,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         "rope": "interleaved",
         "partial": True,
     },
+    "scores clamped at the mask": {"mask": "add", "clamp": LOW},
     "scaled residuals": {"residual": "scaled"},
     "layer scale": {"residual": "layer_scale"},
     "gelu": {"act": "gelu"},
@@ -113,6 +115,7 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "rope of [B, S, H, D] without the negation": ({"negate": False, "tokens_first": True}, "rope"),
     "cosine and sine swapped": ({"swapped": True}, "rope"),
     "softmax over another axis": ({"softmax_axis": 2}, "attention"),
+    "scores clamped among the scores": ({"mask": "add", "clamp": -0.1}, "attention"),
     "a scale per head": ({"uneven_scale": True}, "attention"),
     "maximum instead of mean": ({"norm_reduce": "ReduceMax"}, "norm"),
     "sum instead of mean": ({"norm_reduce": "ReduceSum"}, "norm"),
@@ -133,8 +136,20 @@ def test_near_misses_stay_primitives(changes: dict[str, Any], absent: str, tmp_p
     assert {k: found[k] for k in others if k != absent} == {k: v for k, v in others.items() if k != absent}
 
 
+def test_a_bias_per_head_and_key_before_a_selected_mask(tmp_path: Path) -> None:
+    graph = checked(Options(mask="where", alibi=True), tmp_path)
+    assert count(graph)["attention"] == 2
+    assert inspect(graph)["masks"] == [{"mask": "causal+alibi", "window": 0, "layers": 2}]
+
+
 def test_a_scale_of_residuals_is_stated(tmp_path: Path) -> None:
     assert inspect(checked(Options(residual="scaled"), tmp_path))["ends"] == {"residual_scale": 0.5}
+
+
+def test_a_symmetric_clip_of_projections_is_stated(tmp_path: Path) -> None:
+    found = inspect(checked(Options(clip=(-0.5, 0.5)), tmp_path))
+    assert (found["ends"], found["primitives_left"]) == ({"projection_clip": 0.5}, {})
+    assert inspect(checked(Options(clip=(-0.5, 0.7)), tmp_path))["primitives_left"] == {"max": 2, "min": 2}
 
 
 def test_weights_per_head_of_normalised_queries_are_accounted_for(tmp_path: Path) -> None:

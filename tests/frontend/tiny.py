@@ -36,6 +36,9 @@ class Options:
     tied: bool = False
     weight_offset: bool = False
     tokens_first: bool = False  # queries and keys are turned as [B, S, H, D], before their transposition
+    alibi: bool = False  # a bias per head and key, [H, 1, T], on the scores
+    clip: tuple[float, float] | None = None  # of the projected values
+    clamp: float | None = None  # the least score, after the mask
     head_weight: bool = False  # queries are normalised with a weight per head
     residual: str = "plain"  # plain, scaled, layer_scale
 
@@ -159,7 +162,10 @@ def attention(b: Builder, o: Options, x: str, i: int, cos: str, sin: str, hidden
     """Self-attention with a key-value cache, sharpened."""
     q = split(b, b.op("MatMul", x, b.weight(WIDTH, HEADS * HEAD, gain=SHARP)), HEADS)
     k = split(b, b.op("MatMul", x, b.weight(WIDTH, KV * HEAD, gain=SHARP)), KV)
-    v = split(b, b.op("MatMul", x, b.weight(WIDTH, KV * HEAD)), KV)
+    v = b.op("MatMul", x, b.weight(WIDTH, KV * HEAD))
+    if o.clip is not None:
+        v = b.op("Clip", v, b.const(o.clip[0]), b.const(o.clip[1]))
+    v = split(b, v, KV)
     if o.head_weight:
         square = b.op("ReduceMean", b.op("Mul", q, q), axes=[-1])
         q = b.op("Div", q, b.op("Sqrt", b.op("Add", square, b.const(1e-5))))
@@ -180,10 +186,17 @@ def attention(b: Builder, o: Options, x: str, i: int, cos: str, sin: str, hidden
         scores = b.op("Mul", scores, b.const(scale))
     elif o.scale == "divide":
         scores = b.op("Div", scores, b.const(HEAD**0.5))
+    if o.alibi:
+        total = b.op("Squeeze", b.op("Shape", "mask", start=1, end=2), b.ints(0))
+        keys = b.op("Range", b.const(0, np.int64), total, b.const(1, np.int64))
+        slopes = b.const(np.linspace(0.1, 0.4, HEADS).reshape(HEADS, 1, 1))
+        scores = b.op("Add", scores, b.op("Mul", slopes, b.op("Cast", keys, to=TensorProto.FLOAT)))
     if o.mask == "add":
         scores = b.op("Add", scores, b.op("Where", hidden, b.const(LOW), b.const(0.0)))
     else:
         scores = b.op("Where", hidden, b.const(LOW), scores)
+    if o.clamp is not None:
+        scores = b.op("Max", scores, b.const(o.clamp))
     y = b.op("MatMul", b.op("Softmax", scores, axis=o.softmax_axis), joined[1])
     y = b.op("Reshape", b.op("Transpose", y, perm=[0, 2, 1, 3]), b.ints(0, 0, HEADS * HEAD))
     return b.op("MatMul", y, b.weight(HEADS * HEAD, WIDTH))
