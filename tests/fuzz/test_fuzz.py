@@ -27,7 +27,7 @@ def test_unchanged_seeds_are_computed(index: int, tmp_path: Path) -> None:
 
 def test_experts_for_absurdly_many_tokens_are_not_drawn(tmp_path: Path) -> None:
     model = mixture()
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1 << 32
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1 << 32
     assert outcome(model.SerializeToString(), tmp_path / "model.onnx").kind == "loaded"
 
 
