@@ -232,8 +232,8 @@ class Checker:
         results = [Value(out.dims, out.dtype) for out in match.outs]
         node = Node(match.op, match.inputs, match.node_attrs(), results)
         for sizes in SIZES:
-            given = {**arrays, **(draw(sizes) if draw else {})}
             try:
+                given = {**arrays, **(draw(sizes) if draw else {})}
                 made = probe.evaluate(sizes, given, [node], shapes, widths)
             except MapperError:
                 return False

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mapper.errors import ModelError
 from mapper.frontend import build
-from mapper.frontend.agree import Checker, sizes_for
+from mapper.frontend.agree import MAX_ELEMENTS, Checker, sizes_for, volume
 from mapper.frontend.cut import View
 from mapper.frontend.find_linear import KINDS
 from mapper.frontend.net import Node, Value, walk
@@ -319,7 +320,10 @@ def _operands(match: Match, slots: Mapping[str, Value], widths: Mapping[int, int
         env = sizes_for(match.inputs, [], sizes)
         shapes = {id(v): [resized(d, widths).evaluate(env) for d in v.dims] for v in match.bounds[:2]}
         x, index = match.bounds[:2]
-        chosen = rng.random((int(np.prod(shapes[id(index)][:-1])), experts_there)).argsort(-1)
+        rows = volume(shapes[id(index)][:-1])
+        if max(rows * experts_there, volume(shapes[id(x)])) > MAX_ELEMENTS:
+            raise ModelError("the operands are too large for a comparison")
+        chosen = rng.random((rows, experts_there)).argsort(-1)
         count = shapes[id(index)][-1]
         return {
             id(x): 4.0 * rng.standard_normal(shapes[id(x)]),

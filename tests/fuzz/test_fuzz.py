@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from tests.frontend.test_experts import mixture
 from tests.fuzz import wire_tree
 from tests.fuzz.case import Outcome, isolated, outcome
 from tests.fuzz.run import fuzz
@@ -22,6 +23,12 @@ def test_mutants_are_loaded_or_refused() -> None:
 @pytest.mark.parametrize("index", range(len(small())))
 def test_unchanged_seeds_are_computed(index: int, tmp_path: Path) -> None:
     assert outcome(small()[index], tmp_path / "model.onnx").kind == "computed"
+
+
+def test_experts_for_absurdly_many_tokens_are_not_drawn(tmp_path: Path) -> None:
+    model = mixture()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1 << 32
+    assert outcome(model.SerializeToString(), tmp_path / "model.onnx").kind == "loaded"
 
 
 def test_bytes_survive_the_tree() -> None:
