@@ -10,7 +10,7 @@ from mapper.errors import ModelError
 from mapper.frontend import build as b
 from mapper.frontend.lower import Call, lowers, type_name
 from mapper.frontend.net import Net, Value
-from mapper.frontend.ops_nn import additive, merge_heads, scored, split_heads, weighted
+from mapper.frontend.ops_nn import LOWEST, additive, merge_heads, scored, split_heads, weighted
 from mapper.ir.dims import ONE, ZERO, Dim
 
 
@@ -49,7 +49,13 @@ def _stage(c: Call, stages: tuple[Value, ...]) -> Value:
     mode = c.integer("qk_matmul_output_mode")
     if not 0 <= mode < len(stages):
         raise ModelError(f"{c.net.origin}: output mode {mode}")
-    return stages[mode]
+    found = stages[mode]
+    if mode != 2 or found.dtype != "f32":
+        return found
+    hidden = b.binary(
+        c.net, "lt", found, c.net.scalar(LOWEST / 2, found)
+    )  # what a mask hides is infinite here
+    return b.select(c.net, hidden, c.net.scalar(-math.inf, found), found)
 
 
 def _masks(c: Call, q: Value, k: Value, past: Dim) -> list[Value]:

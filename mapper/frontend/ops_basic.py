@@ -329,6 +329,8 @@ def _pad(c: Call) -> list[Value]:
 @lowers("TopK")
 def _topk(c: Call) -> list[Value]:
     k = c.content(1, "the number of results")[0]
+    if c.x().dtype == "u64":
+        raise c.refuse("sorting of u64 is not supported")
     attrs = {"k": k.value if k.is_const else k, "axis": c.axis(-1), "largest": bool(c.integer("largest", 1))}
     return c.net.many("topk", [c.x()], attrs)
 

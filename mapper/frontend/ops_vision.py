@@ -114,7 +114,8 @@ def _blocks(c: Call) -> list[Value]:
     batch, depth, height, width = x.dims
     if c.node.op == "SpaceToDepth":
         cut = b.reshape(net, x, [batch, depth, height // block, block, width // block, block])
-        cut = b.transpose(net, cut, (0, 3, 5, 1, 2, 4))
+        depth_first = c.text("mode", "DCR") == "CRD"
+        cut = b.transpose(net, cut, (0, 1, 3, 5, 2, 4) if depth_first else (0, 3, 5, 1, 2, 4))
         return [b.reshape(net, cut, [batch, depth * block * block, height // block, width // block])]
     rest = depth // (block * block)
     if c.text("mode", "DCR") == "CRD":
