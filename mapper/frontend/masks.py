@@ -190,6 +190,11 @@ def _over_buffer(
 
 def read(values: Array, past: int) -> MaskKind | None:
     """The meaning of one evaluated mask, window left out; None where it fits none."""
+    with np.errstate(all="ignore"):
+        return _read(values, past)
+
+
+def _read(values: Array, past: int) -> MaskKind | None:
     _, new, total = values.shape
     seen = values > HIDDEN
     position = past + np.arange(new)[:, None]

@@ -93,8 +93,12 @@ class Places:
     def of(tree: list[Item]) -> Places:
         """All places of a tree."""
         found, pending = Places(), [tree]
+        seen: set[int] = set()  # a message that was doubled is one list in many places
         while pending:
             here = pending.pop()
+            if id(here) in seen:
+                continue
+            seen.add(id(here))
             found.lists.append(here)
             found.items += [(here, i) for i in range(len(here))]
             pending += [i.parts for i in here if i.parts is not None]
@@ -112,7 +116,7 @@ def change(tree: list[Item], other: list[Item], rng: random.Random) -> None:
     if what == 0:
         del here[at]
     elif what == 1:
-        here[at:at] = [item] * rng.choice([1, 1, 2, 40])
+        here[at:at] = [item] * rng.choice([1, 1, 2, 40 if item.parts is None else 3])
     elif what == 2:
         to = rng.randrange(len(here))
         here[at], here[to] = here[to], here[at]
