@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mapper.frontend.angles import Angles, angles
-from mapper.frontend.left import RECOGNISED, ends, primitives_left
+from mapper.frontend.left import RECOGNISED, cross_attentions, ends, primitives_left
 from mapper.ir.dims import ONE
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
@@ -30,22 +30,21 @@ def structure(graph: Graph) -> dict[str, Any]:
     by_kind: dict[str, list[Counted]] = {}
     for item in ops:
         by_kind.setdefault(item[0].mnemonic, []).append(item)
-    attention = [(_attention(op), n) for kind in ATTENTIONS for op, n in by_kind.get(kind, [])]
+    crossing = cross_attentions(graph)
+    heard = [(op, n) for kind in ATTENTIONS for op, n in by_kind.get(kind, [])]
+    attention = [({**_attention(op), "cross": op in crossing}, n) for op, n in heard]
     mlps = [(_mlp(graph, op), n) for kind in _MLPS for op, n in by_kind.get(kind, [])]
     around = ends(graph)
     left = primitives_left(graph, around.ops)
     return {
         "name": graph.name,
         "params": graph.params,
-        "layers": graph.layers,
-        "distinct_layers": sum(op.mnemonic in ATTENTIONS for op in graph.ops()),
+        "layers": graph.layers - sum(n for op, n in heard if op in crossing),
+        "distinct_layers": sum(op not in crossing for op, _ in heard),
         "hidden": _hidden(graph, by_kind),
         "vocab": _vocabulary(graph, by_kind),
         **_common(attention, ("heads", "kv_heads", "head_dim", "value_dim")),
-        "attention": _counted(
-            attention,
-            ("kind", "heads", "kv_heads", "head_dim", "latent_dim", "rope_dim", "scale", "softcap", "sinks"),
-        ),
+        "attention": _counted(attention, _ATTENTION),
         "masks": _counted(attention, ("mask", "window")),
         "rope": _rope(graph, by_kind),
         "norms": _counted(
@@ -64,6 +63,9 @@ def structure(graph: Graph) -> dict[str, Any]:
 
 
 ATTENTIONS = ("attention", "latent_attention")
+_ATTENTION = (
+    "kind", "heads", "kv_heads", "head_dim", "latent_dim", "rope_dim", "scale", "softcap", "sinks", "cross",
+)  # fmt: skip
 _MLPS = ("gated_mlp", "packed_mlp", "mlp", "moe")
 
 

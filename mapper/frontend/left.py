@@ -51,6 +51,27 @@ def hidden_ops(graph: Graph) -> Iterator[tuple[DataflowOp, int, set[SSAValue]]]:
         data.update(r for o in section.outputs if o.yielded in data for r in o.results)
 
 
+def cross_attentions(graph: Graph) -> set[DataflowOp]:
+    """Attention ops whose queries come from the tokens and whose keys do not: they look at an encoder."""
+    made: set[SSAValue] = {graph.input_values[n] for n in graph.inputs_with_role("token_ids")}
+    found: set[DataflowOp] = set()
+    if not made:
+        return found
+    for section in graph.sections():
+        made.update(c.argument for c in section.carried if c.initial in made)
+        made.update(s.argument for s in section.shared if s.value in made)
+        made.update(s.argument for s in section.inputs if any(v in made for v in s.values))
+        for op in section.ops:
+            if op.mnemonic == "shape_of" or not any(v in made for v in op.operands):
+                continue
+            made.update(op.results)
+            if op.mnemonic == "attention" and op.operands[0] in made and op.operands[1] not in made:
+                found.add(op)
+        made.update(c.result for c in section.carried if c.yielded in made)
+        made.update(r for o in section.outputs if o.yielded in made for r in o.results)
+    return found
+
+
 def primitives_left(graph: Graph, accounted: set[DataflowOp]) -> Counter[str]:
     """Primitives on the hidden path that recognition left; views, residual additions and `accounted` ones are
     not counted."""
