@@ -64,6 +64,9 @@ def serve(graph: Graph, phase: str = "decode", batch: int = 1, prompt: int = 16,
     if min(batch, prompt, context) < 1 or tokens > context:
         raise UsageError(f"batch {batch}, prompt {prompt}, context {context}: each >= 1, prompt <= context")
     graph = graph.phase(phase)
+    for op in graph.ops():
+        if op.mnemonic == "latent_attention":
+            raise UnsupportedModelError(f"{place(op)}: latent attention is recognised, but not served yet")
     short = shorten(graph)
     if short is not None:
         extended = extend(_serve(short, batch, tokens, context), graph)

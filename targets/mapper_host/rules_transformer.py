@@ -143,7 +143,8 @@ def _cache_append(c: Context, op: DataflowOp) -> None:
 @rule("cached_attention")
 def _cached_attention(c: Context, op: DataflowOp) -> None:
     q, k, v = (c.f32(x) for x in op.operands[:3])
-    past, sinks = c.value(op.operands[3]), c.operand("sinks")
+    past, extra = c.value(op.operands[3]), op.operand("sinks")
+    sinks = None if extra is None else c.f32(extra)
     b, h, s, d = q.shape
     hkv, length, dv = k.shape[1], k.shape[2], v.shape[3]
     slopes = op.attr("slopes") or ()
