@@ -12,7 +12,9 @@ import numpy as np
 from mapper.frontend import build as b
 from mapper.frontend.lower import Call, lowers, type_name
 from mapper.frontend.net import Net, Value
+from mapper.frontend.packed import packed_weight
 from mapper.ir.dims import ONE, ZERO, Dim
+from mapper.lowbit import Scheme
 
 MS = "com.microsoft"
 LIMITS: dict[str, tuple[float, float]] = {
@@ -67,8 +69,28 @@ def quantised(net: Net, x: Value, scale: Value, zero: Value | None, dtype: str) 
 @lowers("DequantizeLinear", domain=MS)
 def _dequantize(c: Call) -> list[Value]:
     x, zero = c.x(0), c.x(2) if c.has(2) else None
-    out = dequantised(c, x, c.x(1), zero, _axis(c, x))
-    return [b.cast(c.net, out, type_name(c, "output_dtype") if c.integer("output_dtype") else c.x(1).dtype)]
+    dtype = type_name(c, "output_dtype") if c.integer("output_dtype") else c.x(1).dtype
+    whole = _stored(c, x, zero, dtype)
+    if whole is not None:
+        return [whole]
+    return [b.cast(c.net, dequantised(c, x, c.x(1), zero, _axis(c, x)), dtype)]
+
+
+_BITS = {"u8": 8, "i8": 8, "u4": 4, "i4": 4}
+
+
+def _stored(c: Call, x: Value, zero: Value | None, dtype: str) -> Value | None:
+    """A stored tensor of low-bit integers with its scales as one weight; None where it is something else."""
+    scales = c.x(1)
+    if x.weight is None or x.dtype not in _BITS or dtype not in ("f32", "f16", "bf16"):
+        return None
+    axis, block = _axis(c, x), c.integer("block_size")
+    if scales.rank == x.rank and scales.rank > 1:
+        block = block or -(-x.dims[axis].value // scales.dims[axis].value)
+    elif block or (scales.rank == 1 and scales.dims[0] not in (ONE, x.dims[axis])) or scales.rank > 1:
+        return None
+    scheme = Scheme(_BITS[x.dtype], block, axis, "plain")
+    return packed_weight(scheme, [d.value for d in x.dims], dtype, x, scales, zero)
 
 
 def _axis(c: Call, x: Value) -> int:

@@ -137,3 +137,21 @@ def test_parts_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     path.write_bytes(w.model(out, 24).SerializeToString())
     with pytest.raises(mapper.MapperError, match="operand 1"):
         load(path)
+
+
+@pytest.mark.parametrize("form", ["tensor", "axis", "blocks", "axis and zeros"])
+def test_stored_integers_with_scales_are_one_weight(form: str, tmp_path: Path) -> None:
+    w = Writer()
+    values = RNG.integers(-128, 128, (WIDTH, 24)).astype(np.int8)
+    shape = {"tensor": (), "axis": (24,), "blocks": (WIDTH // 16, 24), "axis and zeros": (24,)}[form]
+    scales = (RNG.random(shape) * 0.01 + 0.001).astype(np.float32)
+    operands = [w.store(values), w.store(np.asarray(scales))]
+    if form == "axis and zeros":
+        operands.append(w.store(RNG.integers(-9, 9, 24).astype(np.int8)))
+    attrs: dict[str, Any] = {"axis": 0, "block_size": 16} if form == "blocks" else {"axis": 1}
+    matrix = w.add("DequantizeLinear", *operands, **attrs)
+    model = w.model(w.add("MatMul", "x", matrix), 24)
+    model.opset_import[0].version = 21
+    graph = checked(model, tmp_path)
+    assert names(graph) == ["linear"]
+    assert total(graph).weights.evaluate({"tokens": 1}) < values.size * 2
