@@ -184,8 +184,9 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
     if as_json:
         _print_json(record)
     else:
-        from mapper.report.terminal import console, fields
+        from mapper.report.terminal import console, fields, folded
 
+        record |= {key: folded(record[key]) for key in ("inputs", "outputs")}
         short = ("layers", "masks", "kv_cache", "recognised_fraction")
         for name, phase in record.get("phases", {}).items():
             record["phases"][name] = {key: phase[key] for key in short}

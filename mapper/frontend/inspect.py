@@ -50,7 +50,7 @@ def structure(graph: Graph) -> dict[str, Any]:
         "norms": _counted(
             [(_norm(op), n) for op, n in by_kind.get("norm", [])], ("kind", "eps", "weight_offset")
         ),
-        "mlp": _counted(mlps, ("op", "act", "inner")),
+        "mlp": _counted(mlps, ("op", "act", "inner", "experts", "chosen")),
         "kv_cache": _cache(graph, by_kind),
         "tied_embeddings": _tied(graph, by_kind),
         "ends": around.facts,
@@ -149,7 +149,10 @@ def _mlp(graph: Graph, op: DataflowOp) -> Facts:
     down = graph.weight(op, "down")
     transposed = op.attr("down_transposed")
     inner = None if down is None else down.shape[-1 if transposed else -2]
-    return {"op": op.mnemonic, "act": op.attr("act"), "inner": inner}
+    routed = op.mnemonic == "moe" and down is not None
+    experts = down.shape[0] if routed and down is not None else None
+    chosen = _number(tensor_type(op.operands[1]).shape[-1]) if routed else None
+    return {"op": op.mnemonic, "act": op.attr("act"), "inner": inner, "experts": experts, "chosen": chosen}
 
 
 def _counted(items: list[tuple[Facts, int]], keys: tuple[str, ...]) -> list[Facts]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,26 @@ def fields(record: Mapping[str, Any], title: str = "") -> Table:
     for key, value in record.items():
         made.add_row(printable(key.replace("_", " ")), _cell(value))
     return made
+
+
+def folded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record whose entries that differ by one number alone are one, as `cache.{0..31}.key`."""
+    groups: dict[Any, list[tuple[str, ...]]] = {}
+    values: dict[Any, Any] = {}
+    for name, value in record.items():
+        parts = tuple(re.split(r"(\d+)", name))
+        plain = re.sub(r"\d+", "#", str(value.get("role", ""))) if isinstance(value, Mapping) else ""
+        rest = {**value, "role": plain} if isinstance(value, Mapping) else value
+        key = (parts[0], parts[2:], repr(rest)) if len(parts) > 2 else (name,)
+        groups.setdefault(key, []).append(parts)
+        values.setdefault(key, value if len(parts) < 3 else rest)
+    out: dict[str, Any] = {}
+    for key, names in groups.items():
+        first, last = names[0], names[-1]
+        numbered = f"{first[0]}{{{first[1]}..{last[1]}}}{''.join(first[2:])}" if len(names) > 1 else ""
+        name = numbered or "".join(first)
+        out[name] = values[key] if numbered else record[name]
+    return out
 
 
 def _cell(value: Any, depth: int = 0) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mapper.driver import CheckReport, Compiled
 from mapper.report import html, numbers, perfetto, plots, terminal
+from mapper.report.terminal import folded
 from mapper.schedule.violation import Violation
 from tests.sample import result, schedule
 
@@ -150,3 +151,15 @@ def test_a_long_trace_shows_first_repetitions_only() -> None:
 
 def test_trace_is_the_same_each_time() -> None:
     assert perfetto.trace(schedule()) == perfetto.trace(schedule())
+
+
+def test_ports_that_differ_by_a_number_alone_are_one_line() -> None:
+    one = {"role": "past.key.0", "shape": [1]}
+    other = {"role": "past.key.1", "shape": [2]}
+    record = {"ids": {"role": "ids"}, "k0": one, "k1": {**one, "role": "past.key.1"}, "k2": other, "v7": one}
+    assert folded(record) == {
+        "ids": {"role": "ids"},
+        "k{0..1}": {"role": "past.key.#", "shape": [1]},
+        "k2": other,
+        "v7": one,
+    }
