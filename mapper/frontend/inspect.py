@@ -50,7 +50,7 @@ def structure(graph: Graph) -> dict[str, Any]:
         "norms": _counted(
             [(_norm(op), n) for op, n in by_kind.get("norm", [])], ("kind", "eps", "weight_offset")
         ),
-        "mlp": _counted(mlps, ("op", "act", "inner", "experts", "chosen")),
+        "mlp": [_stated(m) for m in _counted(mlps, ("op", "act", "inner", "experts", "chosen"))],
         "kv_cache": _cache(graph, by_kind),
         "tied_embeddings": _tied(graph, by_kind),
         "ends": around.facts,
@@ -161,6 +161,11 @@ def _counted(items: list[tuple[Facts, int]], keys: tuple[str, ...]) -> list[Fact
     for item, times in items:
         counts[tuple(item[k] for k in keys)] += times
     return [dict(zip(keys, values, strict=True), layers=n) for values, n in counts.items()]
+
+
+def _stated(item: Facts) -> Facts:
+    """An MLP without what only experts have, where it has none."""
+    return {k: v for k, v in item.items() if k not in ("experts", "chosen") or v is not None}
 
 
 def _common(items: list[tuple[Facts, int]], keys: tuple[str, ...]) -> Facts:
