@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ class Summary:
     slowest: tuple[float, int] = (0.0, -1)
     largest: tuple[int, int] = (0, -1)
     wrong: list[tuple[int, Outcome]] = field(default_factory=list)
+    cut: bool = False
+    """Stopped before its last case."""
 
     def add(self, number: int, found: Outcome) -> None:
         """Counts a case."""
@@ -43,8 +46,9 @@ class Summary:
         bad = ("crash", "hang", "memory", "message", "traceback")
         fine = ", ".join(f"{k} {n}" for k, n in self.kinds.most_common() if k not in bad)
         odd = ", ".join(f"{k} {self.kinds[k]}" for k in bad)
+        count = f"{self.kinds.total()} cases{' (interrupted)' if self.cut else ''}"
         return (
-            f"{self.kinds.total()} cases: {fine}; {odd}; slowest {self.slowest[0]:.2f} s (case "
+            f"{count}: {fine}; {odd}; slowest {self.slowest[0]:.2f} s (case "
             f"{self.slowest[1]}), most memory {self.largest[0] / 1e6:.0f} MB (case {self.largest[1]})"
         )
 
@@ -58,19 +62,27 @@ def batch(numbers: Sequence[int], seeds: Sequence[bytes]) -> list[tuple[int, Out
 def fuzz(seeds: Sequence[bytes], numbers: Iterable[int], workers: int = 1) -> Summary:
     """Runs cases in `workers` processes."""
     summary = Summary()
-    for number, found in _outcomes(seeds, list(numbers), workers):
-        summary.add(number, found)
-        if found.wrong:
-            print(f"case {number}: {found.kind}\n{found.text}", file=sys.stderr, flush=True)
+    try:
+        for number, found in _outcomes(seeds, list(numbers), workers):
+            summary.add(number, found)
+            if found.wrong:
+                print(f"case {number}: {found.kind}\n{found.text}", file=sys.stderr, flush=True)
+            if summary.kinds.total() % 1000 == 0:
+                print(summary.line(), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # what was found until then is still worth knowing
+        summary.cut = True
     return summary
 
 
 def _outcomes(seeds: Sequence[bytes], numbers: list[int], workers: int) -> Iterator[tuple[int, Outcome]]:
-    if workers == 1:
-        yield from batch(numbers, seeds)
-        return
     parts = [numbers[i : i + 100] for i in range(0, len(numbers), 100)]
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    if workers == 1:
+        for part in parts:
+            yield from batch(part, seeds)
+        return
+    # An interrupt is the parent's: a worker's own would only add a traceback.
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("fork").Pool(workers, initializer=ignore) as pool:
         for found in pool.imap_unordered(partial(batch, seeds=seeds), parts):
             yield from found
 
@@ -95,7 +107,7 @@ def main() -> int:
     start = time.monotonic()
     summary = fuzz(seeds, range(given.first, given.first + given.cases), given.workers)
     print(f"{summary.line()}; {len(seeds)} seeds, {time.monotonic() - start:.0f} s")
-    return 1 if summary.wrong else 0
+    return 130 if summary.cut else int(bool(summary.wrong))
 
 
 if __name__ == "__main__":
