@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,21 @@ from mapper.ir.op import DataflowOp, tensor_type
 
 
 def inspect(graph: Graph) -> dict[str, Any]:
+    """What was recognised, ready for JSON. An attribute that is NaN or infinite is its name, as text."""
+    record: dict[str, Any] = _finite(_inspected(graph))
+    return record
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a model's attributes may have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return repr(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _inspected(graph: Graph) -> dict[str, Any]:
     """Layers, widths, heads, masks, rotary embeddings, norms, MLPs, cache convention, parameters, vocabulary,
     and what stays primitives. Keys whose value the graph does not tell are None or empty. A file that holds a
     graph per phase is described by the one that decodes, and by both under "phases"."""
