@@ -18,6 +18,8 @@ from mapper.frontend.proto import Attribute, NodeRecord, TensorRecord
 from mapper.frontend.tensors import DTYPES
 from mapper.ir.dims import Dim
 
+MS = "com.microsoft"  # the domain of onnxruntime's contrib operators
+
 
 @dataclass(frozen=True)
 class Call:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers
+from mapper.frontend.lower import MS, Call, lowers
 from mapper.frontend.net import Net, Value, numpy_of
-from mapper.frontend.ops_nn import plus, silu, softplus, times
+from mapper.frontend.ops_nn import gelu_erf, gelu_tanh, plus, silu, softplus, times
 from mapper.ir.dims import ONE
 
 
@@ -179,3 +179,24 @@ def _shifted(net: Net, x: Value, axis: int, shift: int, back: bool) -> Value:
     start, end = (ONE * shift, size) if back else (ONE * 0, size - shift)
     kept = b.slice_(net, x, [start], [end], [axis], [1])
     return b.concat(net, [kept, ones] if back else [ones, kept], axis)
+
+
+@lowers("Gelu", domain=MS)
+def _gelu(c: Call) -> list[Value]:
+    return [gelu_erf(c.net, c.x())]
+
+
+@lowers("FastGelu", domain=MS)
+def _fast_gelu(c: Call) -> list[Value]:
+    x = b.binary(c.net, "add", c.x(0), c.x(1)) if c.has(1) else c.x(0)
+    return [gelu_tanh(c.net, x)]
+
+
+@lowers("BiasGelu", domain=MS)
+def _bias_gelu(c: Call) -> list[Value]:
+    return [gelu_erf(c.net, b.binary(c.net, "add", c.x(0), c.x(1)))]
+
+
+@lowers("QuickGelu", domain=MS)
+def _quick_gelu(c: Call) -> list[Value]:
+    return [silu(c.net, c.x(), c.number("alpha", 1.702))]

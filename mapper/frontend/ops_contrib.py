@@ -1,4 +1,4 @@
-"""Lowerings of onnxruntime's contrib operators, each expanded to canonical primitives.
+"""Lowerings of onnxruntime's contrib attention operators, each expanded to canonical primitives.
 
 Semantics: the public contrib operator documentation of onnxruntime (com.microsoft, version 1).
 """
@@ -11,100 +11,21 @@ import numpy as np
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers
-from mapper.frontend.net import Net, Value, product
+from mapper.frontend.lower import MS, Call, lowers
+from mapper.frontend.net import Net, Value
 from mapper.frontend.ops_cache import Places, grouped_places, shared_places, stretched, within
 from mapper.frontend.ops_nn import (
     additive,
     attend,
-    gelu_erf,
-    gelu_tanh,
-    layer_norm,
     merge_heads,
-    plus,
     rms,
     rotate,
     scored,
-    silu,
     split_heads,
     weighted,
 )
 from mapper.frontend.ops_quant import integer_product
-from mapper.frontend.packed import packed_weight
 from mapper.ir.dims import ONE, ZERO, Dim
-from mapper.lowbit import Scheme
-
-MS = "com.microsoft"
-
-
-@lowers("Gelu", domain=MS)
-def _gelu(c: Call) -> list[Value]:
-    return [gelu_erf(c.net, c.x())]
-
-
-@lowers("FastGelu", domain=MS)
-def _fast_gelu(c: Call) -> list[Value]:
-    x = b.binary(c.net, "add", c.x(0), c.x(1)) if c.has(1) else c.x(0)
-    return [gelu_tanh(c.net, x)]
-
-
-@lowers("BiasGelu", domain=MS)
-def _bias_gelu(c: Call) -> list[Value]:
-    return [gelu_erf(c.net, b.binary(c.net, "add", c.x(0), c.x(1)))]
-
-
-@lowers("QuickGelu", domain=MS)
-def _quick_gelu(c: Call) -> list[Value]:
-    return [silu(c.net, c.x(), c.number("alpha", 1.702))]
-
-
-@lowers("SkipSimplifiedLayerNormalization", "SkipLayerNormalization", domain=MS)
-@lowers("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
-def _skip_norm(c: Call) -> list[Value]:
-    simplified = c.node.op.startswith("SkipSimplified")
-    at = 3 if simplified else 4  # operands: x, skip, gamma, [beta], bias
-    x = b.binary(c.net, "add", c.x(0), c.x(at)) if c.has(at) else c.x(0)
-    total = b.binary(c.net, "add", x, c.x(1))
-    out = _normalised(c, total, simplified, c.number("epsilon", 1e-12))
-    mean = b.reduce(c.net, "mean", total, [total.rank - 1], True)
-    centred = total if simplified else b.binary(c.net, "sub", total, mean)
-    square = b.reduce(c.net, "mean", b.binary(c.net, "mul", centred, centred), [total.rank - 1], True)
-    inverse = c.net.make("rsqrt", [plus(c.net, square, c.number("epsilon", 1e-12))])
-    return [out, mean, inverse, total]
-
-
-def _normalised(c: Call, x: Value, simplified: bool, eps: float) -> Value:
-    axes, beta = [x.rank - 1], 3
-    out = rms(c.net, x, axes, eps) if simplified else layer_norm(c.net, x, axes, eps)
-    out = b.binary(c.net, "mul", out, c.x(2))
-    return b.binary(c.net, "add", out, c.x(beta)) if not simplified and c.has(beta) else out
-
-
-@lowers("SimplifiedLayerNormalization", "LayerNormalization", domain=MS)
-def _norm(c: Call) -> list[Value]:
-    x, axes, eps = c.x(), [c.x().rank - 1], c.number("epsilon", 1e-5)
-    simplified = c.node.op.startswith("Simplified")
-    out = rms(c.net, x, axes, eps) if simplified else layer_norm(c.net, x, axes, eps)
-    out = b.binary(c.net, "mul", out, c.x(1))
-    return [b.binary(c.net, "add", out, c.x(2)) if not simplified and c.has(2) else out]
-
-
-@lowers("EmbedLayerNormalization", domain=MS)
-def _embed_norm(c: Call) -> list[Value]:
-    """Operands: ids, segments, word, position and segment tables, gamma, beta, mask, positions."""
-    net, ids = c.net, c.x(0)
-    total = b.gather(net, c.x(2), ids, 0)
-    places = c.x(8) if c.has(8) else b.iota(net, ZERO, ids.dims[1], 1)
-    total = b.binary(net, "add", total, b.gather(net, c.x(3), places, 0))
-    if c.has(1) and c.has(4):
-        total = b.binary(net, "add", total, b.gather(net, c.x(4), c.x(1), 0))
-    out = b.binary(net, "mul", layer_norm(net, total, [2], c.number("epsilon", 1e-12)), c.x(5))
-    out = b.binary(net, "add", out, c.x(6))
-    if c.has(7):
-        lengths = b.reduce(net, "sum", b.cast(net, c.x(7), "i32"), [1], False)
-    else:
-        lengths = b.expand(net, net.constant(np.array(0), "i32"), [ids.dims[0]])
-    return [out, lengths, total]
 
 
 @lowers("RotaryEmbedding", domain=MS)
@@ -398,32 +319,3 @@ def _joint_attention(c: Call, joint: Value, padding: int, cache: int, bias: int)
     if not any(c.node.outputs[1:]):
         return [out]
     return [out, b.concat(net, [b.reshape(net, y, [ONE, *y.dims]) for y in (k, v)], 0)]
-
-
-@lowers("MatMulNBits", domain=MS)
-def _matmul_bits(c: Call) -> list[Value]:
-    """x times the transpose of a matrix of low-bit blocks: B [N, blocks, bytes], scales [N, blocks]."""
-    net, x = c.net, c.x(0)
-    bits, block = c.integer("bits", 4), c.integer("block_size")
-    rows, columns = c.integer("N"), c.integer("K")
-    if bits not in (2, 4, 8) or block < 1 or rows < 1 or columns < 1:
-        raise c.refuse(f"{bits}-bit integers in blocks of {block}")
-    blocks = -(-columns // block)
-    counts = {1: rows * blocks * (block * bits // 8), 2: rows * blocks}
-    for operand, count in counts.items():
-        if product(c.x(operand).dims) != Dim.of(count):
-            raise ModelError(
-                f"{net.origin}: operand {operand} has not the {count} elements of {rows} x {columns}"
-            )
-    given = [c.x(i) if c.has(i) else None for i in range(1, 5)]
-    values, scales, zeros, order = given
-    assert values is not None and scales is not None
-    matrix = packed_weight(Scheme(bits, block), (rows, columns), x.dtype, values, scales, zeros, order)
-    if matrix is None:
-        raise c.refuse("a matrix that is computed is not supported")
-    # onnxruntime's kernels on 8-bit activations take neither float zero points nor a group index
-    plain = order is None and (zeros is None or zeros.dtype == "u8")
-    if c.integer("accuracy_level") == 4 and plain:
-        x = net.make("round_blocks", [x], {"block": block})
-    out = b.matmul(net, x, b.transpose(net, matrix, (1, 0)))
-    return [b.binary(net, "add", out, c.x(5)) if c.has(5) else out]

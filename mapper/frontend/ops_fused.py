@@ -10,12 +10,10 @@ import math
 import numpy as np
 
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers
+from mapper.frontend.lower import MS, Call, lowers
 from mapper.frontend.net import Net, Value, product
 from mapper.frontend.ops_nn import gelu_erf, gelu_tanh, plus, times
 from mapper.ir.dims import ONE, ZERO, Dim
-
-MS = "com.microsoft"
 
 
 @lowers("FusedMatMul", "TransposeMatMul", "FusedMatMulActivation", domain=MS)

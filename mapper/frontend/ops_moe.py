@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers
+from mapper.frontend.lower import MS, Call, lowers
 from mapper.frontend.net import Value
 from mapper.frontend.ops_nn import gelu_tanh, part, plus, silu
 from mapper.frontend.packed import packed_weight
 from mapper.ir.dims import ONE, Dim
 from mapper.lowbit import Scheme
-
-MS = "com.microsoft"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mapper.errors import ModelError
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers, type_name
+from mapper.frontend.lower import MS, Call, lowers, type_name
 from mapper.frontend.net import Net, Value
 from mapper.ir.dims import ONE, Dim
 
@@ -56,6 +56,7 @@ def _norm_axes(c: Call) -> list[int]:
 
 
 @lowers("RMSNormalization", "SimplifiedLayerNormalization")
+@lowers("SimplifiedLayerNormalization", domain=MS)
 def _rms(c: Call) -> list[Value]:
     """Results: the normalised tensor and the inverse root mean square."""
     net, x, axes, eps = c.net, c.x(), _norm_axes(c), c.number("epsilon", 1e-5)
@@ -65,6 +66,7 @@ def _rms(c: Call) -> list[Value]:
 
 
 @lowers("LayerNormalization")
+@lowers("LayerNormalization", domain=MS)
 def _layer_norm(c: Call) -> list[Value]:
     """Results: the normalised tensor, the mean and the inverse standard deviation."""
     net, x, axes, eps = c.net, c.x(), _norm_axes(c), c.number("epsilon", 1e-5)

@@ -1,15 +1,17 @@
-"""Lowerings of the normalisations that are not over the last axes, and of the remaining reductions."""
+"""Lowerings of normalisations that are fused or not over the last axes, and of the remaining reductions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers
+from mapper.frontend.lower import MS, Call, lowers
 from mapper.frontend.net import Net, Value, product
 from mapper.frontend.ops_basic import reduce_axes
-from mapper.frontend.ops_nn import layer_norm
-from mapper.ir.dims import ONE, Dim
+from mapper.frontend.ops_nn import inverse_root, layer_norm, rms, statistics
+from mapper.ir.dims import ONE, ZERO, Dim
 
 
 def _per_channel(net: Net, vector: Value, rank: int) -> Value:
@@ -131,3 +133,39 @@ def _hardmax(c: Call) -> list[Value]:
         net, b.iota(net, Dim.of(0), x.dims[axis], 1), [x.dims[axis], *[ONE] * (x.rank - axis - 1)]
     )
     return [b.reshape(net, b.cast(net, b.binary(net, "eq", places, first), x.dtype), whole.dims)]
+
+
+@lowers("SkipSimplifiedLayerNormalization", "SkipLayerNormalization", domain=MS)
+@lowers("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+def _skip_norm(c: Call) -> list[Value]:
+    """Operands: x, skip, gamma, beta (not the simplified one), bias.
+
+    Results: the normalised sum, its mean, the inverse of its deviation, the sum."""
+    net, eps, simplified = c.net, c.number("epsilon", 1e-12), c.node.op.startswith("SkipSimplified")
+    at = 3 if simplified else 4
+    x = b.binary(net, "add", c.x(0), c.x(at)) if c.has(at) else c.x(0)
+    total = b.binary(net, "add", x, c.x(1))
+    axes = [total.rank - 1]
+    out = rms(net, total, axes, eps) if simplified else layer_norm(net, total, axes, eps)
+    out = b.binary(net, "mul", out, c.x(2))
+    out = b.binary(net, "add", out, c.x(3)) if not simplified and c.has(3) else out
+    mean, inverse = statistics(net, total, axes, eps)
+    return [out, mean, inverse_root(net, total, axes, eps) if simplified else inverse, total]
+
+
+@lowers("EmbedLayerNormalization", domain=MS)
+def _embed_norm(c: Call) -> list[Value]:
+    """Operands: ids, segments, word, position and segment tables, gamma, beta, mask, positions."""
+    net, ids = c.net, c.x(0)
+    total = b.gather(net, c.x(2), ids, 0)
+    places = c.x(8) if c.has(8) else b.iota(net, ZERO, ids.dims[1], 1)
+    total = b.binary(net, "add", total, b.gather(net, c.x(3), places, 0))
+    if c.has(1) and c.has(4):
+        total = b.binary(net, "add", total, b.gather(net, c.x(4), c.x(1), 0))
+    out = b.binary(net, "mul", layer_norm(net, total, [2], c.number("epsilon", 1e-12)), c.x(5))
+    out = b.binary(net, "add", out, c.x(6))
+    if c.has(7):
+        lengths = b.reduce(net, "sum", b.cast(net, c.x(7), "i32"), [1], False)
+    else:
+        lengths = b.expand(net, net.constant(np.array(0), "i32"), [ids.dims[0]])
+    return [out, lengths, total]

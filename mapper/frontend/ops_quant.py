@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from mapper.errors import ModelError
 from mapper.frontend import build as b
-from mapper.frontend.lower import Call, lowers, type_name
-from mapper.frontend.net import Net, Value
+from mapper.frontend.lower import MS, Call, lowers, type_name
+from mapper.frontend.net import Net, Value, product
 from mapper.frontend.packed import packed_weight
 from mapper.ir.dims import ONE, ZERO, Dim
 from mapper.lowbit import Scheme
 
-MS = "com.microsoft"
 LIMITS: dict[str, tuple[float, float]] = {
     "u8": (0, 255), "i8": (-128, 127), "u16": (0, 65535), "i16": (-32768, 32767),
     "u4": (0, 15), "i4": (-8, 7),
@@ -255,3 +255,32 @@ def _repeated(net: Net, x: Value, block: int, length: Dim) -> Value:
     wide = b.expand(net, b.reshape(net, x, [*x.dims, ONE]), [*x.dims, Dim.of(block)])
     wide = b.reshape(net, wide, [*x.dims[:-1], x.dims[-1] * block])
     return b.slice_(net, wide, [ZERO], [length], [x.rank - 1], [1])
+
+
+@lowers("MatMulNBits", domain=MS)
+def _matmul_bits(c: Call) -> list[Value]:
+    """x times the transpose of a matrix of low-bit blocks: B [N, blocks, bytes], scales [N, blocks]."""
+    net, x = c.net, c.x(0)
+    bits, block = c.integer("bits", 4), c.integer("block_size")
+    rows, columns = c.integer("N"), c.integer("K")
+    if bits not in (2, 4, 8) or block < 1 or rows < 1 or columns < 1:
+        raise c.refuse(f"{bits}-bit integers in blocks of {block}")
+    blocks = -(-columns // block)
+    counts = {1: rows * blocks * (block * bits // 8), 2: rows * blocks}
+    for operand, count in counts.items():
+        if product(c.x(operand).dims) != Dim.of(count):
+            raise ModelError(
+                f"{net.origin}: operand {operand} has not the {count} elements of {rows} x {columns}"
+            )
+    given = [c.x(i) if c.has(i) else None for i in range(1, 5)]
+    values, scales, zeros, order = given
+    assert values is not None and scales is not None
+    matrix = packed_weight(Scheme(bits, block), (rows, columns), x.dtype, values, scales, zeros, order)
+    if matrix is None:
+        raise c.refuse("a matrix that is computed is not supported")
+    # onnxruntime's kernels on 8-bit activations take neither float zero points nor a group index
+    plain = order is None and (zeros is None or zeros.dtype == "u8")
+    if c.integer("accuracy_level") == 4 and plain:
+        x = net.make("round_blocks", [x], {"block": block})
+    out = b.matmul(net, x, b.transpose(net, matrix, (1, 0)))
+    return [b.binary(net, "add", out, c.x(5)) if c.has(5) else out]

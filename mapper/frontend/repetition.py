@@ -18,7 +18,7 @@ from mapper.errors import MapperError
 from mapper.frontend import tensors
 from mapper.frontend.guard import GuardedModel
 from mapper.frontend.importer import is_held
-from mapper.frontend.ops_contrib import MS
+from mapper.frontend.lower import MS
 from mapper.frontend.proto import (
     Attribute,
     AttributeRecord,
