@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,15 @@ def test_explosive_shapes_are_answered(kind: str, tmp_path: Path) -> None:
     except MapperError as error:
         assert "\n" not in str(error)
     assert time.process_time() - start < 60, "as good as a hang"
+
+
+def test_a_number_that_json_lacks_is_text(tmp_path: Path) -> None:
+    """An epsilon may be infinite: what `inspect` says of it is JSON all the same."""
+    model = decoder(Options())
+    added = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}
+    for tensor in model.graph.initializer:
+        if tensor.name in added and tensor.data_type == TensorProto.FLOAT and not tensor.dims:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(np.inf, np.float32), tensor.name))
+    record = inspect(load(saved(model, tmp_path)))
+    assert {norm["eps"] for norm in record["norms"]} == {"inf"}
+    json.dumps(record, allow_nan=False)
