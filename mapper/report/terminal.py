@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -111,7 +112,7 @@ def fields(record: Mapping[str, Any], title: str = "") -> Table:
 
 
 def folded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record whose entries that differ by one number alone are one, as `cache.{0..31}.key`."""
+    """A record whose entries that differ by one number alone are one: `cache.{0..31}.key`, `{0,2..30}`."""
     groups: dict[Any, list[tuple[str, ...]]] = {}
     values: dict[Any, Any] = {}
     for name, value in record.items():
@@ -123,11 +124,22 @@ def folded(record: Mapping[str, Any]) -> dict[str, Any]:
         values.setdefault(key, value if len(parts) < 3 else rest)
     out: dict[str, Any] = {}
     for key, names in groups.items():
-        first, last = names[0], names[-1]
-        numbered = f"{first[0]}{{{first[1]}..{last[1]}}}{''.join(first[2:])}" if len(names) > 1 else ""
+        first = names[0]
+        numbered = (
+            f"{first[0]}{{{_span([int(n[1]) for n in names])}}}{''.join(first[2:])}" if names[1:] else ""
+        )
         name = numbered or "".join(first)
         out[name] = values[key] if numbered else record[name]
     return out
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """Numbers as `0..3` or `0,2..6` where their steps are equal, else all of them."""
+    first, second, last = numbers[0], numbers[1], numbers[-1]
+    steady = all(b - a == second - first for a, b in pairwise(numbers))
+    if steady and second == first + 1:
+        return f"{first}..{last}"
+    return f"{first},{second}..{last}" if steady and len(numbers) > 3 else ",".join(map(str, numbers))
 
 
 def _cell(value: Any, depth: int = 0) -> str:

@@ -163,3 +163,11 @@ def test_ports_that_differ_by_a_number_alone_are_one_line() -> None:
         "k2": other,
         "v7": one,
     }
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [((0, 1), "0..1"), ((3, 4, 5), "3..5"), ((0, 2), "0,2"), ((0, 2, 4, 6), "0,2..6"), ((0, 1, 3), "0,1,3")],
+)
+def test_a_line_of_many_ports_claims_no_port_that_is_not_there(numbers: tuple[int, ...], shown: str) -> None:
+    assert list(folded({f"k{n}": {"shape": [1]} for n in numbers})) == [f"k{{{shown}}}"]
