@@ -7,14 +7,16 @@ Exit codes: 0 ok; 1 does not match, or a check fails; 2 bad input or usage; 70 a
 from __future__ import annotations
 
 import gc
+import json
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mapper import __version__
-from mapper.cli_common import Json, print_json, print_rows, working
 from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
 from mapper.exits import run_app
@@ -41,6 +43,7 @@ def _targets(incomplete: str) -> list[str]:
     return [name for name in discover() if name.startswith(incomplete)]
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file, or zoo:NAME.")]
 Dir = Annotated[
     Path, typer.Argument(metavar="DIR", help="A schedule directory that `mapper compile --out` made.")
@@ -98,13 +101,13 @@ def compile_(
     """Map a model onto a target. Prints times, bands, lower bounds and checks; --out saves the schedule."""
     from mapper.driver import build
 
-    with working(f"compiling {model.name} for {target}"):
+    with _working(f"compiling {model.name} for {target}"):
         done = build(
             model, target, machine=machine, batch=batch, context=context, prompt=prompt, weights=weights,
             chips=_chips(chips), phase=phase, out=out, external_root=external_root,
         )  # fmt: skip
     if as_json:
-        print_json(done.result.record())
+        _print_json(done.result.record())
     else:
         _print_results([done.result])
     done.report.raise_first()
@@ -124,12 +127,12 @@ def verify(
     """Execute a schedule against onnxruntime. Compares logits, cache and greedy tokens at each step."""
     from mapper import driver
 
-    with working(f"executing {schedule}"):
+    with _working(f"executing {schedule}"):
         found = driver.verify(
             schedule, model=model, inputs=inputs, tokens=tokens, external_root=external_root
         )
     if as_json:
-        print_json(found.record())
+        _print_json(found.record())
     else:
         from mapper.report.terminal import console, fields
 
@@ -143,7 +146,7 @@ def check(schedule: Dir, as_json: Json = False) -> None:
     """Check that a schedule is legal. Runs the shared checks and the target's own on the files alone."""
     from mapper import driver
 
-    with working(f"checking {schedule}"):
+    with _working(f"checking {schedule}"):
         report = driver.check(schedule)
     if as_json:
         found = [
@@ -158,7 +161,7 @@ def check(schedule: Dir, as_json: Json = False) -> None:
             for name, violations in report.violations.items()
             for v in violations
         ]
-        print_json({"ok": report.ok, "checks": report.checks, "violations": found})
+        _print_json({"ok": report.ok, "checks": report.checks, "violations": found})
     else:
         from mapper.report.terminal import checks, console
 
@@ -176,10 +179,10 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
     from mapper.driver import load
     from mapper.frontend.inspect import inspect as recognised
 
-    with working(f"reading {model}"):
+    with _working(f"reading {model}"):
         record = recognised(load(model, external_root, identify=False))
     if as_json:
-        print_json(record)
+        _print_json(record)
     else:
         from mapper.report.terminal import console, fields, folded
 
@@ -208,7 +211,7 @@ def run(
         raise UsageError(f"tokens must be at least 1, not {tokens}")
     words = Tokens.beside(model) if ids is None else Tokens()
     start = words.encode(prompt) if prompt is not None else _ids(ids or "")
-    with working(f"compiling {model.name} for host"):
+    with _working(f"compiling {model.name} for host"):
         decoding = stream(model, start, tokens, external_root)
     if not as_json:
         sys.stdout.write(words.text(start))
@@ -224,7 +227,7 @@ def run(
         "text": words.text(shown),
     }
     if as_json:
-        print_json(record)
+        _print_json(record)
     else:
         from mapper.report.terminal import decoded
 
@@ -262,10 +265,10 @@ def explain(
     """Explain a schedule's time. The bound, the busiest units, the constants that dominate the band."""
     from mapper.driver import describe
 
-    with working(f"timing {schedule}"):
+    with _working(f"timing {schedule}"):
         result = describe(schedule).result
     if as_json:
-        print_json({phase: e.explanation(top) for phase, e in result.phases.items()})
+        _print_json({phase: e.explanation(top) for phase, e in result.phases.items()})
         return
     from mapper.report.terminal import console, explanation
 
@@ -289,7 +292,7 @@ def report(
 
     entries = []
     for folder in schedules:
-        with working(f"reading {folder}"):
+        with _working(f"reading {folder}"):
             described = driver.describe(folder)
             found = (
                 driver.verify(folder, tokens=tokens, external_root=external_root).record()
@@ -312,7 +315,7 @@ def targets(as_json: Json = False) -> None:
             rows.append({"target": name, "default_machine": found.default_machine, "summary": found.summary})
         except MapperError as error:
             rows.append({"target": name, "default_machine": None, "summary": f"broken: {error}"})
-    print_rows(rows, as_json)
+    _print_rows(rows, as_json)
 
 
 @machines_app.command("list", epilog="Example: mapper machines list --target lpu")
@@ -323,7 +326,7 @@ def machines_list(
     """List the machine files. Those that targets ship, and your own."""
     from mapper.catalog import machines
 
-    print_rows(
+    _print_rows(
         [{"machine": m.name, "target": m.target, "summary": m.summary} for m in machines(target)], as_json
     )
 
@@ -338,9 +341,9 @@ def machines_show(
 
     found = machine(name)
     if as_json:
-        print_json(found.model_dump(exclude={"text"}))
+        _print_json(found.model_dump(exclude={"text"}))
         return
-    print_rows(
+    _print_rows(
         [{"constant": k, **c.model_dump(include={"value", "low", "high", "unit", "kind", "source"})}
          for k, c in found.constants.items()], False,
     )  # fmt: skip
@@ -354,10 +357,10 @@ def machines_calibrate(
     """Measure this computer. Writes a machine file to your configuration folder."""
     from mapper.catalog import calibrate
 
-    with working("measuring"):
+    with _working("measuring"):
         found, path = calibrate(target)
     if as_json:
-        print_json({"machine": found.name, "file": str(path), "constants": found.model_dump()["constants"]})
+        _print_json({"machine": found.name, "file": str(path), "constants": found.model_dump()["constants"]})
     else:
         print(f"machine {found.name} written to {path}")
 
@@ -378,10 +381,35 @@ def _ids(text: str) -> list[int]:
         raise UsageError(f"--ids takes whole numbers separated by commas, not {text!r}") from None
 
 
+def _print_json(record: Any) -> None:
+    print(json.dumps(record, indent=1, allow_nan=False))
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    from mapper.report.terminal import console, rows_table
+
+    console().print(rows_table(rows))
+
+
 def _print_results(found: list[Result]) -> None:
     from mapper.report.terminal import console, results
 
     console().print(*results(found), sep="\n")
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A spinner on standard error while something long runs, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
 
 
 def main() -> None:

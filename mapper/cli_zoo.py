@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mapper.cli_common import Json, print_json
-
 zoo_app = typer.Typer(
     help="List public model configurations, and make their ONNX files. zoo:NAME is a model path everywhere."
 )
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 def _names(incomplete: str) -> list[str]:
@@ -25,7 +25,7 @@ def zoo_list(as_json: Json = False) -> None:
     """List the models. Parameters counted from their tensors beside the published number, and its source."""
     rows = [_row(name) for name in _names("")]
     if as_json:
-        print_json(rows)
+        print(json.dumps(rows, indent=2))
         return
     from mapper.report.terminal import console, rows_table
 
@@ -109,7 +109,7 @@ def zoo_make(
         "weights": str(out) + ".data" if seed is not None else None,
     }
     if as_json:
-        print_json(record)
+        print(json.dumps(record, indent=2))
         return
     there = f"random weights in {record['weights']}" if seed is not None else "weights absent"
     print(f"{out}: {name}, {record['layers']} layers, {record['params']:,} parameters, {dtype}, {there}")
