@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from mapper.frontend.net import Net, Node, Value, users
+from mapper.frontend.net import Net, Node, Value, users, walk
 from mapper.frontend.rewrite import data_values, topological
 
 ELEMENTWISE = frozenset(
@@ -106,3 +107,19 @@ def forward(view: View, start: Value, accept: Callable[[Node], bool], steps: int
         level = following
         found += level
     return sorted(found, key=lambda v: -view.order.get(id(v), -1))
+
+
+def region_of(results: Sequence[Value], stop: Sequence[Value]) -> list[Node]:
+    """The nodes that some results are computed with, not looking behind the values of `stop`."""
+    known, found = {id(v) for v in stop}, dict[int, Node]()
+    for result in results:
+        for value in walk(result, lambda v: id(v) in known or v.node is None):
+            if value.node is not None and id(value) not in known:
+                found[id(value.node)] = value.node
+    return list(found.values())
+
+
+def numbers_in(region: Sequence[Node], *ops: str) -> list[float]:
+    """The finite constants that operators of some kinds take, each once."""
+    found = {v.scalar: None for n in region if n.op in ops for v in n.inputs if v.scalar is not None}
+    return [float(v) for v in found if v is not None and math.isfinite(v)]

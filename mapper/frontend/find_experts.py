@@ -16,7 +16,7 @@ import numpy as np
 from mapper.errors import ModelError
 from mapper.frontend import build
 from mapper.frontend.agree import MAX_ELEMENTS, Checker, sizes_for, volume
-from mapper.frontend.cut import View
+from mapper.frontend.cut import View, numbers_in, region_of
 from mapper.frontend.find_linear import KINDS
 from mapper.frontend.net import Node, Value, walk
 from mapper.frontend.resize import resized, small_widths
@@ -216,7 +216,7 @@ def _fitted(
     rows = build.reshape(net, x, (*tokens, x.dims[-1])) if x.dims[:-1] != tokens else x
     if out.dims != (*tokens, out.dims[-1]):
         return None
-    region = _region(out, {id(x), id(index), id(share)})
+    region = region_of([out], [x, index, share])
     biases = _biases(region, index)
     for attrs, names in _forms(region, first, last, biases):
         slots = {"x": rows, "index": index, "share": share, **names}
@@ -233,14 +233,6 @@ def _stored(slots: Mapping[str, Value]) -> list[Value]:
     return [v for n, v in slots.items() if n not in ("x", "index", "share")]
 
 
-def _region(out: Value, stop: set[int]) -> list[Node]:
-    seen: dict[int, Node] = {}
-    for value in walk(out, lambda v: id(v) in stop or v.node is None):
-        if value.node is not None and id(value) not in stop:
-            seen[id(value.node)] = value.node
-    return list(seen.values())
-
-
 def _biases(region: list[Node], index: Value) -> list[Value]:
     """Stored [E, width] vectors that the index looks up."""
     found: dict[int, Value] = {}
@@ -252,20 +244,14 @@ def _biases(region: list[Node], index: Value) -> list[Value]:
     return list(found.values())
 
 
-def _numbers(region: list[Node], *ops: str) -> list[float]:
-    """The constants that operators of some kinds take."""
-    found = {v.scalar: None for n in region if n.op in ops for v in n.inputs if v.scalar is not None}
-    return [float(v) for v in found if v is not None]
-
-
 def _forms(
     region: list[Node], first: list[Product], last: Product, biases: list[Value]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Value]]]:
     """(attributes, weights by slot) of every form that the parts of a region could have."""
     acts = [n.attrs["kind"] for n in region if n.op == "activation"]
     acts += [k for n in region if n.op in KINDS for k in KINDS[n.op]] + ["identity"]
-    limits = [0.0, *(abs(v) for v in _numbers(region, "min") if v)]
-    offsets = [0.0, *(v for v in _numbers(region, "add") if v)]
+    limits = [0.0, *(abs(v) for v in numbers_in(region, "min") if v)]
+    offsets = [0.0, *(v for v in numbers_in(region, "add") if v)]
     inputs = [False, True]
     orders = [first] if len(first) == 1 else [first, first[::-1]]
     packings = ["none"] if len(first) == 2 else ["halves", "interleaved", "none"]
@@ -299,7 +285,7 @@ def _weights(
     for name in [n for n in ("down", "up", "gate") if n in names]:
         wanted = names[name].dims[1 if _named(order, last)[name].transposed else 2]
         own = [b for b in left if b.dims[1] == wanted]
-        if own and len(left) >= 1:
+        if own:
             names[f"{name}_bias"] = own[0]
             left.remove(own[0])
     return None if left else names

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import product as combinations
 from typing import Any
 
 from mapper.frontend.agree import Checker
-from mapper.frontend.cut import View
+from mapper.frontend.cut import View, numbers_in, region_of
 from mapper.frontend.find_linear import bias_of
 from mapper.frontend.net import Node, Value, walk
 from mapper.frontend.rewrite import Match
@@ -26,7 +25,7 @@ def _route(view: View, checker: Checker, moe: Match) -> Match | None:
     logits = _logits(view, [index, share])
     if logits is None or logits.rank != index.rank or not logits.dims[-1].is_const:
         return None
-    region = _region([index, share], logits)
+    region = region_of([index, share], [logits])
     for attrs, correction in _forms(region, index.node, logits.dims[-1].value):
         slots = {"logits": logits} | ({} if correction is None else {"correction": correction})
         match = Match(index, "route", tuple(slots), tuple(slots.values()), attrs, more=(share,))
@@ -51,24 +50,15 @@ def _logits(view: View, results: list[Value]) -> Value | None:
     return next(iter(roots.values())) if len(roots) == 1 else None
 
 
-def _region(results: list[Value], logits: Value) -> list[Node]:
-    found: dict[int, Node] = {}
-    for result in results:
-        for value in walk(result, lambda v: v is logits or v.node is None):
-            if value.node is not None and value is not logits:
-                found[id(value.node)] = value.node
-    return list(found.values())
-
-
 def _forms(region: list[Node], top: Node, experts: int) -> Iterator[tuple[dict[str, Any], Value | None]]:
     """(attributes, correction) of every form that the operators of a region could have."""
     ops = {n.op for n in region}
     scorings = [s for s, op in _SCORINGS if op in ops] or ["none"]
     vectors = [v for n in region if n.op == "add" for a in n.inputs if (v := bias_of(a)) is not None]
     corrections: list[Value | None] = [v for v in vectors if v.dims[0].value == experts] or [None]
-    scales = [1.0, *(v for v in _numbers(region, "mul", "div"))]
+    scales = [1.0, *(v for v in numbers_in(region, "mul", "div"))]
     scales += [1.0 / v for v in scales if v]
-    offsets = [0.0, *(v for v in _numbers(region, "add", "max") if v > 0)]
+    offsets = [0.0, *(v for v in numbers_in(region, "add", "max") if v > 0)]
     sums = any(n.op == "reduce" and n.attrs["kind"] == "sum" for n in region)
     normalise = [(False, 0.0), *((True, e) for e in offsets)] if sums else [(False, 0.0)]
     groups = list(_groupings(region, top, experts)) or [{}]
@@ -86,11 +76,6 @@ def _forms(region: list[Node], top: Node, experts: int) -> Iterator[tuple[dict[s
 
 
 _SCORINGS = (("softmax", "softmax"), ("topk_softmax", "softmax"), ("sigmoid", "sigmoid"))
-
-
-def _numbers(region: list[Node], *ops: str) -> list[float]:
-    found = {v.scalar: None for n in region if n.op in ops for v in n.inputs if v.scalar is not None}
-    return [float(v) for v in found if v is not None and math.isfinite(v)]
 
 
 def _groupings(region: list[Node], top: Node, experts: int) -> Iterator[dict[str, Any]]:
