@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from mapper import backend as targets
 from mapper.backend import Backend
 from mapper.errors import MachineError, MapperError, UsageError
+from mapper.files import write_whole
 from mapper.machine import Machine, find, parse, read, user_folder
 
 
@@ -70,9 +69,7 @@ def calibrate(target: str) -> tuple[Machine, Path]:
     path = user_folder() / f"{measured.name}.toml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror}") from error
+    write_whole(path, text)
     return measured, path

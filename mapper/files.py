@@ -1,10 +1,13 @@
-"""Writing of text files: whole or not at all."""
+"""Writing of files: whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from mapper.errors import MapperError
 
@@ -15,20 +18,35 @@ def write_whole(path: Path, text: str) -> None:
     Raises MapperError where it cannot be written.
     """
     try:
+        with writing(path) as stream:
+            stream.write(text.encode("utf-8"))
+    except ValueError as error:  # of the text, or of the path
+        raise MapperError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes `path` once it is complete; behind links, the file that they name.
+
+    Raises MapperError where it cannot be written.
+    """
+    made: Path | None = None
+    try:
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")  # a terminal or a pipe cannot be replaced
+            with path.open("wb") as stream:  # a terminal or a pipe cannot be replaced
+                yield stream
             return
         target = Path(os.path.realpath(path))
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             made = Path(file.name)
-        try:
-            made.write_text(text, encoding="utf-8")
-            made.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
-            made.replace(target)
-        finally:
+            yield file.file
+        made.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        made.replace(target)
+    except OSError as error:
+        raise MapperError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        if made is not None:
             made.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise MapperError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _umask() -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING
 
 from mapper.errors import UsageError
+from mapper.files import writing
 
 if TYPE_CHECKING:
     from mapper.zoo.config import Config
@@ -32,7 +31,7 @@ def is_name(path: str | Path) -> bool:
 def skeleton(path: str | Path) -> Path:
     """The file of the model that `zoo:NAME` names, made once per version of the zoo; bf16, weights absent.
 
-    Raises UsageError for an unknown name or where the cache folder cannot be written.
+    Raises UsageError for an unknown name, MapperError where the cache folder cannot be written.
     """
     from mapper.zoo.families import config
 
@@ -75,7 +74,7 @@ def write(
 ) -> Writer:
     """Writes a model; with `seed`, random weights beside it in FILE.data. Files appear whole or not at all.
 
-    Raises UsageError where a file exists already, or the disk is full.
+    Raises UsageError where a file exists already, MapperError where one cannot be written.
     """
     from mapper.zoo.build import decoder
 
@@ -89,32 +88,14 @@ def write(
         raise UsageError(f"the seed must not be negative, and is {seed}")
     writer = decoder(made, dtype, data.name)
     if seed is not None:
-        with replacing(data) as stream:
+        with writing(data) as stream:
             _fill(writer, stream, seed, progress)
-    with replacing(file) as stream:
+    with writing(file) as stream:
         stream.write(writer.model().SerializeToString(deterministic=True))
     return writer
 
 
-@contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A temporary file that takes the name of `file` once it is complete. Raises UsageError."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _fill(writer: Writer, stream: BinaryIO, seed: int, progress: Progress | None) -> None:
+def _fill(writer: Writer, stream: IO[bytes], seed: int, progress: Progress | None) -> None:
     """Draws and writes all weights in order, each from a stream of its own."""
     import numpy as np
 
