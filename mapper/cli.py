@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mapper import __version__
+from mapper.cli_serving import add_commands
 from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
 from mapper.exits import run_app
@@ -35,6 +36,7 @@ app = typer.Typer(
 machines_app = typer.Typer(help="List, show and calibrate machine files.")
 app.add_typer(machines_app, name="machines")
 app.add_typer(zoo_app, name="zoo")
+add_commands(app)
 
 
 def _targets(incomplete: str) -> list[str]:

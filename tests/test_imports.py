@@ -18,7 +18,7 @@ ALLOWED = {
     "onnxruntime": ("mapper/runtime/oracle.py",),
     "mapper_kernels": ("kernels/", "targets/", "mapper/runtime/"),
     "rich": ("mapper/report/terminal.py", "mapper/cli.py", "mapper/cli_zoo.py"),
-    "typer": ("mapper/cli.py", "mapper/cli_zoo.py", "mapper/exits.py"),
+    "typer": ("mapper/cli.py", "mapper/cli_serving.py", "mapper/cli_zoo.py", "mapper/exits.py"),
     "jinja2": ("mapper/report/html.py", "targets/"),
     "tokenizers": ("mapper/decode.py",),
     "torch": ("targets/mapper_gpu/",),

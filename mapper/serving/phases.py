@@ -33,8 +33,8 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Deployment:
-    """How a model is served: number formats of weights and cache (None: the target's widest), chips, and how
-    they are split.
+    """How a model is served: number formats of weights, cache and routed experts (None: the target's widest,
+    and for experts that of the weights), chips, and how they are split.
 
     `chips` is the tensor-parallel group; `experts` of these hold whole experts instead of slices; `replicas`
     groups among them hold a copy of attention each (attention data parallelism). `stack` names the serving
@@ -47,6 +47,7 @@ class Deployment:
     experts: int = 1
     replicas: int = 1
     stack: str | None = None
+    expert_weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,13 @@ class Phases(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """A serving software as a target knows it: its policy, and what its source says of it."""
+    """A serving software as a target knows it: releases of `framework` of the years `since` .. `until`."""
 
     name: str
     summary: str
+    framework: str
+    since: int
+    until: int
     policy: Policy = field(default_factory=Policy)
 
 

@@ -1,0 +1,170 @@
+"""Published results against what a target predicts for them, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from mapper import backend as targets
+from mapper.catalog import machine_for
+from mapper.errors import CapacityError, MapperError, UsageError
+from mapper.published.formats import formats
+from mapper.published.points import Excluded, Point, point
+from mapper.published.rows import Row
+from mapper.published.subset import calibrates
+from mapper.serving.batching import serve
+from mapper.serving.measures import Measures, measure
+from mapper.serving.phases import Deployment, Phases, Policy, Serves, Stack
+from mapper.serving.workload import Workload
+
+if TYPE_CHECKING:
+    from mapper.ir.graph import Graph
+
+WAVES = 4  # requests per place of a closed loop: the start, where all prompts come at once, is a part of it
+MOST = 1024  # requests of a closed loop
+OFFLINE = 3  # requests per place where more are offered than fit
+
+
+@runtime_checkable
+class Systems(Protocol):
+    """What a backend offers beside `Serves` where published results speak of its machines."""
+
+    def systems(self) -> Mapping[str, str]:
+        """Name of a system in published results -> name of its machine file."""
+
+    def calibration_systems(self) -> frozenset[str]:
+        """The systems whose rows in the calibration subset its constants were fitted on."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row with its prediction, or with the reason why it has none. `fitted`: constants were fitted on it."""
+
+    row: Row
+    target: str | None
+    machine: str | None
+    framework: str | None
+    predicted: float | None
+    reason: str | None
+    fitted: bool
+
+    @property
+    def error(self) -> float | None:
+        """predicted / published - 1; None where either is missing or the published rate is 0."""
+        if self.predicted is None or not self.row.published:
+            return None
+        return self.predicted / self.row.published - 1
+
+
+def evaluate(rows: Sequence[Row], target: str | None = None) -> Iterator[Outcome]:
+    """Predict each row by `target`, or by whichever installed target has its system.
+
+    Raises UsageError where `target` is not installed or offers no serving times.
+    """
+    found = {name: b for name in targets.discover() if (b := _modelled(name)) is not None}
+    if target is not None and target not in found:
+        targets.load(target)
+        raise UsageError(f"target {target!r} offers no serving times, so it predicts no published results")
+    owner = {system: name for name, b in found.items() for system in b.systems()}
+    for row in rows:
+        name = owner.get(row.system)
+        made = point(row)
+        if name is None:
+            yield _excluded(row, "no installed target models this system")
+        elif target not in (None, name):
+            yield _excluded(row, "another target's system")
+        elif isinstance(made, Excluded):
+            yield _excluded(row, made.reason)
+        else:
+            yield _outcome(made, name)
+
+
+class _Modelled(Serves, Systems, targets.Backend, Protocol):
+    """A backend with all that published results need."""
+
+
+@cache
+def _modelled(name: str) -> _Modelled | None:
+    try:
+        found: object = targets.load(name)
+    except MapperError:
+        return None
+    if isinstance(found, Serves) and isinstance(found, Systems):
+        return found  # type: ignore[return-value]  # Serves, Systems and, from the registry, Backend
+    return None
+
+
+def _excluded(row: Row, reason: str) -> Outcome:
+    made = point(row)
+    software = made.framework if isinstance(made, Point) else None
+    return Outcome(row, None, None, software, None, reason, False)
+
+
+def _outcome(made: Point, target: str) -> Outcome:
+    backend = _modelled(target)
+    assert backend is not None  # the owner of a system was found among the modelled
+    fitted = calibrates(made) and made.row.system in backend.calibration_systems()
+    machine = backend.systems()[made.row.system]
+    shown = Outcome(made.row, target, machine, made.framework, None, None, fitted)
+    found = formats(made)
+    stack = stack_of(backend.stacks(), made)
+    if found is None:
+        return replace(shown, reason=f"precision {made.row.weights[:40]!r} is not known", fitted=False)
+    if stack is None:
+        return replace(shown, reason=f"no constants for {made.framework}", fitted=False)
+    wanted = Deployment(
+        made.tensor, found.weights, found.cache, made.experts, made.replicas, stack.name, found.experts
+    )
+    try:
+        phases = _phases(target, machine, made.model, wanted)
+        return replace(shown, predicted=predict(made, phases, stack.policy))
+    except CapacityError as error:
+        return replace(shown, reason=f"does not fit the chips that the row states: {error}", fitted=False)
+    except UsageError as error:
+        return replace(shown, reason=str(error), fitted=False)
+
+
+def stack_of(stacks: Sequence[Stack], made: Point) -> Stack | None:
+    """The serving software of a point: of its framework, the release of the row's year or the nearest one."""
+    year = made.row.year or 0
+    same = [s for s in stacks if s.framework == made.framework]
+    return min(same, key=lambda s: max(s.since - year, year - s.until, 0), default=None)
+
+
+@cache
+def _graph(model: str) -> Graph:
+    from mapper.driver import load
+
+    return load(f"zoo:{model}")
+
+
+@cache
+def _phases(target: str, machine: str, model: str, wanted: Deployment) -> Phases:
+    backend = _modelled(target)
+    assert backend is not None
+    return backend.phases(_graph(model), machine_for(backend, machine), wanted)
+
+
+def predict(made: Point, phases: Phases, policy: Policy) -> float:
+    """The rate that the row publishes, from iteration times: tokens per second, per user or in all.
+
+    Raises CapacityError where a request does not fit.
+    """
+    length = made.prompt + made.output
+    if made.load == "offline":
+        places = max(1, min(policy.sequences, phases.capacity // length))
+        requests = OFFLINE * places
+        return _measured(made, phases, policy, requests, requests).tokens_per_s
+    users = made.concurrency or 1
+    per_user = made.row.metric == "tokens_per_s_per_user"
+    if made.load == "batch":
+        total = _measured(made, phases, policy, users, users).tokens_per_s
+        return total / users if per_user else total
+    found = _measured(made, phases, policy, max(users + 1, min(WAVES * users, MOST)), users)
+    return found.tokens_per_s_per_user if per_user else found.tokens_per_s
+
+
+def _measured(made: Point, phases: Phases, policy: Policy, requests: int, users: int) -> Measures:
+    return measure(serve(phases, Workload(requests, made.prompt, made.output, users), policy))
