@@ -1,0 +1,82 @@
+"""Seconds of one kernel, from its shape: matrix products, attention, grouped experts, vector passes.
+
+A product of `rows` tokens with weights [k, n] is cut into tiles of the output, one at a time per core; it takes
+as long as its bytes from HBM or as its waves of tiles, whichever is longer. Every kernel costs the gap between
+two kernels besides.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from mapper_gpu.rates import BITS, Rates
+
+TILES = ((16, 64), (16, 128), (32, 128), (64, 128), (128, 128), (128, 256))  # rows x columns of the output
+WIDE = 2.0  # bytes of an activation element between kernels, bf16
+
+
+def product(rates: Rates, rows: float, k: float, n: float, weights: str) -> float:
+    """y [rows, n] = x [rows, k] @ W [k, n], W in format `weights`."""
+    if rows <= 0 or n <= 0:
+        return 0.0
+    computed = rates.format(weights)
+    bits = BITS[weights] / 8
+    moved = k * n * bits + rows * (k * min(WIDE, bits if computed != "bf16" else WIDE) + n * WIDE)
+    reading = moved / (rates.bandwidth * rates.stream)
+    return max(reading, waves(rates, rows, k, n, computed)) + rates.kernel
+
+
+def waves(rates: Rates, rows: float, k: float, n: float, computed: str) -> float:
+    """Time of the tensor cores: the best tile's waves. Tiles of a wave that is not full are split along k
+    into whole parts, so that a wave is never less than half full."""
+    rate = rates.product[computed] * rates.tensor
+    best = float("inf")
+    for tall, wide in TILES:
+        tiles = ceil(rows / tall) * ceil(n / wide)
+        parts = max(1, rates.cores // tiles)
+        best = min(best, ceil(tiles * parts / rates.cores) / parts * 2 * tall * wide * k)
+    return best / rate
+
+
+def experts(
+    rates: Rates, tokens: float, chosen: int, count: float, k: float, n: float, inner: float, weights: str
+) -> float:
+    """The products of `count` experts on one chip to which `tokens` x `chosen` rows go evenly: up [k, n], down
+    [inner, k], an expert's weights read if a row reaches it; and the kernels that sort rows and sum them."""
+    if tokens <= 0:
+        return 0.0
+    rows = tokens * chosen
+    busy = count * (1 - (1 - 1 / count) ** rows) if count > 1 else 1.0
+    computed, bits = rates.format(weights), BITS[weights] / 8
+    stored = busy * (k * n + inner * k) * bits
+    reading = (stored + rows * (2 * k + n + inner) * WIDE) / (rates.bandwidth * rates.stream * rates.grouped)
+    each = rows / busy
+    tall = next((t for t in (16, 32, 64, 128) if t >= each), 128)
+    padded = busy * ceil(each / tall) * tall
+    rate = rates.cores * rates.product[computed] * rates.tensor * rates.grouped
+    return max(reading, 2 * padded * (k * n + inner * k) / rate) + 5 * rates.kernel
+
+
+def decode_attention(
+    rates: Rates, queries: float, context: float, row_bytes: float, flops: float
+) -> float:
+    """Split-KV attention of `queries` sequences with `context` cached tokens of `row_bytes`, `flops` for each
+    cached token; a kernel for the parts and one that merges them."""
+    if queries <= 0:
+        return 0.0
+    reading = queries * context * row_bytes / (rates.bandwidth * rates.gather)
+    computing = queries * context * flops / (rates.cores * rates.product["bf16"] * rates.tensor)
+    return max(reading, computing) + 2 * rates.kernel
+
+
+def prefill_attention(rates: Rates, tokens: float, seen: float, flops: float) -> float:
+    """Attention of `tokens` prompt tokens to `seen` tokens each on average, `flops` per pair."""
+    if tokens <= 0:
+        return 0.0
+    rate = rates.cores * rates.product["bf16"] * rates.tensor
+    return tokens * seen * flops / rate + rates.kernel
+
+
+def vector(rates: Rates, elements: float) -> float:
+    """A pass over `elements`, read and written once: norms, activations, rotary embeddings, quantisation."""
+    return 2 * WIDE * elements / (rates.bandwidth * rates.stream) + rates.kernel
