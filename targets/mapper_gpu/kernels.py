@@ -29,7 +29,7 @@ def product(rates: Rates, rows: float, k: float, n: float, weights: str) -> floa
 def waves(rates: Rates, rows: float, k: float, n: float, computed: str) -> float:
     """Time of the tensor cores: the best tile's waves. Tiles of a wave that is not full are split along k
     into whole parts, so that a wave is never less than half full."""
-    rate = rates.product[computed] * rates.tensor
+    rate = rates.product[computed] / rates.cores * rates.tensor
     best = float("inf")
     for tall, wide in TILES:
         tiles = ceil(rows / tall) * ceil(n / wide)
@@ -53,7 +53,7 @@ def experts(
     each = rows / busy
     tall = next((t for t in (16, 32, 64, 128) if t >= each), 128)
     padded = busy * ceil(each / tall) * tall
-    rate = rates.cores * rates.product[computed] * rates.tensor * rates.grouped
+    rate = rates.product[computed] * rates.tensor * rates.grouped
     return max(reading, 2 * padded * (k * n + inner * k) / rate) + 5 * rates.kernel
 
 
@@ -65,7 +65,7 @@ def decode_attention(
     if queries <= 0:
         return 0.0
     reading = queries * context * row_bytes / (rates.bandwidth * rates.gather)
-    computing = queries * context * flops / (rates.cores * rates.product["bf16"] * rates.tensor)
+    computing = queries * context * flops / (rates.product["bf16"] * rates.tensor)
     return max(reading, computing) + 2 * rates.kernel
 
 
@@ -73,7 +73,7 @@ def prefill_attention(rates: Rates, tokens: float, seen: float, flops: float) ->
     """Attention of `tokens` prompt tokens to `seen` tokens each on average, `flops` per pair."""
     if tokens <= 0:
         return 0.0
-    rate = rates.cores * rates.product["bf16"] * rates.tensor
+    rate = rates.product["bf16"] * rates.tensor
     return tokens * seen * flops / rate + rates.kernel
 
 

@@ -4,7 +4,7 @@ and the serving software's host time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mapper.errors import CapacityError, UsageError
@@ -41,6 +41,7 @@ class GpuPhases:
     rates: Rates
     deployment: Deployment
     host: Host
+    _known: dict[tuple[int, int], Parts] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         d = self.deployment
@@ -118,29 +119,35 @@ class GpuPhases:
     def parts(self, iteration: Iteration) -> Parts:
         """Time of one iteration by what it is spent on."""
         tokens = iteration.decode * iteration.width + iteration.prefill
+        key = (tokens, iteration.decode * iteration.width + iteration.prompts)
+        if key not in self._known:  # what does not hang on the context recurs from step to step
+            self._known[key] = self._without_attention(*key)
+        rest = self._known[key]
+        attention = sum(
+            count * self._attention(item, iteration)
+            for item, count in self.work.items
+            if isinstance(item, Attention)
+        )
+        host = self.host.iteration + self.host.sequence * (iteration.decode + iteration.prompts)
+        return replace(rest, attention=attention, host=host)
+
+    def _without_attention(self, tokens: int, logits: int) -> Parts:
         own = tokens / self.deployment.replicas
-        products = attention = experts = vectors = 0.0
+        products = experts = vectors = 0.0
         for item, count in self.work.items:
             if isinstance(item, Matrix):
-                products += count * self._product(item, iteration, tokens, own)
+                products += count * self._product(item, tokens, own, logits)
             elif isinstance(item, Experts):
                 experts += count * self._experts(item, tokens)
-            elif isinstance(item, Attention):
-                attention += count * self._attention(item, iteration)
-            else:
-                vectors += count * self._norm(item, tokens, own)
-        host = self.host.iteration + self.host.sequence * (iteration.decode + iteration.prompts)
-        return Parts(products, experts, attention, vectors, self._collectives(tokens, own), host)
+            elif isinstance(item, Norm):
+                vectors += count * self._norm(item, own)
+        return Parts(products, experts, 0.0, vectors, self._collectives(tokens, own), 0.0)
 
-    def _product(self, item: Matrix, iteration: Iteration, tokens: float, own: float) -> float:
+    def _product(self, item: Matrix, tokens: float, own: float, logits: int) -> float:
         k, n = self._share(item)
-        if item.role == "head":
-            return kernels.product(self.rates, iteration.decode * iteration.width + iteration.prompts, k, n, "bf16")
-        rows = own if item.role == "attention" else tokens
+        rows = {"head": logits, "attention": own}.get(item.role, tokens)
         form = self._format(item)
         seconds = kernels.product(self.rates, rows, k, n, form)
-        if self.rates.format(form) in ("fp8", "fp4"):  # activations are quantised first
-            seconds += kernels.vector(self.rates, rows * k)
         if item.role == "mlp" and item.split == "column":
             seconds += kernels.vector(self.rates, rows * n)
         return seconds
@@ -170,8 +177,12 @@ class GpuPhases:
         seconds += kernels.prefill_attention(self.rates, prefill, seen, 2 * heads * (item.dim + item.value_dim))
         return seconds + kernels.vector(self.rates, (decode * i.width + prefill) * heads * item.dim)
 
-    def _norm(self, item: Norm, tokens: float, own: float) -> float:
-        return kernels.vector(self.rates, (tokens if item.width == self.work.hidden else own) * item.width)
+    def _norm(self, item: Norm, own: float) -> float:
+        """Norms of heads and of latent rows ride along with the rotary embedding; those of the residual stream
+        with the all-reduce before them, where there is one."""
+        if item.width != self.work.hidden or self.group > 1:
+            return 0.0
+        return kernels.vector(self.rates, own * item.width)
 
     def _collectives(self, tokens: float, own: float) -> float:
         chips = self.deployment.chips

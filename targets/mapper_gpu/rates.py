@@ -25,12 +25,12 @@ PRODUCTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one chip: `cores` SMs (or scratchpad cores), FLOP/s of one core by format, memory in bytes and bytes/s.
+    """Of one chip: `cores` SMs (or scratchpad cores), FLOP/s of all by format, memory in bytes, bytes/s.
 
-    The fractions are what kernels achieve of the peaks: `stream` of HBM bandwidth where weights are read,
-    `gather` where cache rows are; `tensor` of the matrix rate at large tiles. `kernel` seconds pass between the
-    end of a kernel's work and the start of the next one's in a CUDA graph; `usable` is the share of memory
-    that weights and cache may take.
+    The rest is what kernels make of it: `stream` of the HBM bandwidth where weights are read, `gather` where
+    cache rows are; `tensor` of the matrix rate at large tiles, `grouped` times that and `stream` for routed
+    experts. `kernel` seconds pass between the end of a kernel's work and the start of the next one's; `usable`
+    is the share of memory that weights and cache may take.
     """
 
     cores: int
@@ -54,27 +54,25 @@ class Rates:
         raise UsageError(f"no products with {weights!r} weights on this machine; it has {known}")
 
 
-def rates(machine: Machine) -> Rates:
-    """The rates of `machine`. Raises MachineError where a constant is missing."""
-    clock = machine.value("clock")
-    prefix = "tensor.flops_per_cycle."
-    product = {
-        key.removeprefix(prefix): constant.value * clock
-        for key, constant in machine.constants.items()
-        if key.startswith(prefix)
-    }
+def rates(machine: Machine, software: Machine | None = None) -> Rates:
+    """The rates of `machine` under the kernels of `software`; without it, what the machine's own file says
+    that kernels can achieve. Raises MachineError where a constant is missing."""
+    m = machine.value
+    names = ("f32", "bf16", "f16", "fp8", "fp4", "int8")
+    product = {n: m(f"tensor.{n}") for n in names if f"tensor.{n}" in machine.constants}
+    alone = {
+        "kernels.stream": m("memory.hbm.efficiency"), "kernels.gather": m("memory.hbm.efficiency"),
+        "kernels.tensor": m("tensor.efficiency"), "kernels.grouped": 1.0,
+        "kernels.gap": m("launch.gap") + m("launch.start") + m("memory.hbm.latency"),
+        "exchange.latency": m("launch.gap") + m("launch.start") + 2 * m("link.latency"),
+    }  # fmt: skip
+    s = alone.__getitem__ if software is None else software.value
     fabric = Fabric(
-        machine.whole("link.node"),
-        machine.value("link.latency"),
-        machine.value("link.bandwidth") * machine.value("link.fraction"),
-        machine.value("network.latency"),
-        machine.value("network.bandwidth"),
-        bool(machine.whole("link.switched")),
-    )
+        machine.whole("link.domain"), s("exchange.latency"), m("link.bandwidth") * m("link.efficiency"),
+        m("network.latency"), m("network.bandwidth"), bool(machine.whole("link.switched")),
+    )  # fmt: skip
     return Rates(
-        machine.whole("cores"), MappingProxyType(product), machine.value("hbm.bytes"),
-        machine.value("hbm.bandwidth"), machine.value("hbm.stream_fraction"),
-        machine.value("hbm.gather_fraction"), machine.value("tensor.fraction"),
-        machine.value("tensor.grouped_fraction"), machine.value("kernel.gap"), machine.value("hbm.usable_fraction"),
-        fabric,
+        machine.whole("sm.count"), MappingProxyType(product), m("memory.hbm.capacity"), m("memory.hbm.bandwidth"),
+        s("kernels.stream"), s("kernels.gather"), s("kernels.tensor"), s("kernels.grouped"), s("kernels.gap"),
+        1 - m("memory.hbm.reserved"), fabric,
     )  # fmt: skip

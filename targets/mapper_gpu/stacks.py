@@ -13,6 +13,7 @@ from mapper.machine import Machine, read
 from mapper.serving.phases import Policy, Stack
 
 FOLDER = Path(__file__).parent / "stacks"
+KERNELS = Path(__file__).parent / "software.toml"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ def files() -> dict[str, Machine]:
 def stacks() -> tuple[Stack, ...]:
     """All stacks, with their policies."""
     return tuple(_stack(file) for file in files().values())
+
+
+@cache
+def kernels() -> Machine:
+    """What the kernels of serving software achieve, on any GPU."""
+    return read(KERNELS)
 
 
 def host(name: str | None) -> Host:
