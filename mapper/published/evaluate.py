@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -31,8 +31,8 @@ OFFLINE = 3  # requests per place where more are offered than fit
 class Systems(Protocol):
     """What a backend offers beside `Serves` where published results speak of its machines."""
 
-    def systems(self) -> Mapping[str, str]:
-        """Name of a system in published results -> name of its machine file."""
+    def machine_of(self, system: str, source: str) -> str | None:
+        """The machine file of a system that a published result names; None where it is another target's."""
 
     def calibration_systems(self) -> frozenset[str]:
         """The systems whose rows in the calibration subset its constants were fitted on."""
@@ -67,10 +67,9 @@ def evaluate(rows: Sequence[Row], target: str | None = None) -> Iterator[Outcome
     if target is not None and target not in found:
         targets.load(target)
         raise UsageError(f"target {target!r} offers no serving times, so it predicts no published results")
-    owner = {system: name for name, b in found.items() for system in b.systems()}
     for row in rows:
-        name = owner.get(row.system)
-        made = point(row)
+        owners = (name for name, b in found.items() if b.machine_of(row.system, row.source))
+        name, made = next(owners, None), point(row)
         if name is None:
             yield _excluded(row, "no installed target models this system")
         elif target not in (None, name):
@@ -105,8 +104,8 @@ def _excluded(row: Row, reason: str) -> Outcome:
 def _outcome(made: Point, target: str) -> Outcome:
     backend = _modelled(target)
     assert backend is not None  # the owner of a system was found among the modelled
+    machine = backend.machine_of(made.row.system, made.row.source)
     fitted = calibrates(made) and made.row.system in backend.calibration_systems()
-    machine = backend.systems()[made.row.system]
     shown = Outcome(made.row, target, machine, made.framework, None, None, fitted)
     found = formats(made)
     stack = stack_of(backend.stacks(), made)
@@ -118,7 +117,7 @@ def _outcome(made: Point, target: str) -> Outcome:
         made.tensor, found.weights, found.cache, made.experts, made.replicas, stack.name, found.experts
     )
     try:
-        phases = _phases(target, machine, made.model, wanted)
+        phases = _phases(target, str(machine), made.model, wanted)
         return replace(shown, predicted=predict(made, phases, stack.policy))
     except CapacityError as error:
         return replace(shown, reason=f"does not fit the chips that the row states: {error}", fitted=False)

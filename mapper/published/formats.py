@@ -8,6 +8,8 @@ from mapper.published.points import Point
 
 EXPERTS_ONLY = ("deepseek", "kimi", "gpt-oss")  # their low-bit checkpoints keep attention in bf16
 
+FOUR = {"nvfp4": "nvfp4", "fp4": "nvfp4", "mxfp4": "mxfp4", "int4": "int4", "int4_wo": "int4", "w4a16": "int4"}
+
 
 @dataclass(frozen=True)
 class Formats:
@@ -32,8 +34,10 @@ def formats(point: Point) -> Formats | None:
     low = "fp8" if point.framework == "TensorRT-LLM" else "bf16"
     if stated in ("fp8", "fp8_block"):
         return Formats("fp8", "fp8", low)
-    if stated in ("nvfp4", "fp4", "int4_wo", "mxfp4"):
-        four = {"nvfp4": "nvfp4", "fp4": "nvfp4", "int4_wo": "int4", "mxfp4": "mxfp4"}[stated]
+    if stated.startswith("int8"):
+        return Formats("int8", "int8", "bf16")
+    if stated in FOUR:
+        four = FOUR[stated]
         if point.model.startswith(EXPERTS_ONLY):
             four = "mxfp4" if point.model.startswith("gpt-oss") else four
             return Formats("bf16", four, low)

@@ -23,7 +23,7 @@ def product(rates: Rates, rows: float, k: float, n: float, weights: str) -> floa
     bits = BITS[weights] / 8
     moved = k * n * bits + rows * (k * min(WIDE, bits if computed != "bf16" else WIDE) + n * WIDE)
     reading = moved / (rates.bandwidth * rates.stream)
-    return max(reading, waves(rates, rows, k, n, computed)) + rates.kernel
+    return max(reading, waves(rates, rows, k, n, computed)) / rates.unpacked(weights) + rates.kernel
 
 
 def waves(rates: Rates, rows: float, k: float, n: float, computed: str) -> float:
@@ -48,12 +48,13 @@ def experts(
     rows = tokens * chosen
     busy = count * (1 - (1 - 1 / count) ** rows) if count > 1 else 1.0
     computed, bits = rates.format(weights), BITS[weights] / 8
+    share = rates.grouped * rates.unpacked(weights)
     stored = busy * (k * n + inner * k) * bits
-    reading = (stored + rows * (2 * k + n + inner) * WIDE) / (rates.bandwidth * rates.stream * rates.grouped)
+    reading = (stored + rows * (2 * k + n + inner) * WIDE) / (rates.bandwidth * rates.stream * share)
     each = rows / busy
     tall = next((t for t in (16, 32, 64, 128) if t >= each), 128)
     padded = busy * ceil(each / tall) * tall
-    rate = rates.product[computed] * rates.tensor * rates.grouped
+    rate = rates.product[computed] * rates.tensor * share
     return max(reading, 2 * padded * (k * n + inner * k) / rate) + 5 * rates.kernel
 
 
@@ -64,7 +65,7 @@ def decode_attention(
     cached token; a kernel for the parts and one that merges them."""
     if queries <= 0:
         return 0.0
-    reading = queries * context * row_bytes / (rates.bandwidth * rates.gather)
+    reading = queries * context * row_bytes / (rates.bandwidth * rates.stream)
     computing = queries * context * flops / (rates.product["bf16"] * rates.tensor)
     return max(reading, computing) + 2 * rates.kernel
 

@@ -178,11 +178,11 @@ class GpuPhases:
         return seconds + kernels.vector(self.rates, (decode * i.width + prefill) * heads * item.dim)
 
     def _norm(self, item: Norm, own: float) -> float:
-        """Norms of heads and of latent rows ride along with the rotary embedding; those of the residual stream
-        with the all-reduce before them, where there is one."""
-        if item.width != self.work.hidden or self.group > 1:
-            return 0.0
-        return kernels.vector(self.rates, own * item.width)
+        """Norms of the residual stream ride along with the all-reduce before them, where there is one; of those of
+        queries and of keys or latent rows, one kernel does both."""
+        if item.width != self.work.hidden:
+            return kernels.vector(self.rates, own * item.width) / 2
+        return 0.0 if self.group > 1 else kernels.vector(self.rates, own * item.width)
 
     def _collectives(self, tokens: float, own: float) -> float:
         chips = self.deployment.chips

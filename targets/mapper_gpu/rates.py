@@ -27,9 +27,9 @@ PRODUCTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 class Rates:
     """Of one chip: `cores` SMs (or scratchpad cores), FLOP/s of all by format, memory in bytes, bytes/s.
 
-    The rest is what kernels make of it: `stream` of the HBM bandwidth where weights are read, `gather` where
-    cache rows are; `tensor` of the matrix rate at large tiles, `grouped` times that and `stream` for routed
-    experts. `kernel` seconds pass between the end of a kernel's work and the start of the next one's; `usable`
+    The rest is what kernels make of it: `stream` of the HBM bandwidth; `tensor` of the matrix rate at large tiles;
+    `grouped` times both for routed experts, and `unpack` times both where weights of a format that the tensor
+    cores lack are unpacked on the way. `kernel` seconds pass between the end of a kernel's work and the start of the next one's; `usable`
     is the share of memory that weights and cache may take.
     """
 
@@ -38,12 +38,16 @@ class Rates:
     memory: float
     bandwidth: float
     stream: float
-    gather: float
     tensor: float
     grouped: float
+    unpack: float
     kernel: float
     usable: float
     fabric: Fabric
+
+    def unpacked(self, weights: str) -> float:
+        """The share of the rates that is left where `weights` have to be unpacked to bf16 first."""
+        return self.unpack if BITS[weights] < 16 and self.format(weights) == "bf16" else 1.0
 
     def format(self, weights: str) -> str:
         """The format in which products with `weights` are computed. Raises UsageError where there is none."""
@@ -61,8 +65,8 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
     names = ("f32", "bf16", "f16", "fp8", "fp4", "int8")
     product = {n: m(f"tensor.{n}") for n in names if f"tensor.{n}" in machine.constants}
     alone = {
-        "kernels.stream": m("memory.hbm.efficiency"), "kernels.gather": m("memory.hbm.efficiency"),
-        "kernels.tensor": m("tensor.efficiency"), "kernels.grouped": 1.0,
+        "kernels.stream": m("memory.hbm.efficiency"), "kernels.tensor": m("tensor.efficiency"),
+        "kernels.grouped": 1.0, "kernels.unpack": 1.0,
         "kernels.gap": m("launch.gap") + m("launch.start") + m("memory.hbm.latency"),
         "exchange.latency": m("launch.gap") + m("launch.start") + 2 * m("link.latency"),
     }  # fmt: skip
@@ -73,6 +77,6 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
     )  # fmt: skip
     return Rates(
         machine.whole("sm.count"), MappingProxyType(product), m("memory.hbm.capacity"), m("memory.hbm.bandwidth"),
-        s("kernels.stream"), s("kernels.gather"), s("kernels.tensor"), s("kernels.grouped"), s("kernels.gap"),
-        1 - m("memory.hbm.reserved"), fabric,
+        s("kernels.stream"), s("kernels.tensor"), s("kernels.grouped"), s("kernels.unpack"),
+        s("kernels.gap"), 1 - m("memory.hbm.reserved"), fabric,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from mapper_gpu.work import Work, work
 
 SYSTEMS: Mapping[str, str] = MappingProxyType(
     {
-        "A100": "a100-80g-sxm", "A100 SXM": "a100-80g-sxm", "A100 80GB": "a100-80g-sxm", "A100 SXM 80GB": "a100-80g-sxm",
+        "A100": "a100-80g-sxm", "A100 SXM": "a100-80g-sxm", "A100 80GB": "a100-80g-sxm",
+        "A100 SXM 80GB": "a100-80g-sxm", "A100 40GB": "a100-40g-sxm",
         "H100": "h100-sxm", "H100 SXM": "h100-sxm",
         "H200": "h200-sxm", "H200 SXM": "h200-sxm",
         "GH200": "gh200",
@@ -28,7 +29,16 @@ SYSTEMS: Mapping[str, str] = MappingProxyType(
         "Trainium2": "trainium2", "Trainium3": "trainium3", "Inferentia2": "inferentia2", "Maia 200": "maia-200",
     }
 )  # fmt: skip
+POLARIS = "a100-40g-sxm"
+"""Argonne's A100s: the modules of its machine Polaris have 40 GB (recalled; the rows do not say)."""
 CALIBRATED = frozenset({"H100", "H100 SXM", "H200", "B200", "GB200"})
+
+
+def machine_of(system: str, source: str) -> str | None:
+    """The machine file of a system of published results; None where it is not of this target."""
+    if system == "A100" and source.startswith("argonne"):
+        return POLARIS
+    return SYSTEMS.get(system)
 
 
 @lru_cache(maxsize=64)
