@@ -1,12 +1,13 @@
-"""Fit the constants of serving software on GPUs to published results, and show the errors on what was left out.
+"""Fit the constants of serving software on GPUs to published results, and show the errors on what was left
+out.
 
     python -m benchmarks.gpu_calibration             # fit, print constants and errors
     python -m benchmarks.gpu_calibration --cross     # besides: fit without each system, errors on that system
     python -m benchmarks.gpu_calibration --write     # and put the constants into targets/mapper_gpu
 
-The fit sees the calibration subset only (`mapper.published.subset`: a quarter of the configurations, chosen by a hash),
-and of each configuration at most PER rows, again by a hash. It minimises the Huber loss of log(predicted / published)
-by Gauss-Newton steps in the logarithms of the constants, inside their ranges.
+The fit sees the calibration subset only (`mapper.published.subset`: a quarter of the configurations, chosen
+by a hash), and of each configuration at most PER rows, again by a hash. It minimises the Huber loss of
+log(predicted / published) by Gauss-Newton steps in the logarithms of the constants, inside their ranges.
 """
 
 from __future__ import annotations
@@ -23,10 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from mapper_gpu import serving, stacks
-from mapper_gpu.phases import GpuPhases
-from mapper_gpu.rates import rates
-from mapper_gpu.work import Work, work
 
 from mapper.driver import load
 from mapper.errors import MapperError
@@ -39,12 +36,22 @@ from mapper.published.rows import read as read_rows
 from mapper.published.score import score
 from mapper.published.subset import calibrates, configuration
 from mapper.serving.phases import Deployment
+from mapper_gpu import serving, stacks
+from mapper_gpu.phases import GpuPhases
+from mapper_gpu.rates import rates
+from mapper_gpu.work import Work, work
 
 CONSTANTS = (
-    "software:kernels.stream", "software:kernels.tensor", "software:kernels.grouped", "software:kernels.unpack",
-    "software:kernels.gap", "software:exchange.latency", "vllm-2024:host.iteration", "vllm-2024:host.sequence",
+    "software:kernels.stream",
+    "software:kernels.tensor",
+    "software:kernels.grouped",
+    "software:kernels.unpack",
+    "software:kernels.gap",
+    "software:exchange.latency",
+    "vllm-2024:host.iteration",
+    "vllm-2024:host.sequence",
     "trtllm-2024:host.iteration",
-)  # fmt: skip
+)
 PER = 3
 HUBER = 0.12  # of log error: beyond it a row counts linearly, so that odd rows do not rule the fit
 STEP = 0.05
@@ -80,7 +87,9 @@ def predicted(p: Point, values: Values) -> float | None:
     machine = serving.machine_of(p.row.system, p.row.source)
     if found is None or stack is None or machine is None:
         return None
-    deployment = Deployment(p.tensor, found.weights, found.cache, p.experts, p.replicas, stack.name, found.experts)
+    deployment = Deployment(
+        p.tensor, found.weights, found.cache, p.experts, p.replicas, stack.name, found.experts
+    )
     chip = rates(_machine(TARGET / "machines" / f"{machine}.toml"), with_values("software", values))
     own = with_values(stack.name, values)
     host = stacks.Host(own.value("host.iteration"), own.value("host.sequence"))
@@ -155,7 +164,7 @@ def fit(points: Sequence[Point], rounds: int) -> dict[str, float]:
                 break
             damping *= 5
         print(f"  round {number + 1}: loss {loss(r):.4f} on {len(r)} rows", file=sys.stderr)
-        if before - loss(r) < 1e-3 * before:
+        if before - loss(r) < 3e-4 * before:
             break
     return {c: float(f"{math.exp(v):.3g}") for c, v in zip(CONSTANTS, x, strict=True)}
 
@@ -170,7 +179,10 @@ def table(points: Sequence[Point], values: Values, title: str) -> None:
                 if not np.isnan(e) and name in (p.framework, "all")]  # fmt: skip
         found = score(mine)
         if found:
-            print(f"  {name:14} {found.rows:5} {found.median:7.1%} {found.mape:7.1%} {found.p90:7.1%} {found.bias:+7.1%}")
+            print(
+                f"  {name:14} {found.rows:5} {found.median:7.1%} {found.mape:7.1%} "
+                f"{found.p90:7.1%} {found.bias:+7.1%}"
+            )
 
 
 def cross(points: Sequence[Point], rounds: int) -> None:
@@ -186,14 +198,16 @@ def cross(points: Sequence[Point], rounds: int) -> None:
 def write(values: Values, rows: int) -> None:
     """Put the constants into their files, as calibrated, with what they were fitted on."""
     source = (
-        f"python -m benchmarks.gpu_calibration: fitted with {len(values) - 1} others on {rows} published rows of H100, "
-        "H200, B200 and GB200, a quarter of the configurations by hash (mapper/published/subset.py)"
+        f"python -m benchmarks.gpu_calibration: fitted with {len(values) - 1} others on {rows} published "
+        "rows of H100, H200, B200 and GB200, a quarter of the configurations by hash (mapper/published/subset.py)"
     )
     for constant, value in values.items():
         name, _, key = constant.partition(":")
         path, last = file_of(name), key.rpartition(".")[2]
         text = path.read_text(encoding="utf-8")
-        line = re.compile(rf'^({last} = {{ value = )[^,]+(, unit = "[^"]+", kind = )"[^"]+"(, source = )"[^"]+"', re.M)
+        line = re.compile(
+            rf'^({last} = {{ value = )[^,]+(, unit = "[^"]+", kind = )"[^"]+"(, source = )"[^"]+"', re.M
+        )
         text, count = line.subn(rf'\g<1>{value:.4g}\g<2>"calibrated"\g<3>"{source}"', text)
         assert count == 1, (path, key, count)
         path.write_text(text, encoding="utf-8")
@@ -201,9 +215,11 @@ def write(values: Values, rows: int) -> None:
 
 def main() -> None:
     """Parse the arguments, fit, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=Path, help="published results; default: the shared file")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--cross", action="store_true", help="also fit without each system in turn")
     parser.add_argument("--write", action="store_true", help="put the constants into targets/mapper_gpu")
     options = parser.parse_args()

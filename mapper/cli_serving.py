@@ -63,8 +63,8 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve requests with in-flight batching. Modelled TTFT, time per output token, throughput."""
-    from mapper.serving.phases import Deployment
     from mapper.service import Service, run
+    from mapper.serving.phases import Deployment
     from mapper.serving.speculative import Speculation
     from mapper.serving.workload import Workload
 
@@ -97,7 +97,8 @@ def published(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare predictions with published results. Errors per framework and source, exclusions with reasons."""
+    """Compare predictions with published results. Errors per framework and source, exclusions with
+    reasons."""
     from mapper.published.evaluate import evaluate
     from mapper.published.rows import default_file, read
     from mapper.published.score import record, summary

@@ -40,7 +40,8 @@ class Systems(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row with its prediction, or with the reason why it has none. `fitted`: constants were fitted on it."""
+    """A row with its prediction, or with the reason why it has none. `fitted`: constants were fitted on
+    it."""
 
     row: Row
     target: str | None

@@ -8,7 +8,14 @@ from mapper.published.points import Point
 
 EXPERTS_ONLY = ("deepseek", "kimi", "gpt-oss")  # their low-bit checkpoints keep attention in bf16
 
-FOUR = {"nvfp4": "nvfp4", "fp4": "nvfp4", "mxfp4": "mxfp4", "int4": "int4", "int4_wo": "int4", "w4a16": "int4"}
+FOUR = {
+    "nvfp4": "nvfp4",
+    "fp4": "nvfp4",
+    "mxfp4": "mxfp4",
+    "int4": "int4",
+    "int4_wo": "int4",
+    "w4a16": "int4",
+}
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class Point:
 
     `load`: "loop" keeps `concurrency` requests in flight and the rate is that of tokens after the first;
     "batch" starts `concurrency` requests at once and the rate is output over the time to the last token;
-    "offline" offers more requests than the server takes, and the rate is all output over all time.
-    `tensor` chips share each matrix, `experts` of them hold whole experts, `replicas` hold copies of attention.
+    "offline" offers more requests than the server takes, and the rate is all output over all time. `tensor`
+    chips share each matrix, `experts` of them hold whole experts, `replicas` hold copies of attention.
     """
 
     row: Row

@@ -118,7 +118,9 @@ def _whole(fields: Mapping[str, str], column: str) -> int | None:
 def default_file() -> Path:
     """The file beside the checkout, or that of $MAPPER_PUBLISHED. Raises UsageError where there is none."""
     root = Path(__file__).resolve().parents[2]
-    path = Path(os.environ.get("MAPPER_PUBLISHED", root.parent / "shared" / "facts" / "published_results.csv"))
+    path = Path(
+        os.environ.get("MAPPER_PUBLISHED", root.parent / "shared" / "facts" / "published_results.csv")
+    )
     if not path.is_file():
         raise UsageError(f"no published results at {path}; give a file with --rows")
     return path

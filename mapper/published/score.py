@@ -22,7 +22,13 @@ class Score:
 
     def record(self) -> dict[str, float]:
         """As JSON; errors are fractions of the published value."""
-        return {"rows": self.rows, "mape": self.mape, "median": self.median, "p90": self.p90, "bias": self.bias}
+        return {
+            "rows": self.rows,
+            "mape": self.mape,
+            "median": self.median,
+            "p90": self.p90,
+            "bias": self.bias,
+        }
 
 
 def score(errors: Sequence[float]) -> Score | None:
@@ -61,7 +67,9 @@ def _scores(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "over_all": _record(outcomes),
         **{
-            key: {name: _record([o for o in outcomes if of(o) == name]) for name in sorted({*map(of, outcomes)})}
+            key: {
+                name: _record([o for o in outcomes if of(o) == name]) for name in sorted({*map(of, outcomes)})
+            }
             for key, of in KEYS.items()
         },
     }

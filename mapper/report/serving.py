@@ -27,7 +27,8 @@ def served(done: Mapping[str, Any]) -> None:
     out.print(
         f"{done['requests']} requests in {seconds(done['seconds'])}: {count(done['tokens_per_s'])} tokens/s, "
         f"{count(done['tokens_per_s_per_user'])} tokens/s/user; "
-        f"{done['mean_in_system']:.1f} in the system on average; the cache holds {done['cache_tokens']:,} tokens"
+        f"{done['mean_in_system']:.1f} in the system on average; "
+        f"the cache holds {done['cache_tokens']:,} tokens"
     )
     out.print("Modelled, from the machine's constants.")
 
@@ -35,7 +36,10 @@ def served(done: Mapping[str, Any]) -> None:
 def compared(outcomes: Sequence[Outcome], found: Mapping[str, Any]) -> None:
     """Errors by framework, source and system, on rows that calibration left out and on those it used."""
     out = console()
-    for subset, title in (("left_out", "rows left out of calibration"), ("fitted", "rows of the calibration subset")):
+    for subset, title in (
+        ("left_out", "rows left out of calibration"),
+        ("fitted", "rows of the calibration subset"),
+    ):
         made = table(title, "by", "", *SCORES, right=SCORES)
         groups = found[subset]
         for key in ("framework", "source", "system"):

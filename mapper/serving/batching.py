@@ -1,8 +1,8 @@
 """In-flight batching as a discrete-event model: requests arrive, wait, prefill, decode, and leave.
 
-Time is the sum of the iterations' times, which a target gives (`Phases`). Iterations that only decode, with no
-request joining or leaving, are taken as one run of up to RUN steps whose time is the mean of its first and its
-last step's, exact where a step's time is linear in the tokens cached.
+Time is the sum of the iterations' times, which a target gives (`Phases`). Iterations that only decode, with
+no request joining or leaving, are taken as one run of up to RUN steps whose time is the mean of its first
+and its last step's, exact where a step's time is linear in the tokens cached.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Served:
 
 @dataclass
 class _Live:
-    """A request that is not finished. `done` of `prompt` tokens are in the cache; `left` are to be produced."""
+    """A request that is not finished. `done` of `prompt` tokens are in the cache; `left` are to be
+    produced."""
 
     order: int
     request: Arrival
@@ -103,7 +104,8 @@ def serve(
         raise CapacityError(
             f"a request of {largest} tokens does not fit the cache, which holds {phases.capacity} tokens"
         )
-    state, finished, count = _State(deque()), [], 0
+    state, count = _State(deque()), 0
+    finished: list[Served] = []
     while len(finished) < len(source.requests):
         for arrival in source.arrived(state.now, len(finished)):
             state.waiting.append(_Live(count, arrival, arrival.prompt, arrival.output))
@@ -136,9 +138,7 @@ def _admit(state: _State, phases: Phases, policy: Policy) -> None:
         state.prefilling.append(state.waiting.popleft())
 
 
-def _advance(
-    state: _State, phases: Phases, policy: Policy, speculation: Speculation, arrival: float
-) -> None:
+def _advance(state: _State, phases: Phases, policy: Policy, speculation: Speculation, arrival: float) -> None:
     decode = len(state.decoding)
     width = speculation.draft + 1
     chunks = _chunks(state, policy, decode * width)
@@ -179,7 +179,8 @@ def _chunks(state: _State, policy: Policy, decode: int) -> list[tuple[_Live, int
 
 
 def _join(state: _State, live: _Live) -> None:
-    """The prompt is in: its last token gave the first token of output (unless it was computed once before)."""
+    """The prompt is in: its last token gave the first token of output (unless it was computed once
+    before)."""
     if live.first is None:
         live.first = state.now
         live.left -= 1
@@ -188,9 +189,7 @@ def _join(state: _State, live: _Live) -> None:
     heapq.heappush(state.decoding, (state.ticks + live.left, live.order, live))
 
 
-def _decode(
-    state: _State, phases: Phases, policy: Policy, speculation: Speculation, arrival: float
-) -> None:
+def _decode(state: _State, phases: Phases, policy: Policy, speculation: Speculation, arrival: float) -> None:
     batch = len(state.decoding)
     if not policy.reserve:
         batch = _make_room(state, phases, speculation)
@@ -211,8 +210,8 @@ def _decode(
 
 
 def _make_room(state: _State, phases: Phases, speculation: Speculation) -> int:
-    """Put the latest sequences back until one more token each fits; how many go on. What they produced is part
-    of the prompt that they compute again."""
+    """Put the latest sequences back until one more token each fits; how many go on. What they produced is
+    part of the prompt that they compute again."""
     while len(state.decoding) > 1 and state.held + speculation.gain * len(state.decoding) > phases.capacity:
         entry = max(state.decoding, key=lambda e: e[1])
         state.decoding.remove(entry)

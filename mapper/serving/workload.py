@@ -45,7 +45,9 @@ class Workload:
         if not 0 <= self.spread < 1:
             raise UsageError(f"the spread of lengths must be in 0..1, not {self.spread}")
         draw = random.Random(self.seed)
-        lengths = [(self._length(draw, self.prompt), self._length(draw, self.output)) for _ in range(self.requests)]
+        lengths = [
+            (self._length(draw, self.prompt), self._length(draw, self.output)) for _ in range(self.requests)
+        ]
         times = list(self._times(draw))
         return Source([Arrival(t, i, o) for t, (i, o) in zip(times, lengths, strict=True)], self.concurrency)
 

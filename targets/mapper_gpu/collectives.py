@@ -19,8 +19,8 @@ from mapper.errors import UsageError
 class Fabric:
     """What joins `chips` chips: groups of `node` chips on fast links, and a slower network between groups.
 
-    Each chip has its own port into both. `switched`: any chip reaches any other at full rate in one step; else
-    neighbours only, and vectors go round rings.
+    Each chip has its own port into both. `switched`: any chip reaches any other at full rate in one step;
+    else neighbours only, and vectors go round rings.
     """
 
     node: int
@@ -37,7 +37,8 @@ def one_shot(size: float, chips: int, latency: float, bandwidth: float) -> float
 
 
 def two_shot(size: float, chips: int, latency: float, bandwidth: float) -> float:
-    """All-reduce as a direct reduce-scatter and a direct all-gather: two steps, 2 (chips - 1) / chips x size."""
+    """All-reduce as a direct reduce-scatter and a direct all-gather: two steps, 2 (chips - 1) / chips x
+    size."""
     return 2 * latency + 2 * (chips - 1) / chips * size / bandwidth
 
 
@@ -71,7 +72,9 @@ def all_reduce(size: float, chips: int, fabric: Fabric) -> float:
     inside, nodes = _split(chips, fabric)
     if nodes == 1:
         return _flat(size, inside, fabric.latency, fabric.bandwidth, fabric.switched)
-    around = 2 * gather(size, inside, fabric.latency, fabric.bandwidth, fabric.switched) if inside > 1 else 0.0
+    around = (
+        2 * gather(size, inside, fabric.latency, fabric.bandwidth, fabric.switched) if inside > 1 else 0.0
+    )
     return around + _flat(size / inside, nodes, fabric.network_latency, fabric.network_bandwidth, True)
 
 
@@ -87,7 +90,8 @@ def all_gather(size: float, chips: int, fabric: Fabric) -> float:
 
 
 def all_to_all(size: float, chips: int, fabric: Fabric) -> float:
-    """Time for each of `chips` chips to send an equal share of its `size` bytes to every one, itself included.
+    """Time for each of `chips` chips to send an equal share of its `size` bytes to every one, itself
+    included.
 
     Without a switch a share travels chips / 4 links on average round a two-way ring, all links busy.
     """

@@ -1,8 +1,8 @@
 """Seconds of one kernel, from its shape: matrix products, attention, grouped experts, vector passes.
 
-A product of `rows` tokens with weights [k, n] is cut into tiles of the output, one at a time per core; it takes
-as long as its bytes from HBM or as its waves of tiles, whichever is longer. Every kernel costs the gap between
-two kernels besides.
+A product of `rows` tokens with weights [k, n] is cut into tiles of the output, one at a time per core; it
+takes as long as its bytes from HBM or as its waves of tiles, whichever is longer. Every kernel costs the
+gap between two kernels besides.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from math import ceil
 from mapper_gpu.rates import BITS, Rates
 
 TILES = ((16, 64), (16, 128), (32, 128), (64, 128), (128, 128), (128, 256))  # rows x columns of the output
+OPERAND = {
+    "f32": 4.0,
+    "bf16": 2.0,
+    "f16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "fp4": 0.5625,
+}  # bytes, scales included
 WIDE = 2.0  # bytes of an activation element between kernels, bf16
 
 
@@ -27,22 +35,25 @@ def product(rates: Rates, rows: float, k: float, n: float, weights: str) -> floa
 
 
 def waves(rates: Rates, rows: float, k: float, n: float, computed: str) -> float:
-    """Time of the tensor cores: the best tile's waves. Tiles of a wave that is not full are split along k
-    into whole parts, so that a wave is never less than half full."""
+    """Time of the tensor cores: the best tile's waves. A tile takes as long as its products, or as its
+    operands through the core's port. Tiles that do not fill a wave are split along k into as many parts as
+    do."""
     rate = rates.product[computed] / rates.cores * rates.tensor
-    best = float("inf")
+    best, size = float("inf"), OPERAND[computed]
     for tall, wide in TILES:
         tiles = ceil(rows / tall) * ceil(n / wide)
         parts = max(1, rates.cores // tiles)
-        best = min(best, ceil(tiles * parts / rates.cores) / parts * 2 * tall * wide * k)
-    return best / rate
+        each = k * max(2 * tall * wide / rate, (tall + wide) * size / rates.port)
+        best = min(best, ceil(tiles * parts / rates.cores) / parts * each)
+    return best
 
 
 def experts(
     rates: Rates, tokens: float, chosen: int, count: float, k: float, n: float, inner: float, weights: str
 ) -> float:
-    """The products of `count` experts on one chip to which `tokens` x `chosen` rows go evenly: up [k, n], down
-    [inner, k], an expert's weights read if a row reaches it; and the kernels that sort rows and sum them."""
+    """The products of `count` experts on one chip to which `tokens` x `chosen` rows go evenly: up [k, n],
+    down [inner, k], an expert's weights read if a row reaches it; and the kernels that sort rows and sum
+    them."""
     if tokens <= 0:
         return 0.0
     rows = tokens * chosen
@@ -58,9 +69,7 @@ def experts(
     return max(reading, 2 * padded * (k * n + inner * k) / rate) + 5 * rates.kernel
 
 
-def decode_attention(
-    rates: Rates, queries: float, context: float, row_bytes: float, flops: float
-) -> float:
+def decode_attention(rates: Rates, queries: float, context: float, row_bytes: float, flops: float) -> float:
     """Split-KV attention of `queries` sequences with `context` cached tokens of `row_bytes`, `flops` for each
     cached token; a kernel for the parts and one that merges them."""
     if queries <= 0:

@@ -95,7 +95,9 @@ class GpuPhases:
                 size = item.count * (item.k * item.n + item.inner * item.k) / self.deployment.chips
                 total += count * size * BITS[self.expert_weights] / 8
             elif isinstance(item, Attention) and item.rank:
-                total += count * item.rank * item.heads * (item.dim - item.rope + item.value_dim) / self.group * 2
+                total += (
+                    count * item.rank * item.heads * (item.dim - item.rope + item.value_dim) / self.group * 2
+                )
         return total
 
     def _format(self, matrix: Matrix) -> str:
@@ -174,12 +176,14 @@ class GpuPhases:
         else:
             pair, seconds = 2 * heads * (item.dim + item.value_dim), 0.0
         seconds += kernels.decode_attention(self.rates, decode, context, row, pair * i.width)
-        seconds += kernels.prefill_attention(self.rates, prefill, seen, 2 * heads * (item.dim + item.value_dim))
+        seconds += kernels.prefill_attention(
+            self.rates, prefill, seen, 2 * heads * (item.dim + item.value_dim)
+        )
         return seconds + kernels.vector(self.rates, (decode * i.width + prefill) * heads * item.dim)
 
     def _norm(self, item: Norm, own: float) -> float:
-        """Norms of the residual stream ride along with the all-reduce before them, where there is one; of those of
-        queries and of keys or latent rows, one kernel does both."""
+        """Norms of the residual stream ride along with the all-reduce before them, where there is one; of
+        those of queries and of keys or latent rows, one kernel does both."""
         if item.width != self.work.hidden:
             return kernels.vector(self.rates, own * item.width) / 2
         return 0.0 if self.group > 1 else kernels.vector(self.rates, own * item.width)

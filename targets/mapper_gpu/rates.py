@@ -12,28 +12,45 @@ from mapper_gpu.collectives import Fabric
 
 BITS: Mapping[str, float] = MappingProxyType(
     # block formats with their scales: nvfp4 one fp8 per 16, mxfp4 one byte per 32, int4 one bf16 per 32
-    {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "fp8": 8.0, "int8": 8.0, "nvfp4": 4.5, "mxfp4": 4.25, "int4": 4.5}
+    {
+        "f32": 32.0,
+        "bf16": 16.0,
+        "f16": 16.0,
+        "fp8": 8.0,
+        "int8": 8.0,
+        "nvfp4": 4.5,
+        "mxfp4": 4.25,
+        "int4": 4.5,
+    }
 )
 PRODUCTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     # the formats in which products of such weights can be computed, quickest first
     {
-        "f32": ("f32",), "bf16": ("bf16",), "f16": ("bf16",), "fp8": ("fp8", "bf16"), "int8": ("int8", "bf16"),
-        "nvfp4": ("fp4", "bf16"), "mxfp4": ("fp4", "bf16"), "int4": ("bf16",),
+        "f32": ("f32",),
+        "bf16": ("bf16",),
+        "f16": ("bf16",),
+        "fp8": ("fp8", "bf16"),
+        "int8": ("int8", "bf16"),
+        "nvfp4": ("fp4", "bf16"),
+        "mxfp4": ("fp4", "bf16"),
+        "int4": ("bf16",),
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one chip: `cores` SMs (or scratchpad cores), FLOP/s of all by format, memory in bytes, bytes/s.
+    """Of one chip: `cores` SMs (or scratchpad cores), bytes/s into each, FLOP/s of all by format, memory in
+    bytes, bytes/s.
 
-    The rest is what kernels make of it: `stream` of the HBM bandwidth; `tensor` of the matrix rate at large tiles;
-    `grouped` times both for routed experts, and `unpack` times both where weights of a format that the tensor
-    cores lack are unpacked on the way. `kernel` seconds pass between the end of a kernel's work and the start of the next one's; `usable`
-    is the share of memory that weights and cache may take.
+    The rest is what kernels make of it: `stream` of the HBM bandwidth; `tensor` of the matrix rate at large
+    tiles; `grouped` times both for routed experts, and `unpack` times both where weights of a format that
+    the tensor cores lack are unpacked on the way. `kernel` seconds pass between the end of a kernel's work
+    and the start of the next one's; `usable` is the share of memory that weights and cache may take.
     """
 
     cores: int
+    port: float
     product: Mapping[str, float]
     memory: float
     bandwidth: float
@@ -76,7 +93,16 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
         m("network.latency"), m("network.bandwidth"), bool(machine.whole("link.switched")),
     )  # fmt: skip
     return Rates(
-        machine.whole("sm.count"), MappingProxyType(product), m("memory.hbm.capacity"), m("memory.hbm.bandwidth"),
-        s("kernels.stream"), s("kernels.tensor"), s("kernels.grouped"), s("kernels.unpack"),
-        s("kernels.gap"), 1 - m("memory.hbm.reserved"), fabric,
-    )  # fmt: skip
+        cores=machine.whole("sm.count"),
+        port=m("sm.port") * m("sm.clock"),
+        product=MappingProxyType(product),
+        memory=m("memory.hbm.capacity"),
+        bandwidth=m("memory.hbm.bandwidth"),
+        stream=s("kernels.stream"),
+        tensor=s("kernels.tensor"),
+        grouped=s("kernels.grouped"),
+        unpack=s("kernels.unpack"),
+        kernel=s("kernels.gap"),
+        usable=1 - m("memory.hbm.reserved"),
+        fabric=fabric,
+    )

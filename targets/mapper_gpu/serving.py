@@ -1,34 +1,40 @@
-"""The target's serving view: iteration times of a model on a machine, and the systems of published results."""
+"""The target's serving view: iteration times of a model on a machine, and the systems of published
+results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Sequence
 from functools import lru_cache
-from types import MappingProxyType
 
 from mapper.errors import UsageError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
-from mapper.serving.phases import Deployment
+from mapper.serving.phases import Deployment, Stack
 from mapper_gpu import stacks
 from mapper_gpu.phases import GpuPhases
 from mapper_gpu.rates import rates
 from mapper_gpu.work import Work, work
 
-SYSTEMS: Mapping[str, str] = MappingProxyType(
-    {
-        "A100": "a100-80g-sxm", "A100 SXM": "a100-80g-sxm", "A100 80GB": "a100-80g-sxm",
-        "A100 SXM 80GB": "a100-80g-sxm", "A100 40GB": "a100-40g-sxm",
-        "H100": "h100-sxm", "H100 SXM": "h100-sxm",
-        "H200": "h200-sxm", "H200 SXM": "h200-sxm",
-        "GH200": "gh200",
-        "B200": "b200", "B200 SXM": "b200",
-        "GB200": "gb200",
-        "B300": "b300", "B300 SXM": "b300",
-        "TPU v5e": "tpu-v5e", "TPU v5p": "tpu-v5p", "TPU v6e": "tpu-v6e", "TPU Ironwood": "tpu-ironwood",
-        "Trainium2": "trainium2", "Trainium3": "trainium3", "Inferentia2": "inferentia2", "Maia 200": "maia-200",
-    }
-)  # fmt: skip
+SYSTEMS: tuple[tuple[str, str], ...] = (
+    (r"A100.*\b40 ?GB", "a100-40g-sxm"),
+    (r"A100\b", "a100-80g-sxm"),
+    (r"GH200\b", "gh200"),
+    (r"H100\b(?!.*(PCIe|NVL))", "h100-sxm"),
+    (r"H200\b(?!.*NVL)", "h200-sxm"),
+    (r"GB200\b", "gb200"),
+    (r"B200\b", "b200"),
+    (r"B300\b", "b300"),
+    (r"TPU v5e\b", "tpu-v5e"),
+    (r"TPU v5p\b", "tpu-v5p"),
+    (r"TPU v6e\b", "tpu-v6e"),
+    (r"(TPU )?Ironwood\b", "tpu-ironwood"),
+    (r"Trainium ?2\b", "trainium2"),
+    (r"Trainium ?3\b", "trainium3"),
+    (r"Inferentia ?2\b", "inferentia2"),
+    (r"Maia ?200\b", "maia-200"),
+)
+"""How the names of systems in published results begin, and the machine file of each."""
 POLARIS = "a100-40g-sxm"
 """Argonne's A100s: the modules of its machine Polaris have 40 GB (recalled; the rows do not say)."""
 CALIBRATED = frozenset({"H100", "H100 SXM", "H200", "B200", "GB200"})
@@ -38,7 +44,7 @@ def machine_of(system: str, source: str) -> str | None:
     """The machine file of a system of published results; None where it is not of this target."""
     if system == "A100" and source.startswith("argonne"):
         return POLARIS
-    return SYSTEMS.get(system)
+    return next((machine for pattern, machine in SYSTEMS if re.match(pattern, system)), None)
 
 
 @lru_cache(maxsize=64)
@@ -53,3 +59,23 @@ def phases(graph: Graph, machine: Machine, deployment: Deployment) -> GpuPhases:
         raise UsageError(f"no serving software called {name[:40]!r}; known: {', '.join(stacks.files())}")
     software = None if name is None else stacks.kernels()
     return GpuPhases(_work(graph), rates(machine, software), deployment, stacks.host(name))
+
+
+class ServingView:
+    """What a backend of this target offers to `mapper serve` and `mapper published`: inherit it."""
+
+    def phases(self, graph: Graph, machine: Machine, deployment: Deployment) -> GpuPhases:
+        """See `mapper.serving.phases.Serves`."""
+        return phases(graph, machine, deployment)
+
+    def stacks(self) -> Sequence[Stack]:
+        """The serving software whose constants are known."""
+        return stacks.stacks()
+
+    def machine_of(self, system: str, source: str) -> str | None:
+        """See `mapper.published.evaluate.Systems`."""
+        return machine_of(system, source)
+
+    def calibration_systems(self) -> frozenset[str]:
+        """The systems whose rows were fitted on."""
+        return CALIBRATED

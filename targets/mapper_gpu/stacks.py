@@ -1,6 +1,7 @@
 """Serving software: how it makes up iterations, and the host time that it adds to each.
 
-A stack is a file in `stacks/`, in the form of a machine file: each constant with unit, kind, source and range.
+A stack is a file in `stacks/`, in the form of a machine file: each constant with unit, kind, source and
+range.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ Role = Literal["attention", "mlp", "router", "head"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """Weights [k, n]. `split` over a tensor-parallel group: columns or rows are shared out, or each chip holds
-    all. Rows end in an all-reduce."""
+    """Weights [k, n]. `split` over a tensor-parallel group: columns or rows are shared out, or each chip
+    holds all. Rows end in an all-reduce."""
 
     k: int
     n: int
@@ -33,8 +33,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Attention:
-    """`heads` queries of width `dim` on `kv_heads` keys (`dim`) and values (`value_dim`); a query sees at most
-    `window` tokens (0: all). `rank` > 0: latent attention, which caches rank + `rope` elements per token."""
+    """`heads` queries of width `dim` on `kv_heads` keys (`dim`) and values (`value_dim`); a query sees at
+    most `window` tokens (0: all). `rank` > 0: latent attention, which caches rank + `rope` elements per
+    token."""
 
     heads: int
     kv_heads: int
@@ -73,8 +74,8 @@ Item = Matrix | Attention | Experts | Norm
 
 @dataclass(frozen=True)
 class Work:
-    """All items of a forward pass with their number; `hidden` is the width of the residual stream, `vocabulary`
-    that of the logits; `embedding` elements are looked up, not multiplied."""
+    """All items of a forward pass with their number; `hidden` is the width of the residual stream,
+    `vocabulary` that of the logits; `embedding` elements are looked up, not multiplied."""
 
     items: tuple[tuple[Item, int], ...]
     hidden: int
@@ -94,7 +95,9 @@ def work(graph: Graph) -> Work:
             found[item] += section.count
     heads = [item for item in found if isinstance(item, Matrix) and item.role == "head"]
     if not heads or not any(isinstance(item, Attention) for item in found):
-        raise LoweringError(f"{graph.name or 'the model'} is no decoder: no attention or no head was recognised")
+        raise LoweringError(
+            f"{graph.name or 'the model'} is no decoder: no attention or no head was recognised"
+        )
     tables = [graph.weight(op, "table") for op in graph.ops() if op.mnemonic == "embed"]
     embedding = sum(t.elements for t in tables if t is not None)
     return Work(tuple(found.items()), heads[0].k, heads[0].n, embedding)

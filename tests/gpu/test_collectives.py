@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mapper_gpu import collectives as c
 
 from mapper.errors import UsageError
+from mapper_gpu import collectives as c
 
 LATENCY, BANDWIDTH = 3e-6, 4e11
 FABRIC = c.Fabric(8, LATENCY, BANDWIDTH, 5e-6, 5e10)
 
 
-def played(size: int, chips: int, moves: Callable[[int], list[tuple[int, int, slice, bool]]], steps: int) -> float:
-    """Play an all-reduce of real vectors: (from, to, which part, add or replace) per step. Every chip must end
-    with the sum; the time is that of the chip that sends most in each step."""
+def played(
+    size: int, chips: int, moves: Callable[[int], list[tuple[int, int, slice, bool]]], steps: int
+) -> float:
+    """Play an all-reduce of real vectors: (from, to, which part, add or replace) per step. Every chip must
+    end with the sum; the time is that of the chip that sends most in each step."""
     held = np.random.default_rng(0).integers(0, 99, (chips, size)).astype(float)
     wanted, time = held.sum(0), 0.0
     for step in range(steps):
