@@ -128,7 +128,7 @@ def _joined(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
     stay as they are."""
     reads, (low, high) = times.reads, space.reads
     count = len(times.start) + 1
-    own = np.isin(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)
+    own = _among(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)
     alone = np.where(own, np.arange(len(reads)) + 1, 0)
     order = np.lexsort((reads.begin, high, low, alone))
     a, b, begin, end, single = low[order], high[order], reads.begin[order], reads.end[order], alone[order]
@@ -164,6 +164,14 @@ def _pairs(
                 yield x, y
 
 
+def _among(keys: Int, known: Int) -> npt.NDArray[np.bool_]:
+    """Which keys are among the known ones. By sorting: np.isin hashes, which collides badly on such keys."""
+    if not len(known):
+        return np.zeros(len(keys), np.bool_)
+    ordered = np.sort(known)
+    return np.asarray(ordered[np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)] == keys)
+
+
 Place = tuple[int, int]
 
 
@@ -180,7 +188,7 @@ def _clashes(reads: Accesses, writes: Accesses, access: Int, segment: Int) -> It
         np.concatenate([getattr(reads, k), getattr(writes, k)])[access] for k in ("step", "begin", "end")
     )
     # a step that reads what it writes (in place) clashes with nobody more than its write does
-    own = np.isin(segment * (1 << 31) + step, (segment * (1 << 31) + step)[written])
+    own = _among(segment * (1 << 31) + step, (segment * (1 << 31) + step)[written])
     alive = (written | ~own) & (end > begin)
     access, segment, written, step = access[alive], segment[alive], written[alive], step[alive]
     begin, end = begin[alive], end[alive]
