@@ -187,8 +187,8 @@ def _knowledge(
             mine |= closure.get(c, 0) | (1 << c if c >= 0 else 0)
         known[row] = mine
         for c in raised[row]:
-            # all signalers are needed, so what all of them knew is known
-            closure[c] = closure[c] & mine if c in closure else mine
+            # a wait is for all signals, so whoever waited knows what any of them knew
+            closure[c] = closure.get(c, 0) | mine
             masks[row] |= 1 << c
         queue[unit[row]] = mine
     return known, masks
