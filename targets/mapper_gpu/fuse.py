@@ -8,7 +8,10 @@ rate plus its launch. A kernel has one shape of reduction:
                 point and head nodes on their columns
     attention   one attention, with head nodes on its queries
     collective  one all-reduce or all-gather, with point nodes behind it
-    rows        anything without a heavy node: row by row
+    heads       point and head nodes of one width with an append, by sequence and head
+    rows        anything else without a heavy node: row by row
+
+An append writes rows that only the data names, so a product may hold it only where one tile takes all tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from mapper_gpu.nodes import HEADS, HEAVY, POINTS, ROWS, Node, Section
 
 Cost = Callable[[str, tuple[int, ...]], float]
 """(kind of kernel, its nodes) -> seconds."""
+
+
+ONE_TILE = 64
+"""Rows that a product's tile always takes whole (see product.candidates)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class Dag:
     def __init__(self, section: Section) -> None:
         self.nodes: Sequence[Node] = section.nodes
         self.outputs = section.outputs
+        self.widths = {name: value.width for name, value in section.values.items()}
+        self.rows = max((section.values[v].rows for n in section.nodes for v in n.inputs
+                         if not section.values[v].state), default=0)  # fmt: skip
         maker = {n.output: i for i, n in enumerate(section.nodes)}
         self.before = [0] * len(self.nodes)
         self.after = [0] * len(self.nodes)
@@ -67,7 +77,7 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
     members = list(bits(group))
     heavy = [i for i in members if dag.nodes[i].kind in HEAVY]
     if not heavy:
-        return "rows"
+        return _light(dag, members)
     kinds = {dag.nodes[i].kind for i in heavy}
     if len(kinds) != 1:
         return None
@@ -87,6 +97,7 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
     if kind == "linear":
         same = len({(dag.nodes[h].inputs[0], dag.nodes[h].attr("groups", 1)) for h in heavy}) == 1
         legal = above <= {*ROWS, *POINTS} and below <= {*POINTS, *HEADS} and same
+        legal = legal and ("append" not in below or dag.rows <= ONE_TILE)
         return "product" if legal and not down & sum(1 << h for h in heavy) else None
     if len(heavy) != 1:
         return None
@@ -94,6 +105,14 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
         legal = above <= {"rope", "head_norm", "point"} and not below
         return "attention" if legal else None
     return "collective" if not above and below <= set(POINTS) else None
+
+
+def _light(dag: Dag, members: Sequence[int]) -> str | None:
+    kinds = {dag.nodes[i].kind for i in members}
+    if "append" not in kinds:
+        return "rows"
+    widths = {dag.widths[v] for i in members for v in dag.nodes[i].inputs}
+    return "heads" if kinds <= {*HEADS, *POINTS} and len(widths) == 1 else None
 
 
 def _absorb(dag: Dag, done: int, group: int) -> int:
@@ -106,7 +125,7 @@ def _absorb(dag: Dag, done: int, group: int) -> int:
             if (done | group) & bit or node.kind not in (*POINTS, *HEADS):
                 continue
             if dag.before[i] & group and not dag.before[i] & ~(done | group):
-                if kernel_kind(dag, group | bit, False) not in (None, "rows"):
+                if kernel_kind(dag, group | bit, False) not in (None, "rows", "heads"):
                     group |= bit
                     grown = True
     return group

@@ -132,7 +132,7 @@ def make(gpu: Gpu, section: Section, group: Group, chips: int = 1) -> Kernel:
         seconds = made.seconds + far / gpu.stream
         timed = Timed(seconds, 1, far, made.bytes, 0.0, 0.0, "link")
         return Kernel(name, group.kind, nodes, reads, stores, weights, timed, collective=made)
-    return _rows(gpu, section, name, nodes, reads, stores, weights)
+    return _rows(gpu, section, group.kind, name, nodes, reads, stores, weights)
 
 
 def attention_of(node: Node) -> Attention:
@@ -213,13 +213,15 @@ def rows_per_task(gpu: Gpu, rows: int) -> int:
 
 
 def _rows(
-    gpu: Gpu, section: Section, name: str, nodes: tuple[int, ...], reads: tuple[str, ...],
+    gpu: Gpu, section: Section, kind: str, name: str, nodes: tuple[int, ...], reads: tuple[str, ...],
     stores: tuple[str, ...], weights: tuple[Matrix, ...],
 ) -> Kernel:  # fmt: skip
     values: Mapping[str, Value] = section.values
     rows = max(values[section.nodes[i].output].rows for i in nodes)
     each = rows_per_task(gpu, rows)
-    tasks = -(-rows // each)
+    tasks = -(-rows // each) if kind == "rows" else _sequences(section) * max(
+        values[v].width // max(1, values[v].head) for i in nodes for v in section.nodes[i].inputs
+    )  # fmt: skip
     moved = sum(values[v].bytes for v in (*reads, *stores) if not values[v].state)
     moved += sum(values[section.nodes[i].output].bytes for i in nodes if section.nodes[i].kind == "embed")
     elements = sum(values[section.nodes[i].output].rows * values[section.nodes[i].output].width for i in nodes)
@@ -230,4 +232,8 @@ def _rows(
     lead = gpu.start + gpu.hbm_latency + gpu.l2_latency
     limit = "latency" if lead > body else "L2"
     timed = Timed(lead + body, tasks, far, moved - far, work, 0.0, limit)
-    return Kernel(name, "rows", nodes, reads, stores, weights, timed, rows=each)
+    return Kernel(name, kind, nodes, reads, stores, weights, timed, rows=each)
+
+
+def _sequences(section: Section) -> int:
+    return next((int(n.attr("batch")) for n in section.nodes if n.kind == "attention"), 1)

@@ -59,6 +59,11 @@ class Matrix:
     turned: bool = False
 
     @property
+    def label(self) -> str:
+        """Its name, with the first row where it is a part."""
+        return f"{self.name}[{self.first}]" if self.of else self.name
+
+    @property
     def bytes(self) -> float:
         """Bytes that a step reads."""
         return self.count * self.n * self.k * element_bytes(self.dtype)
