@@ -2,7 +2,7 @@
 out.
 
     python -m benchmarks.gpu_calibration             # fit, print constants and errors
-    python -m benchmarks.gpu_calibration --cross     # besides: fit without each system, errors on that system
+    python -m benchmarks.gpu_calibration --cross     # fit without each system, errors on that system
     python -m benchmarks.gpu_calibration --write     # and put the constants into targets/mapper_gpu
 
 The fit sees the calibration subset only (`mapper.published.subset`: a quarter of the configurations, chosen
@@ -199,7 +199,8 @@ def write(values: Values, rows: int) -> None:
     """Put the constants into their files, as calibrated, with what they were fitted on."""
     source = (
         f"python -m benchmarks.gpu_calibration: fitted with {len(values) - 1} others on {rows} published "
-        "rows of H100, H200, B200 and GB200, a quarter of the configurations by hash (mapper/published/subset.py)"
+        "rows of H100, H200, B200 and GB200, a quarter of the configurations by hash "
+        "(mapper/published/subset.py)"
     )
     for constant, value in values.items():
         name, _, key = constant.partition(":")

@@ -12,6 +12,7 @@ from mapper.backend import Artifact, Semantics
 from mapper.bounds import Bound
 from mapper.errors import CapacityError, LoweringError
 from mapper.machine import Machine
+from mapper_gpu.view import ServingView
 
 if TYPE_CHECKING:
     from mapper.ir.graph import Graph
@@ -24,7 +25,7 @@ _MOST_CHIPS = 64
 
 
 @dataclass(frozen=True)
-class GpuBackend:
+class GpuBackend(ServingView):
     """See mapper.backend.Backend."""
 
     name: str = "gpu"

@@ -53,7 +53,7 @@ class GpuPhases:
         if self.capacity < 1:
             raise CapacityError(
                 f"weights of {self.weight_bytes / 1e9:.1f} GB per chip leave no room for a cache in "
-                f"{self.rates.memory * self.rates.usable / 1e9:.1f} GB"
+                f"{self.rates.memory * self.rates.most / 1e9:.1f} GB"
             )
 
     @property
@@ -103,10 +103,16 @@ class GpuPhases:
     def _format(self, matrix: Matrix) -> str:
         return "bf16" if matrix.role in ("head", "router") else self.weights
 
+    @property
+    def _roomy(self) -> bool:
+        """Whether the weights leave the usual reserve; where not, deployments are tuned to reserve less."""
+        return self.weight_bytes < self.rates.memory * self.rates.usable
+
     @cached_property
     def capacity(self) -> int:
         """Tokens of cache that fit beside the weights: each replica's own, all layers at full length."""
-        free = self.rates.memory * self.rates.usable - self.weight_bytes
+        share = self.rates.usable if self._roomy else self.rates.most
+        free = self.rates.memory * share - self.weight_bytes
         row = sum(
             count * item.row / min(self.group, item.kv_heads)
             for item, count in self.work.items

@@ -46,7 +46,8 @@ class Rates:
     The rest is what kernels make of it: `stream` of the HBM bandwidth; `tensor` of the matrix rate at large
     tiles; `grouped` times both for routed experts, and `unpack` times both where weights of a format that
     the tensor cores lack are unpacked on the way. `kernel` seconds pass between the end of a kernel's work
-    and the start of the next one's; `usable` is the share of memory that weights and cache may take.
+    and the start of the next one's; `usable` is the share of memory that weights and cache usually take,
+    `most` the share that they can.
     """
 
     cores: int
@@ -60,6 +61,7 @@ class Rates:
     unpack: float
     kernel: float
     usable: float
+    most: float
     fabric: Fabric
 
     def unpacked(self, weights: str) -> float:
@@ -92,6 +94,7 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
         machine.whole("link.domain"), s("exchange.latency"), m("link.bandwidth") * m("link.efficiency"),
         m("network.latency"), m("network.bandwidth"), bool(machine.whole("link.switched")),
     )  # fmt: skip
+    full = machine.get("memory.hbm.capacity")
     return Rates(
         cores=machine.whole("sm.count"),
         port=m("sm.port") * m("sm.clock"),
@@ -104,5 +107,6 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
         unpack=s("kernels.unpack"),
         kernel=s("kernels.gap"),
         usable=1 - m("memory.hbm.reserved"),
+        most=(1 - machine.get("memory.hbm.reserved").low) * full.high / full.value,
         fabric=fabric,
     )

@@ -4,13 +4,12 @@ results."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 
 from mapper.errors import UsageError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
-from mapper.serving.phases import Deployment, Stack
+from mapper.serving.phases import Deployment
 from mapper_gpu import stacks
 from mapper_gpu.phases import GpuPhases
 from mapper_gpu.rates import rates
@@ -59,23 +58,3 @@ def phases(graph: Graph, machine: Machine, deployment: Deployment) -> GpuPhases:
         raise UsageError(f"no serving software called {name[:40]!r}; known: {', '.join(stacks.files())}")
     software = None if name is None else stacks.kernels()
     return GpuPhases(_work(graph), rates(machine, software), deployment, stacks.host(name))
-
-
-class ServingView:
-    """What a backend of this target offers to `mapper serve` and `mapper published`: inherit it."""
-
-    def phases(self, graph: Graph, machine: Machine, deployment: Deployment) -> GpuPhases:
-        """See `mapper.serving.phases.Serves`."""
-        return phases(graph, machine, deployment)
-
-    def stacks(self) -> Sequence[Stack]:
-        """The serving software whose constants are known."""
-        return stacks.stacks()
-
-    def machine_of(self, system: str, source: str) -> str | None:
-        """See `mapper.published.evaluate.Systems`."""
-        return machine_of(system, source)
-
-    def calibration_systems(self) -> frozenset[str]:
-        """The systems whose rows were fitted on."""
-        return CALIBRATED

@@ -24,7 +24,8 @@ CYCLE = {"a100": 2048, "h100": 4096, "h200": 4096, "gh200": 4096, "b200": 8192, 
 OPTIONAL = {f"tensor.{name}" for name in ("f16", "fp8", "int8", "fp4")}
 PUBLISHED = (
     "stated", "aiconfigurator", "hardware.md", "LLMCompass", "data sheet", "guide", "ISA", "rental",
-    "NVSwitch", "DGX", "HGX", "SIMT", "wgmma", "systolic", "no cache", "as ", "sparsity", "registers", "multicast",
+    "NVSwitch", "DGX", "HGX", "SIMT", "wgmma", "systolic", "no cache", "as ", "sparsity", "registers",
+    "multicast",
 )  # fmt: skip
 
 

@@ -22,9 +22,8 @@ from mapper.published.points import Excluded, Point, framework, group, point
 from mapper.published.rows import COLUMNS, Row, default_file, read
 from mapper.published.score import score, summary
 from mapper.published.subset import calibrates, configuration
-from mapper_gpu import stacks
+from mapper_gpu import BACKEND, stacks
 from tests.command import inside
-from tests.gpu.conftest import Serving
 
 SAMPLE = (
     "aiconfigurator systems/silicon_sample.csv id={} (trtllm 1.0; tok/s/user=1000/TPOT; batch=concurrency)"
@@ -171,7 +170,7 @@ def written(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def test_the_command_predicts_held_out_systems_too(served: Serving, tmp_path: Path) -> None:
+def test_the_command_predicts_held_out_systems_too(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.csv", ROWS)
     done = inside("published", "--target", "gpu", "--rows", str(file), "--json")
     assert done.returncode == 0, done.stderr
@@ -193,7 +192,7 @@ def test_the_command_predicts_held_out_systems_too(served: Serving, tmp_path: Pa
 
 
 def test_neither_exclusions_nor_predictions_look_at_what_was_published(
-    served: Serving, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     changed = [
         r | {k: str(float(v) * 7) for k, v in r.items() if k.startswith("tokens") or k == "ttft_ms"}
@@ -214,14 +213,12 @@ def test_neither_exclusions_nor_predictions_look_at_what_was_published(
         ({"tokens_per_s_total": "nan"}, "not a finite number"),
     ],
 )
-def test_bad_files_give_one_line(
-    served: Serving, tmp_path: Path, change: dict[str, str], message: str
-) -> None:
+def test_bad_files_give_one_line(tmp_path: Path, change: dict[str, str], message: str) -> None:
     done = inside("published", "--rows", str(written(tmp_path / "bad.csv", [ROWS[0] | change])))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-def test_missing_columns_and_targets_give_one_line(served: Serving, tmp_path: Path) -> None:
+def test_missing_columns_and_targets_give_one_line(tmp_path: Path) -> None:
     file = tmp_path / "short.csv"
     file.write_text("system,chips\nH100,1\n", encoding="utf-8")
     done = inside("published", "--rows", str(file))
@@ -238,7 +235,7 @@ def test_few_constants_are_calibrated_and_say_on_what() -> None:
     assert all("benchmarks.gpu_calibration" in c.source and "rows" in c.source for c in fitted)
 
 
-def test_open_rows_that_calibration_left_out_are_met(served: Serving) -> None:
+def test_open_rows_that_calibration_left_out_are_met() -> None:
     """A sample of the open rows, chosen by a hash: the median error per framework is within the goal of 15
     %."""
     try:
@@ -248,7 +245,7 @@ def test_open_rows_that_calibration_left_out_are_met(served: Serving) -> None:
     groups: dict[str, list[Row]] = defaultdict(list)
     for r in sorted(rows, key=lambda r: hashlib.sha256(f"{r.source}|{r.line}".encode()).digest()):
         made = point(r)
-        if isinstance(made, Point) and r.system in served.calibration_systems() and not calibrates(made):
+        if isinstance(made, Point) and r.system in BACKEND.calibration_systems() and not calibrates(made):
             groups[made.framework].append(r)
     outcomes = [o for found in groups.values() for o in evaluate(found[:50], "gpu")]
     scores = summary(outcomes)["left_out"]["framework"]

@@ -17,15 +17,14 @@ from mapper.serving.phases import Deployment, Iteration, Policy
 from mapper.serving.workload import Workload
 from mapper.zoo.families import config
 from mapper.zoo.files import params
-from mapper_gpu import kernels, stacks
+from mapper_gpu import BACKEND, kernels, stacks
 from mapper_gpu.phases import GpuPhases
 from mapper_gpu.rates import rates
 from mapper_gpu.serving import phases
 from mapper_gpu.work import Attention, Experts, Matrix, Work, work
 from tests.command import inside
-from tests.gpu.conftest import Serving
 
-FILES = Serving().machine_files()
+FILES = BACKEND.machine_files()
 
 
 @cache
@@ -192,7 +191,7 @@ def test_stacks_have_policies_and_host_times() -> None:
     assert names["trtllm"].policy.reserve and not names["vllm"].policy.reserve
 
 
-def test_serve_prints_what_the_model_says(served: Serving) -> None:
+def test_serve_prints_what_the_model_says() -> None:
     line = ("serve", "zoo:llama-3.1-8b", "--target", "gpu", "--in", "200", "--out", "50")
     done = inside(*line, "--concurrency", "16", "--stack", "vllm", "--json")
     assert done.returncode == 0, done.stderr
@@ -219,7 +218,7 @@ def test_serve_prints_what_the_model_says(served: Serving) -> None:
         (("--machine", "groq-lpu1"), "unknown machine"),
     ],
 )
-def test_errors_are_one_line(served: Serving, options: tuple[str, ...], message: str) -> None:
+def test_errors_are_one_line(options: tuple[str, ...], message: str) -> None:
     done = inside("serve", "zoo:llama-3.1-8b", "--target", "gpu", *options)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
