@@ -84,16 +84,18 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
     names = ("f32", "bf16", "f16", "fp8", "fp4", "int8")
     product = {n: m(f"tensor.{n}") for n in names if f"tensor.{n}" in machine.constants}
     alone = {
-        "kernels.stream": m("memory.hbm.efficiency"), "kernels.tensor": m("tensor.efficiency"),
-        "kernels.grouped": 1.0, "kernels.unpack": 1.0,
+        "kernels.tensor": 1.0,
+        "kernels.grouped": 1.0,
+        "kernels.unpack": 1.0,
         "kernels.gap": m("launch.gap") + m("launch.start") + m("memory.hbm.latency"),
         "exchange.latency": m("launch.gap") + m("launch.start") + 2 * m("link.latency"),
-    }  # fmt: skip
+    }
     s = alone.__getitem__ if software is None else software.value
     fabric = Fabric(
         machine.whole("link.domain"), s("exchange.latency"), m("link.bandwidth") * m("link.efficiency"),
         m("network.latency"), m("network.bandwidth"), bool(machine.whole("link.switched")),
     )  # fmt: skip
+    best = machine.get("memory.hbm.efficiency").high
     full = machine.get("memory.hbm.capacity")
     return Rates(
         cores=machine.whole("sm.count"),
@@ -101,8 +103,8 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
         product=MappingProxyType(product),
         memory=m("memory.hbm.capacity"),
         bandwidth=m("memory.hbm.bandwidth"),
-        stream=s("kernels.stream"),
-        tensor=s("kernels.tensor"),
+        stream=m("memory.hbm.efficiency") if software is None else best * s("kernels.stream"),
+        tensor=m("tensor.efficiency") * s("kernels.tensor"),
         grouped=s("kernels.grouped"),
         unpack=s("kernels.unpack"),
         kernel=s("kernels.gap"),
