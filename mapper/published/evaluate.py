@@ -40,8 +40,10 @@ class Systems(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row with its prediction, or with the reason why it has none. `fitted`: constants were fitted on
-    it."""
+    """A row with its prediction, or with the reason why it has none.
+
+    `fitted`: constants were fitted on it. `ttft`: predicted mean time to the first token, in seconds.
+    """
 
     row: Row
     target: str | None
@@ -50,6 +52,7 @@ class Outcome:
     predicted: float | None
     reason: str | None
     fitted: bool
+    ttft: float | None = None
 
     @property
     def error(self) -> float | None:
@@ -108,18 +111,19 @@ def _outcome(made: Point, target: str) -> Outcome:
     machine = backend.machine_of(made.row.system, made.row.source)
     fitted = calibrates(made) and made.row.system in backend.calibration_systems()
     shown = Outcome(made.row, target, machine, made.framework, None, None, fitted)
-    found = formats(made)
+    form = formats(made)
     stack = stack_of(backend.stacks(), made)
-    if found is None:
+    if form is None:
         return replace(shown, reason=f"precision {made.row.weights[:40]!r} is not known", fitted=False)
     if stack is None:
         return replace(shown, reason=f"no constants for {made.framework}", fitted=False)
     wanted = Deployment(
-        made.tensor, found.weights, found.cache, made.experts, made.replicas, stack.name, found.experts
+        made.tensor, form.weights, form.cache, made.experts, made.replicas, stack.name, form.experts
     )
     try:
         phases = _phases(target, str(machine), made.model, wanted)
-        return replace(shown, predicted=predict(made, phases, stack.policy))
+        found = measured(made, phases, stack.policy)
+        return replace(shown, predicted=rate(made, found), ttft=found.ttft.mean)
     except CapacityError as error:
         return replace(shown, reason=f"does not fit the chips that the row states: {error}", fitted=False)
     except UsageError as error:
@@ -152,19 +156,27 @@ def predict(made: Point, phases: Phases, policy: Policy) -> float:
 
     Raises CapacityError where a request does not fit.
     """
-    length = made.prompt + made.output
-    if made.load == "offline":
-        places = max(1, min(policy.sequences, phases.capacity // length))
-        requests = OFFLINE * places
-        return _measured(made, phases, policy, requests, requests).tokens_per_s
+    return rate(made, measured(made, phases, policy))
+
+
+def measured(made: Point, phases: Phases, policy: Policy) -> Measures:
+    """The row's load, served. Raises CapacityError where a request does not fit."""
     users = made.concurrency or 1
-    per_user = made.row.metric == "tokens_per_s_per_user"
-    if made.load == "batch":
-        total = _measured(made, phases, policy, users, users).tokens_per_s
-        return total / users if per_user else total
-    found = _measured(made, phases, policy, max(users + 1, min(WAVES * users, MOST)), users)
-    return found.tokens_per_s_per_user if per_user else found.tokens_per_s
-
-
-def _measured(made: Point, phases: Phases, policy: Policy, requests: int, users: int) -> Measures:
+    if made.load == "offline":
+        places = max(1, min(policy.sequences, phases.capacity // (made.prompt + made.output)))
+        requests = users = OFFLINE * places
+    elif made.load == "batch":
+        requests = users
+    else:
+        requests = max(users + 1, min(WAVES * users, MOST))
     return measure(serve(phases, Workload(requests, made.prompt, made.output, users), policy))
+
+
+def rate(made: Point, found: Measures) -> float:
+    """What the row's metric is of a served load; a batch's rate per user is its output over its whole
+    time."""
+    if made.row.metric != "tokens_per_s_per_user":
+        return found.tokens_per_s
+    if made.load == "batch":
+        return found.tokens_per_s / (made.concurrency or 1)
+    return found.tokens_per_s_per_user

@@ -100,6 +100,8 @@ def record(outcome: Outcome) -> dict[str, Any]:
         "published": row.published,
         "predicted": outcome.predicted,
         "error": outcome.error,
+        "ttft_ms": None if row.ttft is None else row.ttft * 1e3,
+        "predicted_ttft_ms": None if outcome.ttft is None else outcome.ttft * 1e3,
         "excluded": outcome.predicted is None,
         "reason": outcome.reason,
         "fitted": outcome.fitted,
