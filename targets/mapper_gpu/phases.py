@@ -15,6 +15,9 @@ from mapper_gpu.rates import BITS, Rates
 from mapper_gpu.stacks import Host
 from mapper_gpu.work import Attention, Experts, Matrix, Norm, Work
 
+TIGHT = 0.8
+"""Share of the usual memory beyond which weights make a deployment give up some of its reserve."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -105,8 +108,8 @@ class GpuPhases:
 
     @property
     def _roomy(self) -> bool:
-        """Whether the weights leave the usual reserve; where not, deployments are tuned to reserve less."""
-        return self.weight_bytes < self.rates.memory * self.rates.usable
+        """Whether the weights leave a fair part to the cache; where not, less is held in reserve."""
+        return self.weight_bytes < TIGHT * self.rates.memory * self.rates.usable
 
     @cached_property
     def capacity(self) -> int:
