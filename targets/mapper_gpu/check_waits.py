@@ -30,8 +30,8 @@ def _totals(rows: Rows, counters: int) -> tuple[Int, Int]:
 @dataclass(frozen=True)
 class WaitsExact:
     """A task waits until a counter has exactly the count that all its signals make, the last of which is over
-    when the task starts; a counter of the repetition before is waited for where there is one. Signals name
-    counters of their own block."""
+    when the task starts; a counter of the repetition before is waited for where there is one. Every task raises a
+    counter, and of its own block."""
 
     name: str = "WaitsExact"
 
@@ -46,6 +46,8 @@ class WaitsExact:
             if ((rows.signals[:, 1] < 0) | (rows.signals[:, 1] >= counters)).any():
                 yield Violation(f"{rows.name(0)}: a signal to a counter that the block does not have")
                 continue
+            for row in np.setdiff1d(np.arange(len(rows.block.steps)), rows.signals[:, 0]).tolist():
+                yield Violation(f"{rows.name(row)} tells nobody that it is over", (row,))
             count, end = _totals(rows, counters)
             previous = before if before is not None and before[0] == rows.phase else None
             yield from self._block(rows, count, end, previous)

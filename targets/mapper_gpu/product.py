@@ -21,6 +21,8 @@ TILE_COLUMNS = (8, 16, 32, 64, 128, 256)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 STAGES = 2
 """Least stages of the pipeline through shared memory."""
+NEAR = 1.005
+"""What tiles cost besides (block launches, indices) is not modelled, so a half percent does not buy more of them."""
 STEP_BYTES = 128
 """Bytes of K that one stage holds of a row: a swizzle atom of shared memory."""
 
@@ -204,8 +206,9 @@ def candidates(gpu: Gpu, p: Product) -> Iterator[Tile]:
 
 @lru_cache(maxsize=1 << 16)
 def choose(gpu: Gpu, p: Product) -> tuple[Tile, Timed]:
-    """The fastest legal tile, and its time; ties go to fewer tasks."""
+    """The fastest legal tile, and its time; of those within NEAR of it the one with fewest tasks."""
     found = [(t, measure(gpu, p, t)) for t in candidates(gpu, p)]
     if not found:
         raise LoweringError(f"gpu: no tile of {p.rows} rows and {p.lanes} fits an SM of {gpu.name}")
-    return min(found, key=lambda f: (f[1].seconds, f[1].tasks))
+    limit = NEAR * min(t.seconds for _, t in found)
+    return min((f for f in found if f[1].seconds <= limit), key=lambda f: (f[1].tasks, f[1].seconds))
