@@ -213,8 +213,9 @@ class CollectivesMatched:
 
 @dataclass(frozen=True)
 class PagesDisjoint:
-    """A task's pages of shared memory lie inside the SM's; no two tasks that are on an SM at once share one; the
-    accumulators of a product tile fit half of the registers."""
+    """A task's pages of shared memory lie inside the SM's; no two tasks that are on an SM at once share one (in a
+    persistent kernel a task's pages are filled while the one before it runs); the accumulators of a product tile fit
+    half of the registers."""
 
     name: str = "PagesDisjoint"
 
@@ -235,13 +236,17 @@ class PagesDisjoint:
             held = 4 * (rows["m1"] - rows["m0"]) * (rows["n1"] - rows["n0"]) * lanes[rows["kernel"]]
             for row in np.flatnonzero(_kind(schedule, rows, "product") & (held > registers)).tolist():
                 yield Violation(f"{rows.name(row)} accumulates in {held[row]} bytes of registers", (row,), limit=registers)
-            yield from _shared_pages(rows)
+            yield from _shared_pages(rows, schedule.plan["style"] == "megakernel")
 
 
-def _shared_pages(rows: Rows) -> Iterator[Violation]:
-    unit, start, end = rows["unit"], rows["start"], rows["start"] + rows["duration"]
+def _shared_pages(rows: Rows, early: bool) -> Iterator[Violation]:
+    unit, start, end = rows["unit"], rows["start"].copy(), rows["start"] + rows["duration"]
     page, pages = rows["page"], rows["pages"]
     order = np.lexsort((start, unit)).tolist()
+    if early:
+        for a, b in reversed(list(zip(order, order[1:], strict=False))):
+            if unit[a] == unit[b]:
+                start[b] = start[a]
     for i, a in enumerate(order):
         for b in order[i + 1 :]:
             if unit[b] != unit[a] or start[b] >= end[a]:

@@ -16,7 +16,7 @@ from mapper.schedule.tables import (
     BINDING_SCHEMA, BUFFER_SCHEMA, OP_SCHEMA, Block, ModelRef, Phase, Port, Program, Request, Schedule,
 )  # fmt: skip
 from mapper_gpu import extract as extraction
-from mapper_gpu.columns import block_of, cycles
+from mapper_gpu.columns import between, block_of, columns_of, cycles
 from mapper_gpu.describe import describe
 from mapper_gpu.extract import Extracted
 from mapper_gpu.grid import OPCODES, Maker
@@ -40,6 +40,7 @@ class Lowered:
     blocks: list[Block] = field(default_factory=list)
     described: list[Any] = field(default_factory=list)
     cycles: int = 0
+    other: int = 0
 
 
 def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, request: Request, chips: int,
@@ -147,7 +148,8 @@ def _values(item: Lowered, memory: Memory, states: Mapping[str, Storage]) -> Non
 def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: Mapping[str, Storage],
             chips: int) -> None:  # fmt: skip
     at, before = int(cycles(chip, chip.step)), -1
-    gap = int(cycles(chip, chip.gap))
+    item.other = at
+    gap = between(chip, chip.megakernel)
     for number, (e, kernels) in enumerate(zip(item.work.sections, item.kernels, strict=True)):
         storage = {**item.storages, **weights.lookup(item.phase, e)}
 
@@ -166,6 +168,9 @@ def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: 
             "block": e.section.name, "counters": counted.counters,
             "kernels": [describe(k, e.section, item.phase) for k in kernels],
         })  # fmt: skip
+        other = columns_of(chip, grids, chips, not chip.megakernel, number == 0)
+        pause = between(chip, not chip.megakernel)
+        item.other += e.section.count * (other.end + pause) - (pause if number + 1 == len(item.kernels) else 0)
         length = int((block.steps.column("start") + block.steps.column("duration")).max())
         end = block.start + (block.repeat - 1) * block.period + length
         at = end + gap
@@ -216,7 +221,11 @@ def _schedule(
         blocks = tuple(_based(b, base) for b in item.blocks)
         programs[item.phase] = Program(item.phase, blocks, item.cycles, item.work.tokens)
     plan: dict[str, Any] = {
-        "style": "graph",
+        "style": "megakernel" if chip.megakernel else "graph",
+        "styles": {
+            item.phase: {("graph" if g else "megakernel"): (item.cycles if g != chip.megakernel else item.other) / chip.clock
+                         for g in (True, False)} for item in found
+        },
         "gather": list(OPCODES),
         "commutative": [],
         "fused": fused,
