@@ -72,5 +72,6 @@ def _rows(schedule: Schedule, block: Block) -> Iterator[str]:
         waiting = " ".join(f"{c}={rest}" for c, _, rest in waits)
         yield (
             f"  {start:>8} +{length:<7} {schedule.units[unit]:<12} {schedule.opcodes[opcode]:<15} "
-            f"p{args[0]} [{m0}:{m1}, {n0}:{n1}, {k0}:{k1}] {moved} B  waits {waiting or '-'}  signals {signals}"
+            f"p{args[0]} [{m0}:{m1}, {n0}:{n1}, {k0}:{k1}] {moved} B  "
+            f"waits {waiting or '-'}  signals {signals}"
         )

@@ -1,4 +1,5 @@
-"""The gpu target: many-core machines with HBM, from NVIDIA GPUs to machines with systolic arrays and scratchpads."""
+"""The gpu target: many-core machines with HBM, from NVIDIA GPUs to machines with systolic arrays and
+scratchpads."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class GpuBackend:
         return sorted((Path(__file__).parent / "machines").glob("*.toml"))
 
     def lower(self, graph: Graph, machine: Machine, request: Request) -> Schedule:
-        """Schedule every requested phase. `chips` None takes the fewest, in powers of two, whose memory suffices.
+        """Schedule every requested phase. `chips` None takes the fewest, in powers of two, whose memory
+        suffices.
 
         Raises LoweringError, CapacityError, UsageError, UnsupportedModelError."""
         from mapper_gpu.lower import format_of, lower

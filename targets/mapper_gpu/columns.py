@@ -4,10 +4,9 @@ A step's immediates are FIELDS, then its waits and signals:
 
     waits, (counter, count in the first repetition, count in later ones) per wait, signals, counter per signal
 
-Counters of a block are numbered 0 .. C - 1; repetition r of the block has counters base + r C + c, so that c < 0
-means one of the repetition, or block, before. The last `chips` counters of a block count its last kernel's tasks,
-chip by chip.
-"""
+Counters of a block are numbered 0 .. C - 1; repetition r of the block has counters base + r C + c, so that
+c < 0 means one of the repetition, or block, before. The last `chips` counters of a block count its last
+kernel's tasks, chip by chip."""
 
 from __future__ import annotations
 
@@ -27,9 +26,10 @@ FIELDS = (
     "program", "kernel", "m0", "m1", "n0", "n1", "k0", "k1", "near", "work", "engine", "sharers", "lead",
     "pages", "page", "join", "stage",
 )  # fmt: skip
-"""Immediates of every step: the program and kernel it belongs to, its coordinates, bytes that it moves through L2 or
-the link, operations that its engine works through, the engine and how many SMs share the bandwidth, what comes before
-it (timing.LEADS), pages of shared memory, its tile's number among merges, and the kernel's stage."""
+"""Immediates of every step: the program and kernel it belongs to, its coordinates, bytes that it moves
+through L2 or the link, operations that its engine works through, the engine and how many SMs share the
+bandwidth, what comes before it (timing.LEADS), pages of shared memory, its tile's number among merges, and
+the kernel's stage."""
 Ragged = tuple[Int, Int, Int, Int]
 Wait = tuple[int, int, int, int]
 """(logical counter, count in the first repetition, in later ones, chip: -1 the own, -2 all)."""
@@ -37,8 +37,8 @@ Wait = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Counted:
-    """A block's steps with its counters: how many there are, and the counts of the last kernel's, which the next
-    block waits for."""
+    """A block's steps with its counters: how many there are, and the counts of the last kernel's, which the
+    next block waits for."""
 
     block: Block
     counters: int
@@ -152,7 +152,12 @@ class Columns:
                 before = np.flatnonzero(self.stage == number - 1)
                 end = self._ends(before)
                 self.unit[rows] = place_merges(
-                    end, self.join[before], self.unit[before], self.seconds[rows], gpu.sms, self.join[rows].tolist()
+                    end,
+                    self.join[before],
+                    self.unit[before],
+                    self.seconds[rows],
+                    gpu.sms,
+                    self.join[rows].tolist(),
                 )
 
         queue = self.unit + np.array([max(0, t.chip) for t in self.tasks])
@@ -204,8 +209,9 @@ class Columns:
     def _counters(self, before: int) -> tuple[list[list[Wait]], list[list[int]], int]:
         """Waits, signals per task (logical counters), counters in all.
 
-        Logical counters: one per merged tile, then one per stage that another stage waits for; the block's last."""
-        tiles = {}
+        Logical counters: one per merged tile, then one per stage that another stage waits for; the block's
+        last."""
+        tiles: dict[tuple[int, int], int] = {}
         for i, t in enumerate(self.tasks):
             if t.stage == 1 and t.join >= 0:
                 tiles[int(self.kernel[i]), t.join] = len(tiles)
@@ -250,9 +256,19 @@ class Columns:
         args: list[list[int]] = []
         for i, t in enumerate(self.tasks):
             row = [
-                t.program, int(self.kernel[i]), *t.at, int(self.near[i]), int(self.work[i]), t.engine,
-                int(self.shared[i]), int(self.lead[i]), t.pages, int(self.page[i]), t.join, int(self.stage[i]),
-            ]  # fmt: skip
+                t.program,
+                int(self.kernel[i]),
+                *t.at,
+                int(self.near[i]),
+                int(self.work[i]),
+                t.engine,
+                int(self.shared[i]),
+                int(self.lead[i]),
+                t.pages,
+                int(self.page[i]),
+                t.join,
+                int(self.stage[i]),
+            ]
             mine = sorted({
                 (c * chips + other, a, b) for c, a, b, own in waits[i]
                 for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own,))
@@ -284,12 +300,12 @@ def _table(parts: list[dict[str, list[object]]], keep: Int, order: Int) -> StepT
 
     def column(name: str) -> list[int]:
         values = flat[name]
-        return [int(values[i]) for i in rows]  # type: ignore[call-overload]
+        return [int(values[i]) for i in rows]
 
     def ragged(name: str) -> tuple[Int, list[object]]:
         lists = [flat[name][i] for i in rows]
-        sizes = [len(v) for v in lists]  # type: ignore[arg-type]
-        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), [v for part in lists for v in part]  # type: ignore[attr-defined]
+        sizes = [len(v) for v in lists]
+        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), [v for part in lists for v in part]
 
     def slices(name: str) -> Ragged:
         offsets, values = ragged(name)

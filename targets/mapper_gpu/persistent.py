@@ -1,13 +1,15 @@
-"""Megakernel style: one persistent kernel, a queue per SM for the whole program, waits for exactly what is read.
+"""Megakernel style: one persistent kernel, a queue per SM for the whole program, waits for exactly what is
+read.
 
-Counters: the tasks of a kernel's last stage that the same readers need raise one counter together. A reader waits for
-the counters of all tasks whose bytes it reads; what it overwrites was read by tasks that come before these.
-"""
+Counters: the tasks of a kernel's last stage that the same readers need raise one counter together. A reader
+waits for the counters of all tasks whose bytes it reads; what it overwrites was read by tasks that come
+before these."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,8 @@ Wait = tuple[int, int]
 def signals_of(tasks: Sequence[Task], stage: Int) -> tuple[list[int], list[list[Wait]], int]:
     """(logical counter that each task raises, waits of each task inside the block, counters).
 
-    A wait for counter -1 is one for the block, or repetition, before. The last counter is the last stage's alone."""
+    A wait for counter -1 is one for the block, or repetition, before. The last counter is the last stage's
+    alone."""
     written: dict[object, list[tuple[int, int, int]]] = {}
     for i, t in enumerate(tasks):
         for s, _, low, size in t.writes:
@@ -48,13 +51,13 @@ def signals_of(tasks: Sequence[Task], stage: Int) -> tuple[list[int], list[list[
                 need.append((own, earlier))
         needs.append(need)
     last = int(stage.max())
-    groups: dict[object, int] = {}
-    keys: list[object] = [
+    groups: dict[Any, int] = {}
+    keys: list[Any] = [
         (int(s), frozenset(r)) if s < last else "last" for s, r in zip(stage.tolist(), readers, strict=True)
     ]
-    for key in keys:
-        if key != "last":
-            groups.setdefault(key, len(groups))
+    for mark in keys:
+        if mark != "last":
+            groups.setdefault(mark, len(groups))
     groups["last"] = len(groups)
     raised = [groups[k] for k in keys]
     waits = [
@@ -68,8 +71,9 @@ def schedule(
     gpu: Gpu, tasks: Sequence[Task], stage: Int, length: Int, waits: list[list[Wait]], raised: list[int],
     latency: int,
 ) -> tuple[Int, Int, int]:  # fmt: skip
-    """(unit, start in cycles, end of all) of chip 0's tasks: list scheduling, stages nearest to the program's end
-    last (a chain's longest path to the end is its stage), each task on the SM that is free first.
+    """(unit, start in cycles, end of all) of chip 0's tasks: list scheduling, stages nearest to the
+    program's end last (a chain's longest path to the end is its stage), each task on the SM that is free
+    first.
 
     The other chips do the same at the same time, so that their counters are this one's."""
     free = [(0, i) for i in range(gpu.sms)]
@@ -94,11 +98,14 @@ def schedule(
 
 
 def queue_starts(
-    unit: Sequence[int], duration: Sequence[int], waits: Sequence[Sequence[int]], raised: Sequence[Sequence[int]],
+    unit: Sequence[int],
+    duration: Sequence[int],
+    waits: Sequence[Sequence[int]],
+    raised: Sequence[Sequence[int]],
     latency: int,
-) -> tuple[list[int], int]:  # fmt: skip
-    """(start of each row, end of all) with the rows in queue order: each after its unit's last and, by the signal's
-    latency, after the counters of its own block that it waits for."""
+) -> tuple[list[int], int]:
+    """(start of each row, end of all) with the rows in queue order: each after its unit's last and, by the
+    signal's latency, after the counters of its own block that it waits for."""
     free: dict[int, int] = {}
     over: dict[int, int] = {}
     start: list[int] = []
@@ -117,8 +124,9 @@ def queue_starts(
 
 
 def pages(unit: Int, start: Int, need: Int, room: int) -> Int:
-    """First page of shared memory of each task. A task's pages are filled while the task before it on its SM runs, so
-    neighbours in a queue need different ones: colouring of intervals in order of their starts."""
+    """First page of shared memory of each task. A task's pages are filled while the task before it on its
+    SM runs, so neighbours in a queue need different ones: colouring of intervals in order of their
+    starts."""
     first = np.zeros(len(unit), np.int64)
     held: dict[int, tuple[int, int]] = {}
     for i in np.lexsort((start, unit)).tolist():

@@ -90,9 +90,17 @@ def _block(schedule: Schedule, block: Block) -> Prepared:
     stages = Stages(stage, unit, ranks(stage, unit), joined, heads)
     far = block.steps.column("bytes")[order]
     return Prepared(
-        far, column["near"], column["work"], column["engine"], column["sharers"], column["lead"], stages, block.repeat,
-        [waits[i] for i in order.tolist()], [raised[i] for i in order.tolist()],
-    )  # fmt: skip
+        far,
+        column["near"],
+        column["work"],
+        column["engine"],
+        column["sharers"],
+        column["lead"],
+        stages,
+        block.repeat,
+        [waits[i] for i in order.tolist()],
+        [raised[i] for i in order.tolist()],
+    )
 
 
 def _synchronised(block: Block) -> tuple[list[list[int]], list[list[int]]]:
