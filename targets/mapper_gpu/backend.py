@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from mapper.backend import Artifact, Semantics
+from mapper.backend import Artifact, Finding, Semantics
 from mapper.bounds import Bound
 from mapper.errors import CapacityError, LoweringError
 from mapper.machine import Machine
@@ -85,6 +85,12 @@ class GpuBackend:
         from mapper_gpu.retime import retime
 
         return retime(schedule, machine)
+
+    def explain(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, Sequence[Finding]]:
+        """Utilisation of each reading of "peak", where the time goes, and the kernels."""
+        from mapper_gpu.explain import explain
+
+        return explain(schedule, machine)
 
     def artifacts(self, schedule: Schedule) -> Sequence[Artifact]:
         """Kernels, task listing and trace."""
