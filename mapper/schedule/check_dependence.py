@@ -44,8 +44,9 @@ def _int(values: npt.NDArray[Any]) -> Int:
 
 @dataclass(frozen=True)
 class _Space:
-    """All buffers end to end, cut into segments where a write or a buffer begins or ends; accesses as ranges
-    of them. A write covers its segments whole; a read that touches a part of one touches all that write it."""
+    """All buffers end to end, cut into segments where a write or a buffer begins or ends; accesses as
+    ranges of them. A write covers its segments whole; a read that touches a part of one touches all that
+    write it."""
 
     size: int
     base: Int  # first byte of each buffer, and the end of the last
@@ -109,8 +110,8 @@ def _unwritten(schedule: Schedule, phase: str, times: Timeline, space: _Space) -
 def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> Iterator[Violation]:
     """Pairs of steps that use a byte at once, where at least one writes it.
 
-    Reads of the same bytes whose times touch are looked at as one first: where that clashes with no write, none of
-    them does."""
+    Reads of the same bytes whose times touch are looked at as one first: where that clashes with no write,
+    none of them does."""
     if not any(True for _ in _pairs(*_joined(times, space), times.writes, space)):
         return
     reads, writes = times.reads, times.writes
@@ -124,8 +125,8 @@ def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> It
 
 
 def _joined(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
-    """Reads with those of equal segments that overlap in time made one; those of steps that write the same buffer
-    stay as they are."""
+    """Reads with those of equal segments that overlap in time made one; those of steps that write the same
+    buffer stay as they are."""
     reads, (low, high) = times.reads, space.reads
     count = len(times.start) + 1
     own = _among(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)

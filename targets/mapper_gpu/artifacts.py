@@ -24,7 +24,7 @@ def artifacts(schedule: Schedule) -> Sequence[Artifact]:
 def kernels(schedule: Schedule) -> str:
     """The fused kernels of each block with tile, grid, bytes, time and what limits it."""
     lines = [f"kernels on {schedule.chips} x {schedule.machine}, style {schedule.plan['style']}"]
-    for phase, records in schedule.plan["blocks"].items():
+    for phase, records in sorted(schedule.plan["blocks"].items()):
         for block, record in zip(schedule.programs[phase].blocks, records, strict=True):
             lines += ["", f"{phase}, block {block.name}, {block.repeat} times"]
             lines += [_kernel(k) for k in record["kernels"]]
@@ -50,7 +50,7 @@ def _kernel(k: Any) -> str:
 def tasks(schedule: Schedule) -> str:
     """Every task: start, duration, unit, opcode, coordinates, bytes, waits and signals."""
     lines = [f"tasks on {schedule.chips} x {schedule.machine}, {schedule.clock_hz:.0f} cycles per second"]
-    for phase, program in schedule.programs.items():
+    for phase, program in sorted(schedule.programs.items()):
         lines += ["", f"program {phase}: {program.cycles} cycles"]
         for block in program.blocks:
             lines.append(f"block {block.name} at {block.start}, {block.repeat} x {block.period}")
@@ -72,5 +72,6 @@ def _rows(schedule: Schedule, block: Block) -> Iterator[str]:
         waiting = " ".join(f"{c}={rest}" for c, _, rest in waits)
         yield (
             f"  {start:>8} +{length:<7} {schedule.units[unit]:<12} {schedule.opcodes[opcode]:<15} "
-            f"p{args[0]} [{m0}:{m1}, {n0}:{n1}, {k0}:{k1}] {moved} B  waits {waiting or '-'}  signals {signals}"
+            f"p{args[0]} [{m0}:{m1}, {n0}:{n1}, {k0}:{k1}] {moved} B  "
+            f"waits {waiting or '-'}  signals {signals}"
         )

@@ -1,4 +1,5 @@
-"""The gpu target: many-core machines with HBM, from NVIDIA GPUs to machines with systolic arrays and scratchpads."""
+"""The gpu target: many-core machines with HBM, from NVIDIA GPUs to machines with systolic arrays and
+scratchpads."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from mapper.backend import Artifact, Semantics
+from mapper.backend import Artifact, Finding, Semantics
 from mapper.bounds import Bound
 from mapper.errors import CapacityError, LoweringError
 from mapper.machine import Machine
@@ -37,7 +38,8 @@ class GpuBackend(ServingView):
         return sorted((Path(__file__).parent / "machines").glob("*.toml"))
 
     def lower(self, graph: Graph, machine: Machine, request: Request) -> Schedule:
-        """Schedule every requested phase. `chips` None takes the fewest, in powers of two, whose memory suffices.
+        """Schedule every requested phase. `chips` None takes the fewest, in powers of two, whose memory
+        suffices.
 
         Raises LoweringError, CapacityError, UsageError, UnsupportedModelError."""
         from mapper_gpu.lower import format_of, lower
@@ -84,6 +86,12 @@ class GpuBackend(ServingView):
         from mapper_gpu.retime import retime
 
         return retime(schedule, machine)
+
+    def explain(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, Sequence[Finding]]:
+        """Utilisation of each reading of "peak", where the time goes, and the kernels."""
+        from mapper_gpu.explain import explain
+
+        return explain(schedule, machine)
 
     def artifacts(self, schedule: Schedule) -> Sequence[Artifact]:
         """Kernels, task listing and trace."""

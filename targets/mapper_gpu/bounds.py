@@ -23,9 +23,8 @@ def bounds_of(
 ) -> Sequence[Bound]:
     """Bounds on one run of a serving graph on all of the request's chips.
 
-    Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value that the
-    step sees. Both at the pins' rate. Products run at the dense peak of the weights' format.
-    """
+    Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value
+    that the step sees. Both at the pins' rate. Products run at the dense peak of the weights' format."""
     chips = request.chips or _fewest(source, machine, request)
     item = _item(source, request)
     form = {4: "f32", 2: "bf16"}[item]
@@ -41,9 +40,17 @@ def bounds_of(
     # in cache, all bytes still pass the SMs' ports
     near = total / chips / (machine.value("sm.count") * machine.value("sm.port") * machine.value("sm.clock"))
     return (
-        Bound("HBM bandwidth", far / hbm, f"{total:.4g} B of weights and cache on {chips} chips at {hbm:.4g} B/s"),
+        Bound(
+            "HBM bandwidth",
+            far / hbm,
+            f"{total:.4g} B of weights and cache on {chips} chips at {hbm:.4g} B/s",
+        ),
         Bound("L2 to SM", near, f"{total:.4g} B of weights and cache through the ports of all SMs"),
-        Bound("arithmetic", flops / rate / chips, f"{flops:.4g} operations of products at {rate:.4g}/s dense {form}"),
+        Bound(
+            "arithmetic",
+            flops / rate / chips,
+            f"{flops:.4g} operations of products at {rate:.4g}/s dense {form}",
+        ),
     )
 
 

@@ -1,5 +1,5 @@
-"""Checks of operands: slices belong to the values that a task's program names; and of rates: no task is faster than
-its SM, its share of the memory, or its link."""
+"""Checks of operands: slices belong to the values that a task's program names; and of rates: no task is
+faster than its SM, its share of the memory, or its link."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ENGINES = ("bf16", "f16", "fp8", "int8", "fp4", "f32")
 
 @dataclass(frozen=True)
 class OperandsNamed:
-    """A task has the opcode of its program; each of its slices lies in a buffer that holds the value of the program's
-    operand, in its own chip's memory or the one that the operand names; repetitions replace a weight or cache by one
-    of the same kind."""
+    """A task has the opcode of its program; each of its slices lies in a buffer that holds the value of the
+    program's operand, in its own chip's memory or the one that the operand names; repetitions replace a
+    weight or cache by one of the same kind."""
 
     name: str = "OperandsNamed"
 
@@ -30,12 +30,12 @@ class OperandsNamed:
         return first(self._all(schedule))
 
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
-        values = schedule.buffers.column("value").to_pylist()
-        memory = schedule.buffers.column("memory").to_pylist()
+        values = [str(v) for v in schedule.buffers.column("value").to_pylist()]
+        memory = schedule.buffers.column("memory").to_numpy().tolist()
         per_chip = len(schedule.units) // schedule.chips
         for rows, _ in rows_of(schedule):
             programs = schedule.plan["programs"][rows.phase]
-            sides = [rows.block.steps.slices(w) for w in ("reads", "writes")]  # type: ignore[arg-type]
+            sides = [rows.block.steps.slices(w) for w in ("reads", "writes")]
             opcode, unit, program = (rows[k].tolist() for k in ("opcode", "unit", "program"))
             for row in range(len(opcode)):
                 if not 0 <= program[row] < len(programs):
@@ -70,9 +70,10 @@ def _fits(operand: Any, buffer: int, chip: int, values: list[str], memory: list[
 
 @dataclass(frozen=True)
 class RatesHold:
-    """No task is shorter than what its bytes take through its SM's port, or at what the SM keeps in flight, or its
-    operations on its engine, or its link; a kernel's first task on an SM also pays the start and the memory latency.
-    Kernels follow each other at the launch gap or later, and no program starts before the graph is launched."""
+    """No task is shorter than what its bytes take through its SM's port, or at what the SM keeps in flight,
+    or its operations on its engine, or its link; a kernel's first task on an SM also pays the start and the
+    memory latency. Kernels follow each other at the launch gap or later, and no program starts before the
+    graph is launched."""
 
     name: str = "RatesHold"
 
@@ -86,7 +87,8 @@ class RatesHold:
             need = _least(machine, rows, rows["opcode"] == list(schedule.opcodes).index("collective"))
             length = rows["duration"]
             for row in np.flatnonzero(length + 1 < need * schedule.clock_hz).tolist():
-                message = f"{rows.name(row)}: {length[row]} cycles for what takes {need[row] * schedule.clock_hz:.1f}"
+                least = need[row] * schedule.clock_hz
+                message = f"{rows.name(row)}: {length[row]} cycles for what takes {least:.1f}"
                 yield Violation(message, (row,), schedule.units[rows["unit"][row]], None, float(need[row]))
         for phase, program in schedule.programs.items():
             step = machine.value("launch.step") * schedule.clock_hz
@@ -114,7 +116,8 @@ def _least(machine: machines.Machine, rows: Rows, link: Any) -> Any:
 
 @dataclass(frozen=True)
 class BytesHold:
-    """The tasks of a kernel together bring in from HBM at least every byte of the weights that they read, once."""
+    """The tasks of a kernel together bring in from HBM at least every byte of the weights that they read,
+    once."""
 
     name: str = "BytesHold"
 
@@ -137,7 +140,7 @@ class BytesHold:
                 got = int(rows["bytes"][rows["kernel"] == number].sum())
                 # every task rounds its share to whole bytes
                 if got + int(mine.sum()) < need:
-                    yield Violation(f"{rows.phase}, block {rows.number}, kernel {number} moves {got} bytes, its weights have {need}")
+                    yield Violation(f"{rows.kernel(number)} moves {got} bytes, its weights have {need}")
 
 
 def _union(buffer: Int, low: Int, size: Int) -> int:

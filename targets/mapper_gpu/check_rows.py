@@ -1,4 +1,5 @@
-"""What the checks of this target share: a block's immediates as columns. Knows the table's layout, no scheduler."""
+"""What the checks of this target share: a block's immediates as columns. Knows the table's layout, no
+scheduler."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ KINDS = ("product", "product_merge", "attention", "attention_merge", "rows", "he
 
 @dataclass(frozen=True)
 class Rows:
-    """A block's rows: fixed immediates by name, waits as (row, counter, first, rest), signals as (row, counter)."""
+    """A block's rows: fixed immediates by name, waits as (row, counter, first, rest), signals as (row,
+    counter)."""
 
     phase: str
     number: int
@@ -31,13 +33,18 @@ class Rows:
     def __getitem__(self, name: str) -> Int:
         return self.fixed[name] if name in self.fixed else self.block.steps.column(name)
 
+    def kernel(self, number: int) -> str:
+        """A kernel for a message."""
+        return f"{self.phase}, block {self.number}, kernel {number}"
+
     def name(self, row: int) -> str:
         """A row for a message."""
         return f"{self.phase}, block {self.number}, row {row}"
 
 
 def rows_of(schedule: Schedule) -> Iterator[tuple[Rows, Any]]:
-    """Every block's rows, and the plan's record of the block. Raises ValueError where immediates are malformed."""
+    """Every block's rows, and the plan's record of the block. Raises ValueError where immediates are
+    malformed."""
     for phase, program in schedule.programs.items():
         records = schedule.plan["blocks"][phase]
         if len(records) != len(program.blocks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ def _painted(boxes: Int, size: tuple[int, ...]) -> str:
     dims = len(size)
     if not len(boxes):
         return "no task"
-    edges = [np.unique(np.concatenate([boxes[:, 2 * d], boxes[:, 2 * d + 1], [0, size[d]]])) for d in range(dims)]
+    edges = [
+        np.unique(np.concatenate([boxes[:, 2 * d], boxes[:, 2 * d + 1], [0, size[d]]])) for d in range(dims)
+    ]
     if any(e[0] < 0 or e[-1] > size[d] for d, e in enumerate(edges)):
         return "a tile outside"
     count = np.zeros([len(e) - 1 for e in edges], np.int32)
@@ -42,8 +45,8 @@ def _chips(rows: Rows, schedule: Schedule) -> Int:
 
 @dataclass(frozen=True)
 class TilesCover:
-    """The tiles of a product cover all rows, columns and all of K exactly once, on every chip, lane by lane; its
-    merges cover all rows and columns once; row and head tasks cover theirs."""
+    """The tiles of a product cover all rows, columns and all of K exactly once, on every chip, lane by
+    lane; its merges cover all rows and columns once; row and head tasks cover theirs."""
 
     name: str = "TilesCover"
 
@@ -75,19 +78,28 @@ class TilesCover:
                 here = selected & (chip == c)
                 wrong = _painted(boxes[here], (m, n, depth or k))
                 if wrong:
-                    yield Violation(f"{rows.phase}, block {rows.number}, kernel {number}, lane {lane} on chip {c}: {wrong}")
+                    yield Violation(f"{rows.kernel(number)}, lane {lane} on chip {c}: {wrong}")
             if splits > 1:
                 joined = mine & merge & (chip == c)
-                tiles = np.unique(np.concatenate([boxes[mine & main & (chip == c)][:, :4],
-                                                  rows["join"][mine & main & (chip == c)][:, None]], axis=1), axis=0)  # fmt: skip
+                tiles = np.unique(
+                    np.concatenate(
+                        [
+                            boxes[mine & main & (chip == c)][:, :4],
+                            rows["join"][mine & main & (chip == c)][:, None],
+                        ],
+                        axis=1,
+                    ),
+                    axis=0,
+                )
                 merged = np.concatenate([boxes[joined][:, :4], rows["join"][joined][:, None]], axis=1)
                 same = len(tiles) == len(merged) and np.array_equal(tiles, np.unique(merged, axis=0))
                 if not same:
-                    yield Violation(f"{rows.phase}, block {rows.number}, kernel {number}: merges of other tiles than there are")
+                    yield Violation(f"{rows.kernel(number)}: merges of other tiles than there are")
 
 
 def _lanes(rows: Rows, kernel: Any, selected: Any, programs: Any) -> list[tuple[int, int, Any]]:
-    """(columns, K, rows of the table) of each lane of a product: lanes are told apart by the weights they read."""
+    """(columns, K, rows of the table) of each lane of a product: lanes are told apart by the weights they
+    read."""
     found: list[tuple[int, int, Any]] = []
     weight = {w["name"]: w for w in kernel["weights"]}
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -99,15 +111,17 @@ def _lanes(rows: Rows, kernel: Any, selected: Any, programs: Any) -> list[tuple[
         found.append((int(reads["rows"]), int(reads["width"]), selected & np.isin(rows["program"], mine)))
         del names
     if len(groups) != len(kernel["lanes"]):
-        found += [(int(lane["n"]), 0, np.zeros(len(selected), bool)) for lane in kernel["lanes"][len(groups) :]]
+        found += [
+            (int(lane["n"]), 0, np.zeros(len(selected), bool)) for lane in kernel["lanes"][len(groups) :]
+        ]
     del weight
     return found
 
 
 @dataclass(frozen=True)
 class SplitsCover:
-    """For every sequence, token and cache head, the stretches of the cache cover [0, length) exactly once, and
-    a split one is merged once."""
+    """For every sequence, token and cache head, the stretches of the cache cover [0, length) exactly once,
+    and a split one is merged once."""
 
     name: str = "SplitsCover"
 
@@ -129,16 +143,18 @@ class SplitsCover:
                         here = mine & (chip == c) & _kind(schedule, rows, name)
                         if name == "attention_merge" and int(kernel["split"]["splits"]) < 2:
                             continue
-                        boxes = np.stack([rows[k][here] for k in ("m0", "m1", "n0", "n1", "k0", "k1")], axis=1)
+                        boxes = np.stack(
+                            [rows[k][here] for k in ("m0", "m1", "n0", "n1", "k0", "k1")], axis=1
+                        )
                         wrong = _painted(boxes, size)
                         if wrong:
-                            yield Violation(f"{rows.phase}, block {rows.number}, kernel {number} on chip {c}, {name}: {wrong}")
+                            yield Violation(f"{rows.kernel(number)} on chip {c}, {name}: {wrong}")
 
 
 @dataclass(frozen=True)
 class FusionConvex:
-    """Every node belongs to exactly one kernel, and no path leaves a kernel and comes back; a kernel has one kind of
-    heavy node."""
+    """Every node belongs to exactly one kernel, and no path leaves a kernel and comes back; a kernel has
+    one kind of heavy node."""
 
     name: str = "FusionConvex"
 
@@ -187,8 +203,8 @@ def _above(members: set[int], before: dict[int, set[int]], owner: dict[int, int]
 
 @dataclass(frozen=True)
 class CollectivesMatched:
-    """Every chip takes part in every collective, once per stage, and reads the same bytes of the same value from all
-    chips, its own included."""
+    """Every chip takes part in every collective, once per stage, and reads the same bytes of the same value
+    from all chips, its own included."""
 
     name: str = "CollectivesMatched"
 
@@ -203,7 +219,9 @@ class CollectivesMatched:
             for stage in np.unique(rows["stage"][link]).tolist():
                 mine = np.flatnonzero(link & (rows["stage"] == stage))
                 if sorted(chip[mine].tolist()) != list(range(schedule.chips)):
-                    yield Violation(f"{rows.phase}, block {rows.number}, stage {stage}: not one task on each chip")
+                    yield Violation(
+                        f"{rows.phase}, block {rows.number}, stage {stage}: not one task on each chip"
+                    )
                 offsets, buffer, _, _ = rows.block.steps.slices("reads")
                 for row in mine.tolist():
                     chips = memory[buffer[offsets[row] : offsets[row + 1]]].tolist()
@@ -213,8 +231,9 @@ class CollectivesMatched:
 
 @dataclass(frozen=True)
 class PagesDisjoint:
-    """A task's pages of shared memory lie inside the SM's; no two tasks that are on an SM at once share one; the
-    accumulators of a product tile fit half of the registers."""
+    """A task's pages of shared memory lie inside the SM's; no two tasks that are on an SM at once share one
+    (in a persistent kernel a task's pages are filled while the one before it runs); the accumulators of a
+    product tile fit half of the registers."""
 
     name: str = "PagesDisjoint"
 
@@ -229,25 +248,41 @@ class PagesDisjoint:
         for rows, record in rows_of(schedule):
             first_page, pages = rows["page"], rows["pages"]
             for row in np.flatnonzero((first_page < 0) | (pages < 1) | (first_page + pages > room)).tolist():
-                yield Violation(f"{rows.name(row)} takes pages {first_page[row]}..{first_page[row] + pages[row]} of {room}",
-                                (row,), limit=float(room))  # fmt: skip
-            lanes = np.array([max((int(x["mats"]) for x in k.get("lanes", ())), default=1) for k in record["kernels"]])
+                yield Violation(
+                    f"{rows.name(row)}: {pages[row]} pages from page {first_page[row]} on, of {room}",
+                    (row,),
+                    limit=float(room),
+                )
+            lanes = np.array(
+                [max((int(x["mats"]) for x in k.get("lanes", ())), default=1) for k in record["kernels"]]
+            )
             held = 4 * (rows["m1"] - rows["m0"]) * (rows["n1"] - rows["n0"]) * lanes[rows["kernel"]]
             for row in np.flatnonzero(_kind(schedule, rows, "product") & (held > registers)).tolist():
-                yield Violation(f"{rows.name(row)} accumulates in {held[row]} bytes of registers", (row,), limit=registers)
-            yield from _shared_pages(rows)
+                yield Violation(
+                    f"{rows.name(row)} accumulates in {held[row]} bytes of registers", (row,), limit=registers
+                )
+            yield from _shared_pages(rows, schedule.plan["style"] == "megakernel")
 
 
-def _shared_pages(rows: Rows) -> Iterator[Violation]:
-    unit, start, end = rows["unit"], rows["start"], rows["start"] + rows["duration"]
+def _shared_pages(rows: Rows, early: bool) -> Iterator[Violation]:
+    unit, start, end = rows["unit"], rows["start"].copy(), rows["start"] + rows["duration"]
     page, pages = rows["page"], rows["pages"]
     order = np.lexsort((start, unit)).tolist()
+    if early:
+        for a, b in reversed(list(pairwise(order))):
+            if unit[a] == unit[b]:
+                start[b] = start[a]
     for i, a in enumerate(order):
         for b in order[i + 1 :]:
             if unit[b] != unit[a] or start[b] >= end[a]:
                 break
             if page[a] < page[b] + pages[b] and page[b] < page[a] + pages[a]:
-                yield Violation(f"{rows.name(b)} takes pages that row {a} holds until {end[a]}", (a, b), None, int(start[b]))
+                yield Violation(
+                    f"{rows.name(b)} takes pages that row {a} holds until {end[a]}",
+                    (a, b),
+                    None,
+                    int(start[b]),
+                )
 
 
 CHECKS = (TilesCover(), SplitsCover(), FusionConvex(), CollectivesMatched(), PagesDisjoint())

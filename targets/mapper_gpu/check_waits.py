@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,9 +30,9 @@ def _totals(rows: Rows, counters: int) -> tuple[Int, Int]:
 
 @dataclass(frozen=True)
 class WaitsExact:
-    """A task waits until a counter has exactly the count that all its signals make, the last of which is over
-    when the task starts; a counter of the repetition before is waited for where there is one. Signals name
-    counters of their own block."""
+    """A task waits until a counter has exactly the count that all its signals make, the last of which is
+    over when the task starts; a counter of the repetition before is waited for where there is one. Every
+    task raises a counter, and of its own block."""
 
     name: str = "WaitsExact"
 
@@ -46,6 +47,8 @@ class WaitsExact:
             if ((rows.signals[:, 1] < 0) | (rows.signals[:, 1] >= counters)).any():
                 yield Violation(f"{rows.name(0)}: a signal to a counter that the block does not have")
                 continue
+            for row in np.setdiff1d(np.arange(len(rows.block.steps)), rows.signals[:, 0]).tolist():
+                yield Violation(f"{rows.name(row)} tells nobody that it is over", (row,))
             count, end = _totals(rows, counters)
             previous = before if before is not None and before[0] == rows.phase else None
             yield from self._block(rows, count, end, previous)
@@ -62,7 +65,9 @@ class WaitsExact:
                 continue
             shift = block.period if counter < 0 else 0
             if counter >= 0 or block.repeat > 1:
-                yield from _one(rows, row, counter, rest, int(count[counter]), int(end[counter]) - shift, start)
+                yield from _one(
+                    rows, row, counter, rest, int(count[counter]), int(end[counter]) - shift, start
+                )
             if counter >= 0:
                 yield from _one(rows, row, counter, once, int(count[counter]), int(end[counter]), start)
             elif before is None or -counter > len(before[1]):
@@ -72,12 +77,19 @@ class WaitsExact:
                 yield from _one(rows, row, counter, once, int(before[1][counter]), over, start)
 
 
-def _one(rows: Rows, row: int, counter: int, asked: int, count: int, over: int, start: Int) -> Iterator[Violation]:
+def _one(
+    rows: Rows, row: int, counter: int, asked: int, count: int, over: int, start: Int
+) -> Iterator[Violation]:
     if asked != count or not count:
-        yield Violation(f"{rows.name(row)} waits for {asked} signals of counter {counter}, which gets {count}", (row,),
-                        limit=float(count))  # fmt: skip
+        yield Violation(
+            f"{rows.name(row)} waits for {asked} signals of counter {counter}, which gets {count}",
+            (row,),
+            limit=float(count),
+        )
     elif over > start[row]:
-        message = f"{rows.name(row)} starts at {start[row]}, the last signal of counter {counter} comes at {over}"
+        message = (
+            f"{rows.name(row)} starts at {start[row]}, the last signal of counter {counter} comes at {over}"
+        )
         yield Violation(message, (row,), None, int(start[row]), float(over))
 
 
@@ -89,7 +101,9 @@ class QueuesAcyclic:
 
     def run(self, schedule: Schedule) -> list[Violation]:
         """See class."""
-        return first(v for rows, record in rows_of(schedule) for v in self._block(rows, int(record["counters"])))
+        return first(
+            v for rows, record in rows_of(schedule) for v in self._block(rows, int(record["counters"]))
+        )
 
     def _block(self, rows: Rows, counters: int) -> Iterator[Violation]:
         n = len(rows.block.steps)
@@ -97,7 +111,7 @@ class QueuesAcyclic:
         need = np.zeros(n + counters, np.int64)
         unit = rows["unit"]
         order = np.lexsort((np.arange(n), rows["start"], unit)).tolist()
-        edges = [(a, b) for a, b in zip(order, order[1:], strict=False) if unit[a] == unit[b]]
+        edges = [(a, b) for a, b in pairwise(order) if unit[a] == unit[b]]
         edges += [(row, n + c) for row, c in rows.signals.tolist() if 0 <= c < counters]
         edges += [(n + c, row) for row, c, _, _ in rows.waits.tolist() if 0 <= c < counters]
         for a, b in edges:
@@ -118,7 +132,8 @@ class QueuesAcyclic:
 
 @dataclass
 class _Known:
-    """Accesses of one buffer so far: bounds, whether they write, the counters that say they are over, unit, order."""
+    """Accesses of one buffer so far: bounds, whether they write, the counters that say they are over, unit,
+    order."""
 
     low: list[int]
     high: list[int]
@@ -130,11 +145,11 @@ class _Known:
 
 @dataclass(frozen=True)
 class DependencesWaited:
-    """Two tasks that use the same bytes, one of them writing, are ordered: the later one has waited, itself or
-    through what it waited for, for a counter that the earlier one raises, or comes behind it in a queue.
+    """Two tasks that use the same bytes, one of them writing, are ordered: the later one has waited, itself
+    or through what it waited for, for a counter that the earlier one raises, or comes behind it in a queue.
 
-    Repeated blocks are looked at for their first two and last two repetitions, with their own buffers; all others
-    are in the place of these."""
+    Repeated blocks are looked at for their first two and last two repetitions, with their own buffers; all
+    others are in the place of these."""
 
     name: str = "DependencesWaited"
 
@@ -204,7 +219,7 @@ def _accesses(rows: Rows, repetition: int) -> list[tuple[int, int, int, int, boo
         bound = dict(zip(slot[here].tolist(), to[here].tolist(), strict=True))
     found = []
     for which in ("reads", "writes"):
-        offsets, buffer, low, size = rows.block.steps.slices(which)  # type: ignore[arg-type]
+        offsets, buffer, low, size = rows.block.steps.slices(which)
         row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         for r, b, a, n in zip(row.tolist(), buffer.tolist(), low.tolist(), size.tolist(), strict=True):
             found.append((r, bound.get(b, b), a, a + n, which == "writes"))
@@ -220,11 +235,14 @@ def _ordered(
     for r, b, low, high, w in mine:
         k = buffers.setdefault(b, _Known([], [], [], [], [], []))
         for column, value in zip(
-            (k.low, k.high, k.write, k.signals, k.unit, k.order), (low, high, w, masks[r], unit[r], order + r),
+            (k.low, k.high, k.write, k.signals, k.unit, k.order),
+            (low, high, w, masks[r], unit[r], order + r),
             strict=True,
-        ):  # fmt: skip
+        ):
             column.append(value)  # type: ignore[attr-defined]
-    arrays = {b: tuple(np.array(c) for c in (k.low, k.high, k.write, k.order, k.unit)) for b, k in buffers.items()}
+    arrays = {
+        b: tuple(np.array(c) for c in (k.low, k.high, k.write, k.order, k.unit)) for b, k in buffers.items()
+    }
     asked: set[tuple[int, int, int, bool, int, int]] = set()
     stage = rows["stage"].tolist()
     for r, b, low, high, w in mine:
@@ -236,7 +254,7 @@ def _ordered(
         near = (a_low < high) & (a_high > low) & (a_order < order + r) & (a_write | w)
         for i in np.flatnonzero(near).tolist():
             if not buffers[b].signals[i] & known[r] and a_unit[i] != unit[r]:
-                message = f"{rows.name(r)} uses bytes {low}..{high} of buffer {b} without having waited for the task before"
+                message = f"{rows.name(r)} has not waited for who used bytes {low}..{high} of buffer {b}"
                 yield Violation(message, (r,), None, int(rows["start"][r]))
                 break
 

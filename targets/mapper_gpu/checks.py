@@ -1,4 +1,5 @@
-"""The target's own legality predicates. They know tables, plan and machine, never the scheduler or the executor."""
+"""The target's own legality predicates. They know tables, plan and machine, never the scheduler or the
+executor."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
     all-gather               every chip reads all others' parts:          1 round,  (n - 1) / n S
     all-to-all               every chip sends each other chip its part:   1 round,  (n - 1) / n S
 
-S is the size of the whole result. The first two need every pair connected at full rate (a switch). Beyond the link's
-domain the slowest tier counts: the bytes that leave a domain pass its chips' network adapters.
+S is the size of the whole result. The first two need every pair connected at full rate (a switch). Beyond
+the link's domain the slowest tier counts: the bytes that leave a domain pass its chips' network adapters.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Runs a program of tasks in time order on poisoned memories. Knows the tables and the plan's programs, no scheduler.
+"""Runs a program of tasks in time order on poisoned memories. Knows the tables and the plan's programs, no
+scheduler.
 
-A task finds its operands' places by its coordinates and the operands' layouts, and holds them against the slices that
-its row names: a slice that lies elsewhere, or is longer or shorter, is a fault, and so is reading a byte that nothing
-has written.
-"""
+A task finds its operands' places by its coordinates and the operands' layouts, and holds them against the
+slices that its row names: a slice that lies elsewhere, or is longer or shorter, is a fault, and so is
+reading a byte that nothing has written."""
 
 from __future__ import annotations
 
@@ -70,8 +70,15 @@ def parse(plan: Any, phase: str) -> list[Code]:
     """The programs of a phase. Raises KeyError, TypeError, ValueError where the plan is malformed."""
 
     def operand(o: Any) -> Operand:
-        return Operand(dtype(NUMPY[o["dtype"]]), int(o["rows"]), int(o["width"]), int(o["panel"]), o["r"], o["c"],
-                       int(o["chip"]))  # fmt: skip
+        return Operand(
+            dtype(NUMPY[o["dtype"]]),
+            int(o["rows"]),
+            int(o["width"]),
+            int(o["panel"]),
+            o["r"],
+            o["c"],
+            int(o["chip"]),
+        )
 
     return [
         Code(
@@ -87,7 +94,9 @@ def run(schedule: Schedule, phase: Phase, memories: Memories) -> int:
     times = timeline(schedule, phase)
     codes = parse(schedule.plan, phase)
     batch = int(schedule.plan["batch"])
-    memory, first = (np.asarray(schedule.buffers.column(c).to_numpy(), np.int64) for c in ("memory", "offset"))
+    memory, first = (
+        np.asarray(schedule.buffers.column(c).to_numpy(), np.int64) for c in ("memory", "offset")
+    )
     arguments = [b.steps.args() for b in schedule.programs[phase].blocks]
     steps = np.arange(len(times) + 1)
     bounds = [np.searchsorted(a.step, steps) for a in (times.reads, times.writes)]
@@ -100,7 +109,9 @@ def run(schedule: Schedule, phase: Phase, memories: Memories) -> int:
             raise ExecutionFault(f"{name}: its immediates name no program")
         code = codes[int(args[0])]
         if schedule.opcodes[times.opcode[step]] != code.kind:
-            raise ExecutionFault(f"{name}: a {schedule.opcodes[times.opcode[step]]} with the program of a {code.kind}")
+            raise ExecutionFault(
+                f"{name}: a {schedule.opcodes[times.opcode[step]]} with the program of a {code.kind}"
+            )
         operands = [
             _slices(part, int(bound[step]), int(bound[step + 1]), memory, first)
             for part, bound in zip((times.reads, times.writes), bounds, strict=True)
@@ -113,11 +124,13 @@ def run(schedule: Schedule, phase: Phase, memories: Memories) -> int:
 def _slices(part: Any, begin: int, end: int, memory: Int, first: Int) -> list[tuple[int, int, int, int]]:
     return [
         (
-            int(memory[part.buffer[i]]), int(first[part.buffer[i]] + part.low[i]), int(part.high[i] - part.low[i]),
+            int(memory[part.buffer[i]]),
+            int(first[part.buffer[i]] + part.low[i]),
+            int(part.high[i] - part.low[i]),
             int(part.low[i]),
         )
         for i in range(begin, end)
-    ]  # fmt: skip
+    ]
 
 
 def execute(task: Task, memories: Memories) -> None:
@@ -143,8 +156,11 @@ def execute(task: Task, memories: Memories) -> None:
 Taken = list[tuple[Operand, list[tuple[int, int, int, int]], tuple[int, int, int, int]]]
 
 
-def _assign(task: Task, operands: tuple[Operand, ...], slices: list[tuple[int, int, int, int]], what: str) -> Taken:
-    """Each operand with its slices and its (r0, r1, c0, c1). Raises ExecutionFault where they do not agree."""
+def _assign(
+    task: Task, operands: tuple[Operand, ...], slices: list[tuple[int, int, int, int]], what: str
+) -> Taken:
+    """Each operand with its slices and its (r0, r1, c0, c1). Raises ExecutionFault where they do not
+    agree."""
     found: Taken = []
     at = 0
     for o in operands:
@@ -179,7 +195,9 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
         head = n0 // width if width else 0
         each = {"q": dim * group, "stats": 2 * group, "groups": group}.get(o.c, 0)
         del value
-        c0, c1 = {"n": (n0, n1), "k": (k0, k1), "all": (0, o.width)}.get(o.c, (head * each, (head + 1) * each))
+        c0, c1 = {"n": (n0, n1), "k": (k0, k1), "all": (0, o.width)}.get(
+            o.c, (head * each, (head + 1) * each)
+        )
     else:
         c0, c1 = int(o.c[0]), int(o.c[1])
     if not (0 <= r0 < r1 <= o.rows and 0 <= c0 < c1 <= o.width):
@@ -214,7 +232,9 @@ def _cache_runs(task: Task, o: Operand) -> tuple[tuple[int, int, int, int], list
     h0, h1 = n0 // o.panel, -(-n1 // o.panel)
     if (b0, b1) == (0, batch):
         return (b0, b1, h0, h1), [(h0 * batch * length * row, (h1 - h0) * batch * length * row)]
-    return (b0, b1, h0, h1), [((h * batch + b0) * length * row, (b1 - b0) * length * row) for h in range(h0, h1)]
+    return (b0, b1, h0, h1), [
+        ((h * batch + b0) * length * row, (b1 - b0) * length * row) for h in range(h0, h1)
+    ]
 
 
 def _read(task: Task, number: int, taken: Taken, memories: Memories) -> Array:
@@ -279,7 +299,9 @@ def _append(task: Task, rest: list[Any], given: Taken, registers: dict[str, Any]
         for i in range(value.shape[0]):
             sequence, token = divmod(task.at[0] + i, tokens)
             place = ((h * task.batch + sequence) * length + past + token) * row
-            memory, low = next((m, base + place - off) for m, base, n, off in slices if off <= place < off + n)
+            memory, low = next(
+                (m, base + place - off) for m, base, n, off in slices if off <= place < off + n
+            )
             part = np.ascontiguousarray(value[i, (h - h0) * head : (h - h0 + 1) * head].astype(o.dtype))
             memories.data(memory)[low : low + row] = part.view(np.uint8)
             memories.written(memory)[low : low + row] = True

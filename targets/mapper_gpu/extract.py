@@ -1,7 +1,8 @@
-"""A serving graph as sections of nodes: heads become columns, views vanish, MLPs come apart into their products.
+"""A serving graph as sections of nodes: heads become columns, views vanish, MLPs come apart into their
+products.
 
-Every node keeps what its meaning needs in its attributes (see `programs`), so that nothing later looks at the graph.
-"""
+Every node keeps what its meaning needs in its attributes (see `programs`), so that nothing later looks at
+the graph."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class View:
-    """An SSA value as a named value: `form` says how its axes map to rows and columns ("rows": tokens and columns,
-    "heads": batch, tokens, heads, elements; "turned": heads before tokens), or "scalar", "vector", "state"."""
+    """An SSA value as a named value: `form` says how its axes map to rows and columns ("rows": tokens and
+    columns, "heads": batch, tokens, heads, elements; "turned": heads before tokens), or "scalar", "vector",
+    "state"."""
 
     name: str
     form: str
@@ -36,7 +38,8 @@ class View:
 
 @dataclass(frozen=True)
 class Carry:
-    """A value handed from repetition to repetition: names outside before, inside, at the end, outside after."""
+    """A value handed from repetition to repetition: names outside before, inside, at the end, outside
+    after."""
 
     initial: str
     argument: str
@@ -46,8 +49,8 @@ class Carry:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A section, the graph section it comes from, and its carried values. `slots` gives the symbols of a weight
-    slot per repetition, `states` those of a cache."""
+    """A section, the graph section it comes from, and its carried values. `slots` gives the symbols of a
+    weight slot per repetition, `states` those of a cache."""
 
     section: Section
     slots: Mapping[str, tuple[str, ...]]
@@ -115,7 +118,7 @@ class _Extractor:
         node = f" ({op.node})" if op is not None and op.node else ""
         raise LoweringError(f"gpu: {self.place}{name}{node}: {reason}")
 
-    # sections --------------------------------------------------------------------------------------------------
+    # sections ------------------------------------------------------------------------------------
 
     def run(self) -> Program:
         for name, ssa in self.graph.input_values.items():
@@ -182,7 +185,7 @@ class _Extractor:
         section = Section(name, s.count, tuple(self.nodes), values, frozenset(outputs))
         return Extracted(section, dict(s.table), states, tuple(carries))
 
-    # ops -------------------------------------------------------------------------------------------------------
+    # ops -----------------------------------------------------------------------------------------
 
     def _op(self, op: DataflowOp) -> None:
         self.op = op
@@ -216,7 +219,9 @@ class _Extractor:
         self.values[name] = Value(self.height, width, dtype, head)
         return name
 
-    def add(self, kind: str, inputs: Sequence[str], out: str, weights: Sequence[Matrix] = (), **attrs: Any) -> str:
+    def add(
+        self, kind: str, inputs: Sequence[str], out: str, weights: Sequence[Matrix] = (), **attrs: Any
+    ) -> str:
         attrs.setdefault("name", kind)
         self.nodes.append(Node(kind, tuple(inputs), out, tuple(weights), attrs, self.row))
         return out
@@ -268,7 +273,7 @@ def _keep(found: list[Extracted], logits: str) -> list[Extracted]:
     return kept[::-1]
 
 
-# views ---------------------------------------------------------------------------------------------------------
+# views ------------------------------------------------------------------------------------------
 
 
 def _reshape(c: _Extractor, op: DataflowOp) -> None:
@@ -325,7 +330,7 @@ _VIEWS: dict[str, Callable[[_Extractor, DataflowOp], None]] = {
 }  # fmt: skip
 
 
-# rules ---------------------------------------------------------------------------------------------------------
+# rules ------------------------------------------------------------------------------------------
 
 
 @_rule("embed")
@@ -472,11 +477,26 @@ def _attention(c: _Extractor, op: DataflowOp) -> None:
     )  # fmt: skip
     c.rows[c.row]["flops"] = 2 * b * h * pairs * (d + dv)
     made = c.add(
-        "attention", [q.name, f"{k.name}@", f"{v.name}@"], c.fresh(h * dv, dv), batch=b, heads=h, kv_heads=hkv,
-        dim=d, value_dim=dv, tokens=s, past=past, length=length, pairs=pairs,
-        element=element_bytes(c.form), engine=COMPUTE[c.form], window=op.attr("window"),
-        scale=op.attr("scale"), softcap=op.attr("softcap"), sinks=vector, caches=(k.name, v.name),
-    )  # fmt: skip
+        "attention",
+        [q.name, f"{k.name}@", f"{v.name}@"],
+        c.fresh(h * dv, dv),
+        batch=b,
+        heads=h,
+        kv_heads=hkv,
+        dim=d,
+        value_dim=dv,
+        tokens=s,
+        past=past,
+        length=length,
+        pairs=pairs,
+        element=element_bytes(c.form),
+        engine=COMPUTE[c.form],
+        window=op.attr("window"),
+        scale=op.attr("scale"),
+        softcap=op.attr("softcap"),
+        sinks=vector,
+        caches=(k.name, v.name),
+    )
     c.views[op.results[0]] = View(made, "turned")
 
 

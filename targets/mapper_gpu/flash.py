@@ -1,8 +1,9 @@
 """Attention over a cache: tiles of queries and splits of the cache, merged exactly.
 
-A task takes the query rows of one (sequence, key/value head, tile of tokens), reads a stretch of the cache once for
-all query heads that share it, and keeps the running maximum and sum of the softmax. Where the cache is split, each
-task stores its unnormalised result with maximum m and sum s, and a merge adds them: with M = max m_i,
+A task takes the query rows of one (sequence, key/value head, tile of tokens), reads a stretch of the cache
+once for all query heads that share it, and keeps the running maximum and sum of the softmax. Where the
+cache is split, each task stores its unnormalised result with maximum m and sum s, and a merge adds them:
+with M = max m_i,
 
     out = sum_i exp(m_i - M) o_i / sum_i exp(m_i - M) s_i                                       (exact)
 """
@@ -30,9 +31,9 @@ OPERATIONS = 5.0
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention kernel does on one chip. `tokens` per sequence see `past` earlier rows; the cache has
-    room for `length`. `dim` and `value_dim` per head; `element` bytes of a cached number; `shared` where keys and
-    values are the same bytes (latent attention). `window` 0: all."""
+    """What an attention kernel does on one chip. `tokens` per sequence see `past` earlier rows; the cache
+    has room for `length`. `dim` and `value_dim` per head; `element` bytes of a cached number; `shared`
+    where keys and values are the same bytes (latent attention). `window` 0: all."""
 
     batch: int
     heads: int
@@ -85,8 +86,8 @@ def stretch(a: Attention, first: int, last: int, low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """One kind of task of the grid: token tile and cache stretch, with its cost. There are batch x kv_heads of
-    each."""
+    """One kind of task of the grid: token tile and cache stretch, with its cost. There are batch x kv_heads
+    of each."""
 
     first: int
     last: int
@@ -99,8 +100,8 @@ class Piece:
 
 
 def pieces(a: Attention, s: Split) -> list[Piece]:
-    """The kinds of tasks, most work first. The first token tile that reads a stretch takes it from HBM, later ones
-    find it in L2."""
+    """The kinds of tasks, most work first. The first token tile that reads a stretch takes it from HBM,
+    later ones find it in L2."""
     found: list[Piece] = []
     row = a.element * (a.dim + (0 if a.shared else a.value_dim))
     for first in range(0, a.tokens, s.tokens):
@@ -157,7 +158,9 @@ def measure(gpu: Gpu, a: Attention, s: Split) -> Timed:
         merge += grid_seconds(gpu, merges, 0.0, (results + partial) / merges, 0.0, engine)
     lead = gpu.start + gpu.hbm_latency + gpu.l2_latency
     total = float(far.sum()) * copies
-    limit = "HBM" if total / gpu.stream > max(lead, 0.5 * body) else "latency" if lead > body else "arithmetic"
+    limit = (
+        "HBM" if total / gpu.stream > max(lead, 0.5 * body) else "latency" if lead > body else "arithmetic"
+    )
     return Timed(
         lead + body + merge, tasks, total, float(near.sum()) * copies + partial,
         float(cost.sum()) * copies, sum(p.flops for p in kinds) * copies, limit,

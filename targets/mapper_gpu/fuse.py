@@ -1,10 +1,11 @@
 """Fusion: the cheapest cut of a section into kernels, by dynamic programming over convex sets of nodes.
 
-A state is a down-closed set of nodes that are done; a step adds a set that one kernel can do and whose operands are
-done. Every such set is convex: no path leaves it and comes back. The cost of a kernel is its HBM bytes at the stream
-rate plus its launch. A kernel has one shape of reduction:
+A state is a down-closed set of nodes that are done; a step adds a set that one kernel can do and whose
+operands are done. Every such set is convex: no path leaves it and comes back. The cost of a kernel is its
+HBM bytes at the stream rate plus its launch. A kernel has one shape of reduction:
 
-    product     linears of the same x; before them row and point nodes on x, which every task repeats; behind them
+    product     linears of the same x; before them row and point nodes on x, which every task repeats;
+    behind them
                 point and head nodes on their columns
     attention   one attention, with head nodes on its queries
     collective  one all-reduce or all-gather, with point nodes behind it
@@ -124,10 +125,11 @@ def _absorb(dag: Dag, done: int, group: int) -> int:
             bit = 1 << i
             if (done | group) & bit or node.kind not in (*POINTS, *HEADS):
                 continue
-            if dag.before[i] & group and not dag.before[i] & ~(done | group):
-                if kernel_kind(dag, group | bit, False) not in (None, "rows", "heads"):
-                    group |= bit
-                    grown = True
+            if not dag.before[i] & group or dag.before[i] & ~(done | group):
+                continue
+            if kernel_kind(dag, group | bit, False) not in (None, "rows", "heads"):
+                group |= bit
+                grown = True
     return group
 
 

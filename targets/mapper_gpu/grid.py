@@ -26,10 +26,11 @@ Coordinates = tuple[int, int, int, int, int, int]
 
 @dataclass(slots=True)
 class Task:
-    """One task of chip 0; every chip has the same. Slices are (storage, chip or -1 for the own, offset, bytes).
+    """One task of chip 0; every chip has the same. Slices are (storage, chip or -1 for the own, offset,
+    bytes).
 
-    `stage` 0 are the kernel's first tasks, 1 its merges; `join` is the tile that a task and its merge share. `chip` names the only chip that has the task (-1: all).
-    """
+    `stage` 0 are the kernel's first tasks, 1 its merges; `join` is the tile that a task and its merge
+    share. `chip` names the only chip that has the task (-1: all)."""
 
     opcode: int
     program: int
@@ -86,7 +87,7 @@ class Maker:
         kind.get(kernel.kind, self._heads if kernel.kind == "heads" else self._rows)(made, partial)
         return made
 
-    # products --------------------------------------------------------------------------------------------------
+    # products ------------------------------------------------------------------------------------
 
     def _product(self, grid: Grid, partial: str) -> None:
         kernel = grid.kernel
@@ -100,8 +101,8 @@ class Maker:
             lanes.append((branch, lane_width(branch.lane, tile.n), main, merge, mine))
         kept = [self.keep(m) if m else -1 for _, _, _, m, _ in lanes]
         rows = self._rows_of(kernel)
-        join = 0
-        for m0, m1, lane, n0, n1 in _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes]):
+        walk = _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes])
+        for join, (m0, m1, lane, n0, n1) in enumerate(walk):
             branch, _, main, merge, mine = lanes[lane]
             node = self.section.nodes[branch.linears[0]]
             k = node.weights[0].k
@@ -113,7 +114,6 @@ class Maker:
                 task = self._task(merge, kept[lane], "product_merge", at, node.op)
                 task.lead, task.stage, task.join = MERGE, 1, join
                 grid.tasks.append(task)
-            join += 1
         self._shares(grid)
 
     def _rows_of(self, kernel: Kernel) -> int:
@@ -188,7 +188,7 @@ class Maker:
         for t in merges:
             t.near = float(sum(n for _, _, _, n in (*t.reads, *t.writes)))
 
-    # attention -------------------------------------------------------------------------------------------------
+    # attention -----------------------------------------------------------------------------------
 
     def _attention(self, grid: Grid, partial: str) -> None:
         kernel = grid.kernel
@@ -230,7 +230,9 @@ class Maker:
                     task.far, task.near, task.flops = piece.far, piece.near, piece.flops
                     task.work = flash.as_work(self.gpu, a, engine, piece.work)
                     task.engine, task.lead = engine, NONE
-                    task.pages = max(1, math.ceil(2 * flash.KEY_STEP * (a.dim + a.value_dim) * a.element / self.gpu.page))
+                    task.pages = max(
+                        1, math.ceil(2 * flash.KEY_STEP * (a.dim + a.value_dim) * a.element / self.gpu.page)
+                    )
                     if parts > 1:
                         task.join = joins.setdefault((s, h, piece.first), len(joins))
                     grid.tasks.append(task)
@@ -244,7 +246,7 @@ class Maker:
             task.near = float(sum(n for _, _, _, n in (*task.reads, *task.writes)))
             grid.tasks.append(task)
 
-    # rows, heads, collectives ------------------------------------------------------------------------------------
+    # rows, heads, collectives --------------------------------------------------------------------
 
     def _rows(self, grid: Grid, partial: str) -> None:
         kernel = grid.kernel
@@ -268,8 +270,8 @@ class Maker:
         grid.tasks.append(task)
 
     def _heads(self, grid: Grid, partial: str) -> None:
-        """Column-wise nodes with appends: a task per sequence and head, so that no two write the same rows of a
-        cache."""
+        """Column-wise nodes with appends: a task per sequence and head, so that no two write the same rows
+        of a cache."""
         kernel = grid.kernel
         nodes = self.section.nodes
         b = self.builder("heads")
@@ -315,18 +317,28 @@ class Maker:
             mine = (0, value.rows, chip * share, (chip + 1) * share, 0, 0)
             self._link(grid, first, kept, mine, head.op, made.bytes / 2, 0.0, 0, chip)
         second = self.builder("collective")
-        programs.gather_program(second, f"{partial}.share", head.output, self.chips, epilogue, kernel.stores, share)
+        programs.gather_program(
+            second, f"{partial}.share", head.output, self.chips, epilogue, kernel.stores, share
+        )
         self._link(grid, second, self.keep(second), at, head.op, made.bytes / 2, kernel.timed.far, 1)
 
     def _link(
-        self, grid: Grid, b: Builder, program: int, at: Coordinates, op: int, near: float, far: float, stage: int,
+        self,
+        grid: Grid,
+        b: Builder,
+        program: int,
+        at: Coordinates,
+        op: int,
+        near: float,
+        far: float,
+        stage: int,
         chip: int = -1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         task = self._task(b, program, "collective", at, op)
         task.near, task.far, task.lead, task.stage, task.chip = near, far, LINK, stage, chip
         grid.tasks.append(task)
 
-    # slices ------------------------------------------------------------------------------------------------------
+    # slices --------------------------------------------------------------------------------------
 
     def _task(self, b: Builder, program: int, kind: str, at: Coordinates, op: int) -> Task:
         reads = [(s, chip, *run) for s, r, c, chip in b.sources for run in self._read(s, r, c, at)]
@@ -359,8 +371,8 @@ class Maker:
         return {"n": (n0, n1), "k": (k0, k1), "all": (0, s.width)}[c]
 
     def _cache(self, s: Storage, c: Columns, at: Coordinates) -> list[tuple[int, int]]:
-        """Runs of a cache [heads, batch, positions, elements]: whole rows of the heads and sequences of a tile, or a
-        stretch of one."""
+        """Runs of a cache [heads, batch, positions, elements]: whole rows of the heads and sequences of a
+        tile, or a stretch of one."""
         m0, m1, n0, n1, k0, k1 = at
         head = next(v.head for v in self.section.values.values() if v.state == s.name.split("#")[0])
         length = s.rows // self.batch
@@ -377,7 +389,9 @@ class Maker:
         return [(((h * self.batch + b0) * length) * row, (b1 - b0) * length * row) for h in heads]
 
 
-def _walk(rows: int, tile: Tile, lanes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int, int]]:
+def _walk(
+    rows: int, tile: Tile, lanes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, int, int, int]]:
     """(m0, m1, lane, n0, n1) of all tiles: down a band of row tiles, then to the next column tile."""
     starts = list(range(0, rows, tile.m))
     for at in range(0, len(starts), tile.band):

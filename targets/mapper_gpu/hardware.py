@@ -86,11 +86,13 @@ def gpu(machine: Machine) -> Gpu:
         raise MachineError(f"machine {machine.name!r} is of target {machine.target}, not gpu")
     v = machine.value
     clock = v("sm.clock")
+    multicast = "sm.cluster" in machine.constants
     names = [e for e in ENGINES if f"tensor.{e}" in machine.constants]
     return Gpu(
         name=machine.name, sms=machine.whole("sm.count"), clock=clock, shared=v("sm.shared"),
         registers=v("sm.registers"), page=machine.whole("sm.page"), in_flight=v("sm.in_flight"),
-        port=v("sm.port") * clock, cluster=v("sm.cluster") if "sm.cluster" in machine.constants else 1.0, hbm=v("memory.hbm.bandwidth"), efficiency=v("memory.hbm.efficiency"),
+        port=v("sm.port") * clock, cluster=v("sm.cluster") if multicast else 1.0,
+        hbm=v("memory.hbm.bandwidth"), efficiency=v("memory.hbm.efficiency"),
         hbm_latency=v("memory.hbm.latency"), capacity=v("memory.hbm.capacity"),
         reserved=v("memory.hbm.reserved"), l2=v("memory.l2.capacity"),
         l2_bandwidth=v("memory.l2.bandwidth"), l2_latency=v("memory.l2.latency"),

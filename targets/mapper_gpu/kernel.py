@@ -41,9 +41,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One fused kernel. `nodes` are numbers of the section's nodes. `reads` are values from outside, `stores` those
-    that it leaves in memory; `tile` is set for products, `split` for attention, `rows` (tokens per task) for the
-    others, `collective` for collectives. `timed.seconds` does not hold the launch gap."""
+    """One fused kernel. `nodes` are numbers of the section's nodes. `reads` are values from outside,
+    `stores` those that it leaves in memory; `tile` is set for products, `split` for attention, `rows`
+    (tokens per task) for the others, `collective` for collectives. `timed.seconds` does not hold the launch
+    gap."""
 
     name: str
     kind: str
@@ -85,7 +86,8 @@ def stored(section: Section, nodes: Sequence[int]) -> tuple[str, ...]:
 
 
 def moved_bytes(section: Section, nodes: Sequence[int]) -> float:
-    """HBM bytes of a kernel: weights, values that enter and that it stores; a cache counts what is touched."""
+    """HBM bytes of a kernel: weights, values that enter and that it stores; a cache counts what is
+    touched."""
     total = sum(w.bytes for i in nodes for w in section.nodes[i].weights if section.nodes[i].kind != "embed")
     names = (*outside(section, nodes), *stored(section, nodes))
     for name in names:
@@ -95,8 +97,8 @@ def moved_bytes(section: Section, nodes: Sequence[int]) -> float:
 
 
 def cost(gpu: Gpu, section: Section, kind: str, nodes: tuple[int, ...]) -> float:
-    """What the cut into kernels is chosen by: bytes at the stream rate, a launch, and the rows that column tiles
-    of a product read and normalise again each."""
+    """What the cut into kernels is chosen by: bytes at the stream rate, a launch, and the rows that column
+    tiles of a product read and normalise again each."""
     launch = gpu.gap + gpu.start + gpu.hbm_latency + gpu.l2_latency
     again = 0.0
     if kind == "product":
@@ -122,7 +124,9 @@ def make(gpu: Gpu, section: Section, group: Group, chips: int = 1) -> Kernel:
         i = next(i for i in nodes if section.nodes[i].kind == "attention")
         attention = attention_of(section.nodes[i])
         split, timed = flash.choose(gpu, attention)
-        return Kernel(name, group.kind, nodes, reads, stores, weights, timed, split=split, attention=attention)
+        return Kernel(
+            name, group.kind, nodes, reads, stores, weights, timed, split=split, attention=attention
+        )
     if group.kind == "collective":
         node = next(section.nodes[i] for i in nodes if section.nodes[i].kind == head[0])
         value = section.values[node.output]
@@ -137,10 +141,21 @@ def make(gpu: Gpu, section: Section, group: Group, chips: int = 1) -> Kernel:
 
 def attention_of(node: Node) -> Attention:
     """The attention of a node, from its attributes."""
-    names = ("batch", "heads", "kv_heads", "dim", "value_dim", "tokens", "past", "length", "element")
     a = node.attrs
-    return Attention(*(a[n] for n in names), engine=a["engine"], window=a.get("window", 0),
-                     shared=a.get("shared", False))  # fmt: skip
+    return Attention(
+        batch=a["batch"],
+        heads=a["heads"],
+        kv_heads=a["kv_heads"],
+        dim=a["dim"],
+        value_dim=a["value_dim"],
+        tokens=a["tokens"],
+        past=a["past"],
+        length=a["length"],
+        element=a["element"],
+        engine=a["engine"],
+        window=a.get("window", 0),
+        shared=a.get("shared", False),
+    )
 
 
 def branches_of(section: Section, nodes: Sequence[int]) -> tuple[tuple[int, ...], tuple[Branch, ...]]:
@@ -224,7 +239,9 @@ def _rows(
     )  # fmt: skip
     moved = sum(values[v].bytes for v in (*reads, *stores) if not values[v].state)
     moved += sum(values[section.nodes[i].output].bytes for i in nodes if section.nodes[i].kind == "embed")
-    elements = sum(values[section.nodes[i].output].rows * values[section.nodes[i].output].width for i in nodes)
+    elements = sum(
+        values[section.nodes[i].output].rows * values[section.nodes[i].output].width for i in nodes
+    )
     work = POINT_OPERATIONS * elements
     far = moved if moved > 0.5 * gpu.l2 else 0.0
     engine = ENGINES.index("vector")

@@ -13,10 +13,19 @@ from mapper.errors import CapacityError, UsageError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
 from mapper.schedule.tables import (
-    BINDING_SCHEMA, BUFFER_SCHEMA, OP_SCHEMA, Block, ModelRef, Phase, Port, Program, Request, Schedule,
+    BINDING_SCHEMA,
+    BUFFER_SCHEMA,
+    OP_SCHEMA,
+    Block,
+    ModelRef,
+    Phase,
+    Port,
+    Program,
+    Request,
+    Schedule,
 )  # fmt: skip
 from mapper_gpu import extract as extraction
-from mapper_gpu.columns import block_of, cycles
+from mapper_gpu.columns import between, block_of, columns_of, cycles
 from mapper_gpu.describe import describe
 from mapper_gpu.extract import Extracted
 from mapper_gpu.grid import OPCODES, Maker
@@ -40,6 +49,7 @@ class Lowered:
     blocks: list[Block] = field(default_factory=list)
     described: list[Any] = field(default_factory=list)
     cycles: int = 0
+    other: int = 0
 
 
 def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, request: Request, chips: int,
@@ -51,7 +61,9 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     found: list[Lowered] = []
     for phase, graph in graphs.items():
         tokens = request.prompt if phase == "prefill" else 1
-        work = partition(extraction.extract(graph, phase, request.batch, tokens, request.context, form), chips)
+        work = partition(
+            extraction.extract(graph, phase, request.batch, tokens, request.context, form), chips
+        )
         work = replace(work, sections=tuple(_operands(e, form) for e in work.sections))
         found.append(Lowered(phase, work, [kernels_of(chip, e.section, chips) for e in work.sections]))
     weights = Weights(graphs, chips, form)
@@ -73,7 +85,9 @@ def _operands(e: Extracted, form: str) -> Extracted:
     users: dict[str, set[str]] = {}
     for node in e.section.nodes:
         for i, v in enumerate(node.inputs):
-            users.setdefault(v, set()).add("product" if node.kind in ("linear", "attention") and i == 0 else "other")
+            users.setdefault(v, set()).add(
+                "product" if node.kind in ("linear", "attention") and i == 0 else "other"
+            )
     made = {n.output for n in e.section.nodes}
     values = {
         name: replace(v, dtype=form)
@@ -99,8 +113,8 @@ def _states(item: Lowered, memory: Memory, form: str) -> dict[str, Storage]:
 
 
 def _panels(item: Lowered) -> dict[str, int]:
-    """The panel width of each value: what all tiles that write it are multiples of. Values that take each other's
-    place from repetition to repetition have one layout."""
+    """The panel width of each value: what all tiles that write it are multiples of. Values that take each
+    other's place from repetition to repetition have one layout."""
     found: dict[str, int] = {}
     for e, kernels in zip(item.work.sections, item.kernels, strict=True):
         for k in kernels:
@@ -125,7 +139,9 @@ def _panels(item: Lowered) -> dict[str, int]:
 
 def _values(item: Lowered, memory: Memory, states: Mapping[str, Storage]) -> None:
     work, panels, here = item.work, _panels(item), item.storages
-    here["input_ids"] = memory.add(Storage("input_ids", work.batch * work.tokens, 1, "i64", program=item.phase))
+    here["input_ids"] = memory.add(
+        Storage("input_ids", work.batch * work.tokens, 1, "i64", program=item.phase)
+    )
     here["past_length"] = memory.add(Storage("past_length", 1, 1, "i64", program=item.phase))
     for number, (e, kernels) in enumerate(zip(work.sections, item.kernels, strict=True)):
         for c in e.carries:
@@ -147,7 +163,8 @@ def _values(item: Lowered, memory: Memory, states: Mapping[str, Storage]) -> Non
 def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: Mapping[str, Storage],
             chips: int) -> None:  # fmt: skip
     at, before = int(cycles(chip, chip.step)), -1
-    gap = int(cycles(chip, chip.gap))
+    item.other = at
+    gap = between(chip, chip.megakernel)
     for number, (e, kernels) in enumerate(zip(item.work.sections, item.kernels, strict=True)):
         storage = {**item.storages, **weights.lookup(item.phase, e)}
 
@@ -156,7 +173,9 @@ def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: 
             known[made.name] = memory.add(made)
 
         label = f"{item.phase}.{number}"
-        maker = Maker(chip, e.section, storage, item.programs, item.work.batch, item.work.tokens, chips, label, new)
+        maker = Maker(
+            chip, e.section, storage, item.programs, item.work.batch, item.work.tokens, chips, label, new
+        )
         grids = [maker.grid(k, i) for i, k in enumerate(kernels)]
         counted = block_of(chip, e.section.name, grids, chips, at, e.section.count, before)
         before = counted.last
@@ -166,6 +185,11 @@ def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: 
             "block": e.section.name, "counters": counted.counters,
             "kernels": [describe(k, e.section, item.phase) for k in kernels],
         })  # fmt: skip
+        other = columns_of(chip, grids, chips, not chip.megakernel, number == 0)
+        pause = between(chip, not chip.megakernel)
+        item.other += e.section.count * (other.end + pause) - (
+            pause if number + 1 == len(item.kernels) else 0
+        )
         length = int((block.steps.column("start") + block.steps.column("duration")).max())
         end = block.start + (block.repeat - 1) * block.period + length
         at = end + gap
@@ -181,12 +205,17 @@ def _bindings(item: Lowered, e: Extracted, weights: Weights, states: Mapping[str
         a, b = item.storages[c.argument], item.storages[c.yielded]
         turns = [(a, b)[r % 2] for r in range(e.section.count)]
         slots += [(a, turns), (b, [b if t is a else a for t in turns])]
-    slots += [(states[name], [states[n] for n in names]) for name, names in e.states.items() if name in states]
+    slots += [
+        (states[name], [states[n] for n in names]) for name, names in e.states.items() if name in states
+    ]
     slots += weights.slots(item.phase, e)
     rows = [
         (slot.first + chip, r, other.first + chip)
-        for slot, others in slots for r, other in enumerate(others) for chip in range(chips) if other is not slot
-    ]  # fmt: skip
+        for slot, others in slots
+        for r, other in enumerate(others)
+        for chip in range(chips)
+        if other is not slot
+    ]
     columns = [pa.array([row[i] for row in rows], pa.int32()) for i in range(3)]
     return pa.Table.from_arrays(columns, schema=BINDING_SCHEMA)
 
@@ -201,9 +230,17 @@ def _fits(chip: Gpu, memory: Memory, request: Request) -> None:
 
 
 def _schedule(
-    graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, chip: Gpu, request: Request, memory: Memory,
-    found: list[Lowered], weights: Weights, states: Mapping[str, Storage], form: str,
-) -> Schedule:  # fmt: skip
+    graphs: Mapping[Phase, Graph],
+    source: Graph,
+    machine: Machine,
+    chip: Gpu,
+    request: Request,
+    memory: Memory,
+    found: list[Lowered],
+    weights: Weights,
+    states: Mapping[str, Storage],
+    form: str,
+) -> Schedule:
     ops: list[dict[str, Any]] = []
     fused: dict[str, int] = {}
     programs: dict[str, Program] = {}
@@ -216,7 +253,15 @@ def _schedule(
         blocks = tuple(_based(b, base) for b in item.blocks)
         programs[item.phase] = Program(item.phase, blocks, item.cycles, item.work.tokens)
     plan: dict[str, Any] = {
-        "style": "graph",
+        "style": "megakernel" if chip.megakernel else "graph",
+        "styles": {
+            item.phase: {
+                ("graph" if g else "megakernel"): (item.cycles if g != chip.megakernel else item.other)
+                / chip.clock
+                for g in (True, False)
+            }
+            for item in found
+        },
         "gather": list(OPCODES),
         "commutative": [],
         "fused": fused,
@@ -230,18 +275,28 @@ def _schedule(
     path = "" if source.path is None else str(source.path)
     chips = memory.chips
     return Schedule(
-        target="gpu", machine=machine.name, machine_toml=machine.text, chips=chips, request=request,
+        target="gpu",
+        machine=machine.name,
+        machine_toml=machine.text,
+        chips=chips,
+        request=request,
         model=ModelRef(path, source.sha256, dict.fromkeys(source.files, ""), source.params, source.layers),
         clock_hz=chip.clock,
-        units=tuple(f"gpu{c}.{u}" for c in range(chips) for u in [*(f"sm{i}" for i in range(chip.sms)), "link"]),
+        units=tuple(
+            f"gpu{c}.{u}" for c in range(chips) for u in [*(f"sm{i}" for i in range(chip.sms)), "link"]
+        ),
         memories=tuple((f"hbm.{c}", int(chip.capacity)) for c in range(chips)),
-        opcodes=OPCODES, programs=programs,
+        opcodes=OPCODES,
+        programs=programs,
         buffers=pa.Table.from_pydict(memory.rows(), schema=BUFFER_SCHEMA),
         ops=pa.Table.from_pylist(ops, schema=OP_SCHEMA),
         ports=tuple(_ports(found, memory, weights, states, request)),
-        weights=weights.files(), constants=weights.constants(), roles=source.roles, plan=plan,
+        weights=weights.files(),
+        constants=weights.constants(),
+        roles=source.roles,
+        plan=plan,
         provenance={"backend": "mapper_gpu"},
-    )  # fmt: skip
+    )
 
 
 def _based(block: Block, base: int) -> Block:
@@ -293,12 +348,18 @@ def _ports(found: list[Lowered], memory: Memory, weights: Weights, states: Mappi
         work, here = item.work, item.storages
         ids, past, logits = here["input_ids"], here["past_length"], here[work.logits]
         copies = {"kind": "copies"}
-        shape = (work.batch, work.tokens)
-        ports.append(Port("input_ids", "input", "int64", shape, _buffers(ids, chips), copies, None, (item.phase,)))
-        ports.append(Port("past_length", "input", "int64", (), _buffers(past, chips), copies, None, (item.phase,)))
+        rows = (work.batch, work.tokens)
+        ports.append(
+            Port("input_ids", "input", "int64", rows, _buffers(ids, chips), copies, None, (item.phase,))
+        )
+        ports.append(
+            Port("past_length", "input", "int64", (), _buffers(past, chips), copies, None, (item.phase,))
+        )
         layout = {"kind": "panels", "panel": logits.panel}
-        shape3 = (*shape, logits.width)
-        ports.append(Port("logits", "output", "float32", shape3, (logits.first,), layout, None, (item.phase,)))
+        shape3 = (*rows, logits.width)
+        ports.append(
+            Port("logits", "output", "float32", shape3, (logits.first,), layout, None, (item.phase,))
+        )
     return ports
 
 
@@ -321,4 +382,3 @@ def format_of(graph: Graph, asked: str | None) -> str:
     if form not in ("f32", "bf16", "f16"):
         raise UsageError(f"gpu: weights {form!r} are not supported yet; it has f32, bf16 and f16")
     return form
-

@@ -1,8 +1,7 @@
 """The time of one step of a model on a machine, per fused kernel, without writing a schedule.
 
-It is the lowering's own fusion, tiling and timing at the granularity of distinct layers, so that a sweep can ask for
-thousands of points.
-"""
+It is the lowering's own fusion, tiling and timing at the granularity of distinct layers, so that a sweep
+can ask for thousands of points."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ _MOST_CHIPS = 1024
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One kernel of a step: how often it runs, seconds of one run with its launch gap, HBM bytes and operations of
-    one run on one chip, and what limits it."""
+    """One kernel of a step: how often it runs, seconds of one run with its launch gap, HBM bytes and
+    operations of one run on one chip, and what limits it."""
 
     name: str
     kind: str
@@ -67,10 +66,9 @@ def step_time(
 ) -> StepTime:
     """Seconds of one step of `work` (per data-parallel replica) and where they go.
 
-    `shape.of_config(mapper.zoo.families.config(name))` makes a shape. A pipeline passes its micro-batches through
-    `parallel.pipeline` stages: one token's step takes all stages in turn; `bubbles` is what a batch of one
-    micro-batch leaves idle. Raises UsageError for degrees that make no sense.
-    """
+    `shape.of_config(mapper.zoo.families.config(name))` makes a shape. A pipeline passes its micro-batches
+    through `parallel.pipeline` stages: one token's step takes all stages in turn; `bubbles` is what a batch
+    of one micro-batch leaves idle. Raises UsageError for degrees that make no sense."""
     chip = machine if isinstance(machine, Gpu) else gpu(machine)
     check(parallel, shape)
     return _step_time(shape, chip, work, precision, parallel, overhead)
@@ -86,9 +84,7 @@ def _step_time(
             gap = 0.0 if chip.megakernel else chip.gap
             t = kernel.timed
             found.append(
-                KernelTime(
-                    kernel.name, kernel.kind, section.count, t.seconds + gap, t.far, t.flops, t.limit
-                )
+                KernelTime(kernel.name, kernel.kind, section.count, t.seconds + gap, t.far, t.flops, t.limit)
             )
     summed = sum(k.total for k in found)
     hops = 0.0
@@ -151,7 +147,9 @@ def cache_bytes(shape: ModelShape, precision: Precision, batch: int, length: int
     return rows * batch * shape.cache_columns * element_bytes(precision.cache)
 
 
-def fewest_chips(shape: ModelShape, machine: Machine | Gpu, precision: Precision, batch: int, length: int) -> int:
+def fewest_chips(
+    shape: ModelShape, machine: Machine | Gpu, precision: Precision, batch: int, length: int
+) -> int:
     """The smallest power of two of chips whose memory holds weights and cache. Raises CapacityError."""
     chip = machine if isinstance(machine, Gpu) else gpu(machine)
     need = weight_bytes(shape, precision) + cache_bytes(shape, precision, batch, length)
@@ -166,7 +164,9 @@ def fewest_chips(shape: ModelShape, machine: Machine | Gpu, precision: Precision
     return chips
 
 
-def room_for(shape: ModelShape, machine: Machine | Gpu, precision: Precision, parallel: Parallel, length: int) -> int:
+def room_for(
+    shape: ModelShape, machine: Machine | Gpu, precision: Precision, parallel: Parallel, length: int
+) -> int:
     """Sequences of `length` tokens whose cache fits beside the weights on all chips of a replica."""
     chip = machine if isinstance(machine, Gpu) else gpu(machine)
     chips = parallel.tensor * parallel.pipeline

@@ -219,7 +219,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     OnTasks("shrink_split", _shrink, ("attention", "product")),
     OnTasks("shift_tile", _shift(_N0, _N0 + 1, "its columns"), ("product", "product_merge", "attention")),
     OnTasks("shift_rows", _shift(_M0, _M0 + 1, "its rows")),
-    OnTasks("drop_reduction", lambda s, p, r, g: (None, "dropped"), ("product_merge", "attention_merge", "collective")),
+    OnTasks(
+        "drop_reduction",
+        lambda s, p, r, g: (None, "dropped"),
+        ("product_merge", "attention_merge", "collective"),
+    ),
     OnTasks("other_chip", _other_chip),
     OnTasks("faster", _faster),
     SwapQueue(),

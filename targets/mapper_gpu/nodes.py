@@ -1,8 +1,7 @@
 """What is mapped: a layer as a few kinds of nodes over two-dimensional values [tokens, columns].
 
-Heads are groups of columns, so that reshapes and transposes of the graph are no nodes. The rows of a value are
-token b * S + s. A Section is a stretch of nodes that runs `count` times.
-"""
+Heads are groups of columns, so that reshapes and transposes of the graph are no nodes. The rows of a value
+are token b * S + s. A Section is a stretch of nodes that runs `count` times."""
 
 from __future__ import annotations
 
@@ -66,12 +65,12 @@ class Matrix:
     @property
     def bytes(self) -> float:
         """Bytes that a step reads."""
-        return self.count * self.n * self.k * element_bytes(self.dtype)
+        return float(self.count * self.n * self.k * element_bytes(self.dtype))
 
     @property
     def stored(self) -> float:
         """Bytes that it takes in memory."""
-        return self.total * self.n * self.k * element_bytes(self.dtype)
+        return float(self.total * self.n * self.k * element_bytes(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ def flops(node: Node, values: Mapping[str, Value]) -> float:
     """Operations of the products of a node on one chip (a multiply-add counts two)."""
     if node.kind == "linear":
         w = node.weights[0]
-        return 2.0 * node.attr("rows", values[node.inputs[0]].rows) * w.count * w.n * w.k
+        return float(2.0 * node.attr("rows", values[node.inputs[0]].rows) * w.count * w.n * w.k)
     if node.kind == "attention":
         a = node.attrs
-        return 2.0 * a["batch"] * a["heads"] * a["pairs"] * (a["dim"] + a["value_dim"])
+        return float(2.0 * a["batch"] * a["heads"] * a["pairs"] * (a["dim"] + a["value_dim"]))
     return 0.0

@@ -1,9 +1,9 @@
 """Tensor parallelism: which weights are cut, along which axis, and where partial sums are added.
 
-A linear whose columns only meet column-wise work and then feed an attention or another linear gives each chip its
-columns (heads); a linear of such cut columns is cut along K and leaves partial sums, which an all-reduce adds. The
-last matrix is cut by vocabulary and its columns are gathered. All else is done on every chip.
-"""
+A linear whose columns only meet column-wise work and then feed an attention or another linear gives each
+chip its columns (heads); a linear of such cut columns is cut along K and leaves partial sums, which an
+all-reduce adds. The last matrix is cut by vocabulary and its columns are gathered. All else is done on
+every chip."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def _vector(vector: Mapping[str, object], chips: int) -> dict[str, object]:
 
 
 def _cut_linears(nodes: list[Node], outputs: frozenset[str], logits: str) -> set[int]:
-    """Linears of whole rows whose columns may be cut: all that is done with them is column-wise, until an attention
-    or a linear takes them."""
+    """Linears of whole rows whose columns may be cut: all that is done with them is column-wise, until an
+    attention or a linear takes them."""
     users: dict[str, list[int]] = {}
     for i, n in enumerate(nodes):
         for v in n.inputs:
@@ -175,7 +175,8 @@ def _behind(nodes: list[Node], users: dict[str, list[int]], linear: int) -> set[
 
 
 def _origin(nodes: list[Node], maker: dict[str, int], name: str) -> int | None:
-    """The linear that a value's columns come from through column-wise nodes; -1 for an attention, None for none."""
+    """The linear that a value's columns come from through column-wise nodes; -1 for an attention, None for
+    none."""
     while name in maker:
         node = nodes[maker[name]]
         if node.kind == "linear":

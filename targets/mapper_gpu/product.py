@@ -1,9 +1,9 @@
 """Tiles of products: enumeration, pruning, and the choice by modelled time.
 
 A product kernel computes one or more products of the same rows. A lane is a run of output columns that one
-epilogue makes: `mats` weights of n rows each (gate and up are one lane of two). Weight rows take the long side of
-the tensor core's product, tokens the short one (operands swapped), so that one token pads to `mma.n` only.
-"""
+epilogue makes: `mats` weights of n rows each (gate and up are one lane of two). Weight rows take the long
+side of the tensor core's product, tokens the short one (operands swapped), so that one token pads to
+`mma.n` only."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ TILE_COLUMNS = (8, 16, 32, 64, 128, 256)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 STAGES = 2
 """Least stages of the pipeline through shared memory."""
+NEAR = 1.005
+"""What tiles cost besides (block launches, indices) is not modelled, so a half percent does not buy more of
+them."""
 STEP_BYTES = 128
 """Bytes of K that one stage holds of a row: a swizzle atom of shared memory."""
 
@@ -94,9 +97,9 @@ def lane_width(lane: Lane, n: int) -> int:
 def traffic(rows: float, cols: float, row_tiles: int, band: int, l2: float) -> float:
     """HBM bytes of a grid whose row operand has `rows` bytes and column operand `cols`, walked in bands.
 
-    Tiles go down a band of `band` row tiles, then to the next column. A band's rows stay in L2 while all columns
-    stream by, if they fit; the columns come again for every band, unless they stay in L2 beside the band.
-    """
+    Tiles go down a band of `band` row tiles, then to the next column. A band's rows stay in L2 while all
+    columns stream by, if they fit; the columns come again for every band, unless they stay in L2 beside the
+    band."""
     bands = math.ceil(row_tiles / band)
     held = rows * band / row_tiles
     if bands == 1 or held + cols <= l2:
@@ -204,8 +207,9 @@ def candidates(gpu: Gpu, p: Product) -> Iterator[Tile]:
 
 @lru_cache(maxsize=1 << 16)
 def choose(gpu: Gpu, p: Product) -> tuple[Tile, Timed]:
-    """The fastest legal tile, and its time; ties go to fewer tasks."""
+    """The fastest legal tile, and its time; of those within NEAR of it the one with fewest tasks."""
     found = [(t, measure(gpu, p, t)) for t in candidates(gpu, p)]
     if not found:
         raise LoweringError(f"gpu: no tile of {p.rows} rows and {p.lanes} fits an SM of {gpu.name}")
-    return min(found, key=lambda f: (f[1].seconds, f[1].tasks))
+    limit = NEAR * min(t.seconds for _, t in found)
+    return min((f for f in found if f[1].seconds <= limit), key=lambda f: (f[1].tasks, f[1].seconds))

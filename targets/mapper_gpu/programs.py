@@ -1,12 +1,12 @@
 """What the tasks of a kernel compute: a short program on registers, the same for all its tasks of one kind.
 
-A program reads operands (a value, its rows and columns given by the task's coordinates), runs instructions on
-two-dimensional float32 registers, and writes operands. It is the executable meaning of a task, and what source code
-is emitted from. As JSON, in the schedule's plan:
+A program reads operands (a value, its rows and columns given by the task's coordinates), runs instructions
+on two-dimensional float32 registers, and writes operands. It is the executable meaning of a task, and what
+source code is emitted from. As JSON, in the schedule's plan:
 
     {"kind": ..., "reads": [operand...], "writes": [operand...], "code": [[instruction, ...]...]}
-    operand: {"value", "dtype", "rows", "width", "panel", "r": "m" | "n" | "all", "c": "k" | "n" | "all" | "q" ...}
-"""
+    operand: {"value", "dtype", "rows", "width", "panel", "r": "m" | "n" | "all", "c": "k" | "n" | "all" |
+    "q" ...}"""
 
 from __future__ import annotations
 
@@ -78,8 +78,16 @@ class Builder:
 
 
 def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
-    return {"value": s.name, "dtype": s.dtype, "rows": s.rows, "width": s.width, "panel": s.panel, "r": r, "c": c,
-            "chip": chip}  # fmt: skip
+    return {
+        "value": s.name,
+        "dtype": s.dtype,
+        "rows": s.rows,
+        "width": s.width,
+        "panel": s.panel,
+        "r": r,
+        "c": c,
+        "chip": chip,
+    }
 
 
 def vector_name(vector: Mapping[str, Any]) -> str:
@@ -111,7 +119,10 @@ def _norm(b: Builder, node: Node, c: str) -> None:
 
 def _rope(b: Builder, node: Node, c: str) -> None:
     x = b.value(node.inputs[0], "m", c)
-    table, past = b.read(f"rope:{node.attr('table')['symbol']}", "all", "all"), b.read("past_length", "all", "all")
+    table, past = (
+        b.read(f"rope:{node.attr('table')['symbol']}", "all", "all"),
+        b.read("past_length", "all", "all"),
+    )
     length = node.attr("table")["shape"][1]
     b.emit("rope", b.register(node.output), x, table, past, node.attr("style"), node.attr("rotary"),
            node.attr("head"), b.tokens, length)  # fmt: skip
@@ -144,9 +155,15 @@ def _append(b: Builder, node: Node, c: str) -> None:
 
 
 _NODES = {
-    "embed": _embed, "positions": _positions, "norm": _norm, "head_norm": _norm, "rope": _rope, "point": _point,
-    "gate": _gate, "append": _append,
-}  # fmt: skip
+    "embed": _embed,
+    "positions": _positions,
+    "norm": _norm,
+    "head_norm": _norm,
+    "rope": _rope,
+    "point": _point,
+    "gate": _gate,
+    "append": _append,
+}
 
 
 def run_nodes(b: Builder, nodes: Sequence[int], c: str) -> None:
@@ -156,9 +173,13 @@ def run_nodes(b: Builder, nodes: Sequence[int], c: str) -> None:
 
 
 def product_program(
-    b: Builder, prologue: Sequence[int], linears: Sequence[int], epilogue: Sequence[int], stores: Sequence[str],
+    b: Builder,
+    prologue: Sequence[int],
+    linears: Sequence[int],
+    epilogue: Sequence[int],
+    stores: Sequence[str],
     split: bool,
-) -> None:  # fmt: skip
+) -> None:
     """A tile of a product: prologue on whole rows, products over columns k, then the epilogue; or, where K is
     split, the partial sums (`partial` storages) alone."""
     run_nodes(b, prologue, "all")
@@ -183,9 +204,13 @@ def product_program(
 
 
 def merge_program(
-    b: Builder, linears: Sequence[int], epilogue: Sequence[int], stores: Sequence[str], partial: Mapping[int, str],
+    b: Builder,
+    linears: Sequence[int],
+    epilogue: Sequence[int],
+    stores: Sequence[str],
+    partial: Mapping[int, str],
     splits: int,
-) -> None:  # fmt: skip
+) -> None:
     """The sum of a tile's partial sums, and the epilogue."""
     nodes = b.section.nodes
     for i in linears:
@@ -204,7 +229,15 @@ def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: 
     k, v = (b.read(c, "cache", "keys", f"cache{i}") for i, c in enumerate(node.attr("caches")))
     past = b.read("past_length", "all", "all")
     a = node.attrs
-    numbers = [a["dim"], a["value_dim"], a["heads"] // a["kv_heads"], b.tokens, a["window"], a["scale"], a["softcap"]]
+    numbers = [
+        a["dim"],
+        a["value_dim"],
+        a["heads"] // a["kv_heads"],
+        b.tokens,
+        a["window"],
+        a["scale"],
+        a["softcap"],
+    ]
     out, stats = b.register(node.output), b.register(f"{node.output}.stats")
     b.emit("attend", out, stats, q, k, v, past, *numbers)
     if partial is None:
@@ -228,8 +261,9 @@ def attention_merge_program(b: Builder, node: Node, partial: str, splits: int) -
     b.write(node.output, out)
 
 
-def reduce_program(b: Builder, source: str, output: str, chips: int, epilogue: Sequence[int], stores: Sequence[str],
-                   c: str) -> None:  # fmt: skip
+def reduce_program(
+    b: Builder, source: str, output: str, chips: int, epilogue: Sequence[int], stores: Sequence[str], c: str
+) -> None:
     """The sum over chips in their order, and the epilogue, on columns c."""
     b.emit("sum", b.register(output), [b.read(source, "m", c, chip=chip) for chip in range(chips)])
     run_nodes(b, epilogue, c)
@@ -239,8 +273,8 @@ def reduce_program(b: Builder, source: str, output: str, chips: int, epilogue: S
 
 def gather_program(b: Builder, source: str, output: str, chips: int, epilogue: Sequence[int],
                    stores: Sequence[str], share: int) -> None:  # fmt: skip
-    """All chips' columns side by side, and the epilogue: of whole values, or of the `share` columns of each chip in
-    turn."""
+    """All chips' columns side by side, and the epilogue: of whole values, or of the `share` columns of each
+    chip in turn."""
     columns: list[Columns] = [[c * share, (c + 1) * share] if share else "all" for c in range(chips)]
     parts = [b.read(source, "m", c, chip=chip) for chip, c in enumerate(columns)]
     b.emit("concat", b.register(output), parts)

@@ -1,13 +1,12 @@
 """Task queues: which SM does which task, in which order, and when.
 
-Graph style: a kernel's tasks are handed out in order to the SM that is free first, and the next kernel starts when
-all of them are done and the launch gap is over. Megakernel style: every SM has one queue for the whole program; a
-task waits for the counters of exactly the tasks that make what it reads; tasks are placed by list scheduling, those
-with the longest path to the end first.
+Graph style: a kernel's tasks are handed out in order to the SM that is free first, and the next kernel
+starts when all of them are done and the launch gap is over. Megakernel style: every SM has one queue for
+the whole program; a task waits for the counters of exactly the tasks that make what it reads; tasks are
+placed by list scheduling, those with the longest path to the end first.
 
-`stage_starts` and `queue_starts` give starts from durations alone, so that the same order can be timed with other
-constants.
-"""
+`stage_starts` and `queue_starts` give starts from durations alone, so that the same order can be timed with
+other constants."""
 
 from __future__ import annotations
 
@@ -23,9 +22,10 @@ from mapper_gpu.timing import Float
 
 @dataclass(frozen=True)
 class Stages:
-    """Rows of a block in stages: `stage` of each row (ascending), its `unit`, its position `rank` in that unit's
-    queue within the stage, and `join`: rows of one merge tile share a number (-1: none); a merge starts after
-    the rows of its tile. `head` marks stages that start a kernel: they come a launch gap after the stage before."""
+    """Rows of a block in stages: `stage` of each row (ascending), its `unit`, its position `rank` in that
+    unit's queue within the stage, and `join`: rows of one merge tile share a number (-1: none); a merge
+    starts after the rows of its tile. `head` marks stages that start a kernel: they come a launch gap after
+    the stage before."""
 
     stage: Int
     unit: Int

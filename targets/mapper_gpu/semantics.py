@@ -1,4 +1,5 @@
-"""The executable meaning of this target's schedules: layouts of ports, and tasks run one by one in time order."""
+"""The executable meaning of this target's schedules: layouts of ports, and tasks run one by one in time
+order."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ Array = npt.NDArray[Any]
 class GpuSemantics:
     """See mapper.backend.Semantics.
 
-    Layouts: "copies" (the array in C order on every chip), "panels" ([rows, width] as width/panel blocks, cut among
-    chips along n or k, or copied), "cache" ([heads, batch, positions, elements], heads cut among chips).
-    """
+    Layouts: "copies" (the array in C order on every chip), "panels" ([rows, width] as width/panel blocks,
+    cut among chips along n or k, or copied), "cache" ([heads, batch, positions, elements], heads cut among
+    chips)."""
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
         """Write the array into the buffers of all chips."""
@@ -40,7 +41,9 @@ class GpuSemantics:
             flags = memories.written(memory)[low:high]
             if not flags.all():
                 at = low + int(np.argmin(flags))
-                raise ExecutionFault(f"port {port.name}: byte {at} of its memory is read and was never written")
+                raise ExecutionFault(
+                    f"port {port.name}: byte {at} of its memory is read and was never written"
+                )
             found.append(memories.data(memory)[low:high].copy().view(dtype(port.dtype)))
         kind, shape = port.layout["kind"], port.shape
         if kind == "cache":
@@ -65,8 +68,7 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
         yield from [array] * count
         return
     if layout["kind"] == "cache":
-        for part in np.split(array.transpose(1, 0, 2, 3), count):
-            yield part
+        yield from np.split(array.transpose(1, 0, 2, 3), count)
         return
     if layout["kind"] != "panels" or array.ndim != 2:
         raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")

@@ -1,8 +1,7 @@
 """A model's shape as sections of nodes, without a graph or weights: what `step_time` takes for a sweep.
 
-The same nodes come out of a serving graph by `extract`; here they are written from a configuration's numbers. One
-chip's part of them: heads, columns and experts are divided by the degrees of parallelism.
-"""
+The same nodes come out of a serving graph by `extract`; here they are written from a configuration's
+numbers. One chip's part of them: heads, columns and experts are divided by the degrees of parallelism."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts: `count` experts of inner width `inner`, `chosen` per token; a shared one besides of
-    width `shared` (0: none)."""
+    """A mixture of experts: `count` experts of inner width `inner`, `chosen` per token; a shared one
+    besides of width `shared` (0: none)."""
 
     count: int
     chosen: int
@@ -92,8 +91,8 @@ class Precision:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Degrees of parallelism. Chips = tensor x pipeline x data; `expert` chips share the experts of a layer (it
-    divides tensor x data)."""
+    """Degrees of parallelism. Chips = tensor x pipeline x data; `expert` chips share the experts of a layer
+    (it divides tensor x data)."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -108,7 +107,8 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Work:
-    """One step: `batch` sequences on these chips, `tokens` new ones each after `past`; `length` rows of cache.
+    """One step: `batch` sequences on these chips, `tokens` new ones each after `past`; `length` rows of
+    cache.
 
     `logits` rows per sequence of the last matrix (1: only the last token's)."""
 
@@ -168,7 +168,7 @@ def _attention_elements(shape: ModelShape) -> int:
 
 def active_experts(mixture: Mixture, tokens: float) -> float:
     """Experts that at least one of `tokens` chooses, each token choosing evenly: E (1 - (1 - k/E)^tokens)."""
-    return mixture.count * (1 - (1 - mixture.chosen / mixture.count) ** tokens)
+    return float(mixture.count * (1 - (1 - mixture.chosen / mixture.count) ** tokens))
 
 
 @dataclass
@@ -190,7 +190,9 @@ class _Writer:
         self.values[name] = Value(rows or self.rows, width, dtype, head, state)
         return name
 
-    def add(self, kind: str, inputs: Sequence[str], out: str, weights: Sequence[Matrix] = (), **attrs: Any) -> str:
+    def add(
+        self, kind: str, inputs: Sequence[str], out: str, weights: Sequence[Matrix] = (), **attrs: Any
+    ) -> str:
         self.nodes.append(Node(kind, tuple(inputs), out, tuple(weights), attrs))
         return out
 
@@ -244,7 +246,9 @@ def _layer_section(
         _mlp(w, layer.inner)
     _residual(w, "mlp_out", "middle", "y")
     outputs = frozenset(n.output for n in w.nodes if w.values[n.output].state) | {"y"}
-    return Section(f"layer{number}" if number else "layer", count, tuple(w.nodes), w.values, outputs, {"x": "y"})
+    return Section(
+        f"layer{number}" if number else "layer", count, tuple(w.nodes), w.values, outputs, {"x": "y"}
+    )
 
 
 def _norm(w: _Writer, x: str, out: str) -> None:
@@ -292,7 +296,8 @@ def _score_engine(precision: Precision) -> str:
 
 
 def _latent_attention(w: _Writer, layer: LayerShape) -> None:
-    """The absorbed form: queries pass through the key half of the up-projection, results through the value half."""
+    """The absorbed form: queries pass through the key half of the up-projection, results through the value
+    half."""
     s, work, act = w.shape, w.work, w.precision.activations
     c = s.latent
     assert c is not None
@@ -316,11 +321,23 @@ def _latent_attention(w: _Writer, layer: LayerShape) -> None:
     w.linear("q.rope", "q.latent", c.rank, c.nope, count=heads, total=heads, rows=rows)
     w.value("attended", heads * c.rank, act)
     w.add(
-        "attention", ["q.latent", "q.rope", "cache.latent"], "attended", batch=work.batch, heads=heads, kv_heads=1,
-        dim=c.rank + c.rope, value_dim=c.rank, tokens=work.tokens, past=work.past,
-        length=work.past + work.tokens, element=element_bytes(w.precision.cache),
-        engine=_score_engine(w.precision), window=layer.window, shared=True, name="attention",
-    )  # fmt: skip
+        "attention",
+        ["q.latent", "q.rope", "cache.latent"],
+        "attended",
+        batch=work.batch,
+        heads=heads,
+        kv_heads=1,
+        dim=c.rank + c.rope,
+        value_dim=c.rank,
+        tokens=work.tokens,
+        past=work.past,
+        length=work.past + work.tokens,
+        element=element_bytes(w.precision.cache),
+        engine=_score_engine(w.precision),
+        window=layer.window,
+        shared=True,
+        name="attention",
+    )
     w.linear("attended", "attended.value", c.value, c.rank, count=heads, total=heads, rows=rows)
     w.linear("attended.value", "attention_out", s.hidden, heads * c.value, "k")
 
@@ -338,8 +355,8 @@ def _mlp(w: _Writer, inner: int) -> None:
 
 
 def _experts(w: _Writer, e: Mixture) -> None:
-    """Experts that some token chose, each with its share of the rows; a tensor-parallel chip holds a slice of every
-    expert, an expert-parallel one whole experts, with an all-to-all before and behind."""
+    """Experts that some token chose, each with its share of the rows; a tensor-parallel chip holds a slice
+    of every expert, an expert-parallel one whole experts, with an all-to-all before and behind."""
     p, hidden = w.parallel, w.shape.hidden
     w.linear("mlp_in", "router", e.count, hidden, "", out_dtype="f32")
     w.value("chosen", e.chosen, "f32")
@@ -399,5 +416,3 @@ def check(parallel: Parallel, shape: ModelShape) -> None:
         raise UsageError(f"gpu: {parallel.tensor} chips cannot share {shape.heads} heads")
     if parallel.pipeline > len(shape.layers):
         raise UsageError(f"gpu: {parallel.pipeline} stages for {len(shape.layers)} layers")
-
-

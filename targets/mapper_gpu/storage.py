@@ -1,9 +1,8 @@
 """Where values live: storages of one chip's memory, each with a layout of panels.
 
-A panel layout keeps a [rows, width] array as width/panel blocks of [rows, panel], so that a tile of whole panels and
-all rows is one run of bytes; panel = width is row-major. Weights [n, k] are the same with rows n and columns k. A
-cache is [heads, batch, positions, elements].
-"""
+A panel layout keeps a [rows, width] array as width/panel blocks of [rows, panel], so that a tile of whole
+panels and all rows is one run of bytes; panel = width is row-major. Weights [n, k] are the same with rows n
+and columns k. A cache is [heads, batch, positions, elements]."""
 
 from __future__ import annotations
 
@@ -46,15 +45,16 @@ class Storage:
         return self.rows * self.width * self.item
 
     def cover(self, r0: int, r1: int, c0: int, c1: int) -> tuple[int, int]:
-        """(offset, bytes) of the shortest run that holds rows r0..r1-1 of the panels with columns c0..c1-1."""
+        """(offset, bytes) of the shortest run that holds rows r0..r1-1 of the panels with columns
+        c0..c1-1."""
         low, high = c0 // self.panel, -(-c1 // self.panel)
         begin = (low * self.rows + r0) * self.panel
         end = ((high - 1) * self.rows + r1) * self.panel
         return begin * self.item, (end - begin) * self.item
 
     def runs(self, r0: int, r1: int, c0: int, c1: int) -> list[tuple[int, int]]:
-        """(offset, bytes) of the runs that hold exactly rows r0..r1-1 and columns c0..c1-1: whole panels, or columns
-        of a single row. Raises ValueError where the columns cut a panel."""
+        """(offset, bytes) of the runs that hold exactly rows r0..r1-1 and columns c0..c1-1: whole panels,
+        or columns of a single row. Raises ValueError where the columns cut a panel."""
         if self.rows == 1:
             return [(c0 * self.item, (c1 - c0) * self.item)]
         if c0 % self.panel or c1 % self.panel:

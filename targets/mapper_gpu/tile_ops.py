@@ -1,6 +1,6 @@
-"""The meaning of the instructions of task programs, on float32 registers [rows, columns]. Source of each formula: the
-IR op of the same name (mapper/ir/README.md); products accumulate in float32 on operands rounded to the weight's
-format, as tensor cores do."""
+"""The meaning of the instructions of task programs, on float32 registers [rows, columns]. Source of each
+formula: the IR op of the same name (mapper/ir/README.md); products accumulate in float32 on operands
+rounded to the weight's format, as tensor cores do."""
 
 from __future__ import annotations
 
@@ -77,7 +77,11 @@ def _rope(
     v = r[x].reshape(r[x].shape[0], -1, head)
     y = v.copy()
     half = rotary // 2
-    a, b = (slice(0, half), slice(half, rotary)) if style == "half" else (slice(0, rotary, 2), slice(1, rotary, 2))
+    a, b = (
+        (slice(0, half), slice(half, rotary))
+        if style == "half"
+        else (slice(0, rotary, 2), slice(1, rotary, 2))
+    )
     y[..., a] = v[..., a] * cos - v[..., b] * sin
     y[..., b] = v[..., b] * cos + v[..., a] * sin
     r[out] = y.reshape(r[x].shape)
@@ -106,7 +110,7 @@ def _concat(task: Task, r: Registers, out: str, parts: list[str]) -> None:
 
 
 def _erf(x: Array) -> Array:
-    return np.vectorize(math.erf, otypes=[np.float32])(x)
+    return np.asarray(np.vectorize(math.erf, otypes=[np.float32])(x), np.float32)
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
@@ -152,7 +156,8 @@ def _attend(
     task: Task, r: Registers, out: str, stats: str, q: str, k: str, v: str, past: str, dim: int, value: int,
     group: int, tokens: int, window: int, scale: float, softcap: float,
 ) -> None:  # fmt: skip
-    """out [rows, group * value]: unnormalised; stats [rows, 2 * group]: maxima, then sums, of this stretch."""
+    """out [rows, group * value]: unnormalised; stats [rows, 2 * group]: maxima, then sums, of this
+    stretch."""
     keys, values = r[k], r[v]
     rounded = next((o.dtype for o in task.code.reads if o.r == "cache"), np.dtype(np.float32))
     asked = r[q].reshape(-1, group, dim).astype(rounded).astype(np.float32)

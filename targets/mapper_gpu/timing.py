@@ -6,10 +6,9 @@ three overlap in its pipeline, so the slowest one counts. While `sharers` SMs ru
     min(port, in_flight / HBM latency, HBM rate / sharers)   bytes/s from HBM    (Little's law)
     min(port, L2 rate / sharers)                             bytes/s from L2
 
-A kernel adds its start (first instruction to first load), the latency of the first bytes, and that of the last
-write; between kernels lies the launch gap. In a persistent kernel the next task's bytes are fetched while the
-last one computes: it pays the queue's fetch and, where it waits, the signal.
-"""
+A kernel adds its start (first instruction to first load), the latency of the first bytes, and that of the
+last write; between kernels lies the launch gap. In a persistent kernel the next task's bytes are fetched
+while the last one computes: it pays the queue's fetch and, where it waits, the signal."""
 
 from __future__ import annotations
 
@@ -72,7 +71,8 @@ def grid_seconds(gpu: Gpu, tasks: int, far: float, near: float, work: float, eng
 
 
 def spread(durations: Sequence[float], sms: int) -> tuple[float, list[int]]:
-    """List scheduling in the given order: (makespan, SM of each task), always on the SM that is free first."""
+    """List scheduling in the given order: (makespan, SM of each task), always on the SM that is free
+    first."""
     free = [(0.0, i) for i in range(sms)]
     placed, end = [], 0.0
     for d in durations:

@@ -1,4 +1,5 @@
-"""Weights of a schedule: one storage per matrix, table and vector, the port that fills it, its parts per chip."""
+"""Weights of a schedule: one storage per matrix, table and vector, the port that fills it, its parts per
+chip."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Held:
-    """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has [k, n]),
-    and how chips share it. A vector has k = 0; a rope table keeps its shape."""
+    """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
+    [k, n]), and how chips share it. A vector has k = 0; a rope table keeps its shape."""
 
     symbol: str
     kind: str
@@ -58,7 +59,9 @@ class Weights:
                 for label, held in _of(e.section.nodes[i], self.form):
                     for name in e.slots.get(held.symbol, (held.symbol,)):
                         one = Held(name, *list(held.__dict__.values())[1:])
-                        self.cuts[one] = math.lcm(self.cuts.get(one, 1), splits if one.kind == "matrix" else 1)
+                        self.cuts[one] = math.lcm(
+                            self.cuts.get(one, 1), splits if one.kind == "matrix" else 1
+                        )
                     names = e.slots.get(held.symbol, (held.symbol,))
                     found[label] = [Held(n, *list(held.__dict__.values())[1:]) for n in names]
         self.users[phase, id(e)] = sorted(found.items())
@@ -68,13 +71,15 @@ class Weights:
         layouts: dict[Key, Storage] = {}
         for held, cuts in self.cuts.items():
             rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
-            if held.kind == "vector":
-                rows, width, panel = 1, held.n, held.n
-            elif held.kind == "rope":
+            if held.kind == "vector" or held.kind == "rope":
                 rows, width, panel = 1, held.n, held.n
             key = (held.symbol, held.first, rows, width, panel, held.turned, held.split, held.dtype)
             if key not in layouts:
-                name = held.symbol if not held.first and held.kind != "vector" else f"{held.symbol}[{held.first}:]"
+                name = (
+                    held.symbol
+                    if not held.first and held.kind != "vector"
+                    else f"{held.symbol}[{held.first}:]"
+                )
                 taken = sum(k[0] == held.symbol and k[1] == held.first for k in layouts)
                 name += f"#{taken}" if taken else ""
                 layouts[key] = memory.add(Storage(name, rows, width, held.dtype, panel))
@@ -85,7 +90,8 @@ class Weights:
         return {label: self.storages[held[0]] for label, held in self.users[phase, id(e)]}
 
     def slots(self, phase: Any, e: Extracted) -> list[tuple[Storage, list[Storage]]]:
-        """(storage of the first repetition, storages of all) of the weights that change from layer to layer."""
+        """(storage of the first repetition, storages of all) of the weights that change from layer to
+        layer."""
         found: dict[Storage, list[Storage]] = {}
         for _, held in self.users[phase, id(e)]:
             if len(held) > 1:
@@ -104,7 +110,17 @@ class Weights:
             layout = {"kind": "panels", "panel": s.panel, "split": held.split, "chips": self.chips}
             buffers = tuple(range(s.first, s.first + self.chips))
             kind: Any = "weight"
-            found.append(Port(f"weight:{s.name}", kind, NUMPY[held.dtype], shape, buffers, layout, self._source(held, shape)))
+            found.append(
+                Port(
+                    f"weight:{s.name}",
+                    kind,
+                    NUMPY[held.dtype],
+                    shape,
+                    buffers,
+                    layout,
+                    self._source(held, shape),
+                )
+            )
         return found
 
     def _whole(self, held: Held) -> tuple[int, int]:
@@ -153,14 +169,18 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             yield w.label, _matrix(w, form)
     if node.kind == "rope":
         table = node.attr("table")
-        yield f"rope:{table['symbol']}", Held(
-            table["symbol"], "rope", math.prod(table["shape"]), 0, 0, False, "", "f32"
+        yield (
+            f"rope:{table['symbol']}",
+            Held(table["symbol"], "rope", math.prod(table["shape"]), 0, 0, False, "", "f32"),
         )
     for name in ("weight", "bias", "vector", "sinks"):
         v = node.attr(name)
         if isinstance(v, Mapping):
             split = "n" if v.get("chips", 1) > 1 else ""
-            yield vector_name(v), Held(v["symbol"], "vector", v["length"], 0, v.get("first", 0), False, split, "f32")
+            yield (
+                vector_name(v),
+                Held(v["symbol"], "vector", v["length"], 0, v.get("first", 0), False, split, "f32"),
+            )
 
 
 def _matrix(w: Matrix, form: str) -> Held:
