@@ -34,7 +34,10 @@ def serve(
     ] = None,
     cache: Annotated[str | None, typer.Option(help="Format of the KV cache; default: bf16.")] = None,
     stack: Annotated[
-        str | None, typer.Option(help="Serving software whose host time counts; default: none.")
+        str | None,
+        typer.Option(
+            help="Serving software whose kernels and host are meant; default: mapper's own kernels."
+        ),
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests in flight; the next arrives as one leaves.")

@@ -38,7 +38,7 @@ class Deployment:
 
     `chips` is the tensor-parallel group; `experts` of these hold whole experts instead of slices; `replicas`
     groups among them hold a copy of attention each (attention data parallelism). `stack` names the serving
-    software, whose host time counts; None: no host time.
+    software whose kernels and host are meant; None: the target's own kernels.
     """
 
     chips: int = 1

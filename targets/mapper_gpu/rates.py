@@ -77,20 +77,12 @@ class Rates:
         raise UsageError(f"no products with {weights!r} weights on this machine; it has {known}")
 
 
-def rates(machine: Machine, software: Machine | None = None) -> Rates:
-    """The rates of `machine` under the kernels of `software`; without it, what the machine's own file says
-    that kernels can achieve. Raises MachineError where a constant is missing."""
-    m = machine.value
+def rates(machine: Machine, software: Machine) -> Rates:
+    """The rates of `machine` under the kernels of `software`, whose constants are shares of what the
+    machine's file says that memory and products reach. Raises MachineError where a constant is missing."""
+    m, s = machine.value, software.value
     names = ("f32", "bf16", "f16", "fp8", "fp4", "int8")
     product = {n: m(f"tensor.{n}") for n in names if f"tensor.{n}" in machine.constants}
-    alone = {
-        "kernels.tensor": 1.0,
-        "kernels.grouped": 1.0,
-        "kernels.unpack": 1.0,
-        "kernels.gap": m("launch.gap") + m("launch.start") + m("memory.hbm.latency"),
-        "exchange.latency": m("launch.gap") + m("launch.start") + 2 * m("link.latency"),
-    }
-    s = alone.__getitem__ if software is None else software.value
     fabric = Fabric(
         machine.whole("link.domain"), s("exchange.latency"), m("link.bandwidth") * m("link.efficiency"),
         m("network.latency"), m("network.bandwidth"), bool(machine.whole("link.switched")),
@@ -103,7 +95,7 @@ def rates(machine: Machine, software: Machine | None = None) -> Rates:
         product=MappingProxyType(product),
         memory=m("memory.hbm.capacity"),
         bandwidth=m("memory.hbm.bandwidth"),
-        stream=m("memory.hbm.efficiency") if software is None else best * s("kernels.stream"),
+        stream=best * s("kernels.stream"),
         tensor=m("tensor.efficiency") * s("kernels.tensor"),
         grouped=s("kernels.grouped"),
         unpack=s("kernels.unpack"),

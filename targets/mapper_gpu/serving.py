@@ -9,8 +9,10 @@ from functools import lru_cache
 from mapper.errors import UsageError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
-from mapper.serving.phases import Deployment
+from mapper.serving.phases import Deployment, Phases
 from mapper_gpu import stacks
+from mapper_gpu.compiled import CompiledPhases, shape_of
+from mapper_gpu.hardware import gpu
 from mapper_gpu.phases import GpuPhases
 from mapper_gpu.rates import rates
 from mapper_gpu.work import Work, work
@@ -51,10 +53,12 @@ def _work(graph: Graph) -> Work:
     return work(graph)
 
 
-def phases(graph: Graph, machine: Machine, deployment: Deployment) -> GpuPhases:
-    """Iteration times of `graph` on `machine`. Raises CapacityError, UsageError, LoweringError."""
-    name = deployment.stack
-    if name is not None and name not in stacks.files():
+def phases(graph: Graph, machine: Machine, deployment: Deployment) -> Phases:
+    """Iteration times of `graph` on `machine`: under the kernels and host of the stack that the deployment
+    names, else on mapper's own kernels. Raises CapacityError, UsageError, LoweringError."""
+    name, items = deployment.stack, _work(graph)
+    if name is None:
+        return CompiledPhases(shape_of(graph.name, items), gpu(machine), deployment)
+    if name not in stacks.files():
         raise UsageError(f"no serving software called {name[:40]!r}; known: {', '.join(stacks.files())}")
-    software = None if name is None else stacks.kernels()
-    return GpuPhases(_work(graph), rates(machine, software), deployment, stacks.host(name))
+    return GpuPhases(items, rates(machine, stacks.kernels()), deployment, stacks.host(name))

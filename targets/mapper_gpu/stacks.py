@@ -42,10 +42,8 @@ def kernels() -> Machine:
     return read(KERNELS)
 
 
-def host(name: str | None) -> Host:
-    """The host times of a stack; none for None. Raises KeyError for an unknown name."""
-    if name is None:
-        return Host()
+def host(name: str) -> Host:
+    """The host times of a stack. Raises KeyError for an unknown name."""
     file = files()[name]
     return Host(file.value("host.iteration"), file.value("host.sequence"))
 

@@ -12,6 +12,7 @@ from mapper.machine import Machine, read
 from mapper_gpu.hardware import gpu
 from mapper_gpu.rates import rates
 from mapper_gpu.serving import CALIBRATED, SYSTEMS, machine_of
+from mapper_gpu.stacks import kernels
 
 FOLDER = Path(mapper_gpu.__file__).parent / "machines"
 FILES = sorted(FOLDER.glob("*.toml"))
@@ -58,7 +59,7 @@ def test_it_has_what_the_contract_names(machine: Machine) -> None:
         if key in contract.constants and contract.get(key).unit not in ("SMs", "OP/s", "FLOP/s"):
             assert constant.unit == contract.get(key).unit or machine.value("geometry.systolic"), key
     gpu(machine)
-    rates(machine)
+    rates(machine, kernels())
 
 
 def test_the_peak_is_what_its_units_make(machine: Machine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -18,9 +19,13 @@ from mapper.serving.workload import Workload
 from mapper.zoo.families import config
 from mapper.zoo.files import params
 from mapper_gpu import BACKEND, kernels, stacks
+from mapper_gpu.compiled import CompiledPhases, shape_of
+from mapper_gpu.model import step_time
 from mapper_gpu.phases import GpuPhases
 from mapper_gpu.rates import rates
 from mapper_gpu.serving import phases
+from mapper_gpu.shape import Work as Step
+from mapper_gpu.shape import of_config
 from mapper_gpu.work import Attention, Experts, Matrix, Work, work
 from tests.command import inside
 
@@ -38,7 +43,16 @@ def machine(name: str) -> Machine:
 
 
 def made(model: str = "llama-3.1-8b", on: str = "h100-sxm", **options: object) -> GpuPhases:
-    return phases(graph(model), machine(on), Deployment(**options))  # type: ignore[arg-type]
+    wanted = Deployment(**({"stack": "sglang"} | options))  # type: ignore[arg-type]
+    found = phases(graph(model), machine(on), wanted)
+    assert isinstance(found, GpuPhases)
+    return found
+
+
+def own(model: str = "llama-3.1-8b", on: str = "h100-sxm", **options: object) -> CompiledPhases:
+    found = phases(graph(model), machine(on), Deployment(**options))  # type: ignore[arg-type]
+    assert isinstance(found, CompiledPhases)
+    return found
 
 
 def stored(items: Work) -> int:
@@ -88,15 +102,16 @@ def test_no_step_beats_the_bytes_that_it_reads(batch: int, on: str, stack: str |
     cache_bytes = batch * 2048 * config("llama-3.1-8b").cache_bytes()
     read = 2 * (params(config("llama-3.1-8b")) - 128256 * 4096) + cache_bytes
     bound = read / chip.value("memory.hbm.bandwidth")
-    seconds = made(on=on, stack=stack).seconds(Iteration(batch, 2048))
+    model = own(on=on) if stack is None else made(on=on, stack=stack)
+    seconds = model.seconds(Iteration(batch, 2048))
     assert bound < seconds < 3 * bound
 
 
 def test_no_prefill_beats_the_arithmetic() -> None:
     flops = 2 * 8192 * (params(config("llama-3.1-8b")) - 2 * 128256 * 4096)
     bound = flops / machine("h100-sxm").value("tensor.bf16")
-    seconds = made().seconds(Iteration(prefill=8192, seen=4096, prompts=1))
-    assert bound < seconds < 3 * bound
+    for model in (made(), own()):
+        assert bound < model.seconds(Iteration(prefill=8192, seen=4096, prompts=1)) < 4 * bound
 
 
 def test_more_work_takes_longer() -> None:
@@ -136,7 +151,8 @@ def test_low_bit_weights_are_read_faster_and_need_units_to_be_computed_faster() 
     with pytest.raises(UsageError, match="unknown format 'fp3'"):
         made(weights="fp3")
     with pytest.raises(UsageError, match="no products"):
-        phases(graph("llama-3.1-8b"), without(machine("tpu-v6e"), "tensor.bf16"), Deployment()).seconds(step)
+        lacking = without(machine("tpu-v6e"), "tensor.bf16")
+        phases(graph("llama-3.1-8b"), lacking, Deployment(stack="vllm")).seconds(step)
 
 
 def without(source: Machine, key: str) -> Machine:
@@ -153,7 +169,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_experts_are_read_as_tokens_reach_them() -> None:
-    chip = rates(machine("h100-sxm"))
+    chip = rates(machine("h100-sxm"), stacks.kernels())
     few = kernels.experts(chip, 1, 8, 256, 7168, 512, 256, "fp8")
     many = kernels.experts(chip, 4096, 8, 256, 7168, 512, 256, "fp8")
     alone = 8 * (7168 * 512 + 256 * 7168) / (chip.bandwidth * chip.stream)
@@ -163,13 +179,57 @@ def test_experts_are_read_as_tokens_reach_them() -> None:
 
 def test_waves_are_quantised() -> None:
     """One tile more than the cores hold costs a part of another wave, never less than the work itself."""
-    chip = replace(rates(machine("h100-sxm")), tensor=1.0)
+    chip = replace(rates(machine("h100-sxm"), stacks.kernels()), tensor=1.0)
     at = [kernels.waves(chip, 8192, 4096, n, "bf16") for n in range(2048, 8192, 128)]
     ideal = [2 * 8192 * 4096 * n / chip.product["bf16"] for n in range(2048, 8192, 128)]
     ratios = [a / b for a, b in zip(at, ideal, strict=True)]
     assert at == sorted(at)
     assert all(1 <= r < 1.5 for r in ratios)
     assert max(ratios) > 1.02
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-3.1-8b",
+        "qwen3-235b-a22b",
+        "deepseek-v3",
+        "gpt-oss-120b",
+        "llama-4-maverick",
+        "gpt2",
+        "gemma-3-4b",
+    ],
+)
+def test_the_shape_of_the_graph_is_the_shape_of_the_configuration(name: str) -> None:
+    wanted = of_config(config(name))
+    found = shape_of(name, work(graph(name)))
+    assert sorted(x.window for x in found.layers) == sorted(x.window for x in wanted.layers)
+    mlps = [Counter((x.inner, x.experts) for x in shape.layers) for shape in (found, wanted)]
+    assert mlps[0] == mlps[1]  # which window goes with which MLP does not matter to a step
+    assert replace(found, layers=()) == replace(wanted, layers=(), tied=False)
+
+
+def test_compiled_iterations_are_those_of_the_model_where_it_was_asked() -> None:
+    model, chip = own(), machine("h100-sxm")
+    shape = of_config(config("llama-3.1-8b"))
+    step = step_time(shape, chip, Step(8, 1, 2047, 2048)).seconds
+    assert model.seconds(Iteration(8, 2047)) == pytest.approx(step, rel=0.02)
+    whole = step_time(shape, chip, Step(1, 1024, 0, 1024)).seconds
+    assert model.seconds(Iteration(prefill=1024, seen=512.5, prompts=1)) == pytest.approx(whole, rel=0.1)
+    mixed = model.seconds(Iteration(8, 2047, prefill=1024, seen=512.5, prompts=1))
+    assert whole < mixed < step + whole
+    assert model.seconds(Iteration(8, 2047)) < model.seconds(Iteration(8, 2047, width=4)) < 2 * step
+    between_points = [model.seconds(Iteration(8, c)) for c in range(2000, 4200, 100)]
+    assert between_points == sorted(between_points)
+
+
+def test_compiled_phases_refuse_what_they_cannot_hold() -> None:
+    with pytest.raises(UsageError, match="one weight format"):
+        own("gpt-oss-120b", chips=4, expert_weights="mxfp4")
+    with pytest.raises(CapacityError, match="no room for a cache"):
+        own("llama-3.1-70b")
+    with pytest.raises(UsageError, match="unknown format"):
+        own(weights="fp3")
 
 
 def test_at_concurrency_one_the_time_per_token_is_the_mean_step() -> None:
@@ -187,7 +247,6 @@ def test_stacks_have_policies_and_host_times() -> None:
         made(stack="vllm-2024").parts(Iteration(64, 100)).host
         > made(stack="vllm").parts(Iteration(64, 100)).host
     )
-    assert made().parts(Iteration(64, 100)).host == 0
     assert names["trtllm"].policy.reserve and not names["vllm"].policy.reserve
 
 
