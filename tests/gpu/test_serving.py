@@ -107,6 +107,14 @@ def test_no_step_beats_the_bytes_that_it_reads(batch: int, on: str, stack: str |
     assert bound < seconds < 3 * bound
 
 
+@pytest.mark.parametrize("on", [path.stem for path in FILES])
+def test_every_machine_serves_on_kernels_of_its_own(on: str) -> None:
+    chip, chips = machine(on), 4
+    read = 2 * (params(config("llama-3.1-8b")) - 128256 * 4096) / chips
+    seconds = own(on=on, chips=chips).seconds(Iteration(1, 128))
+    assert read / chip.value("memory.hbm.bandwidth") < seconds < 0.05
+
+
 def test_no_prefill_beats_the_arithmetic() -> None:
     flops = 2 * 8192 * (params(config("llama-3.1-8b")) - 2 * 128256 * 4096)
     bound = flops / machine("h100-sxm").value("tensor.bf16")
