@@ -66,7 +66,7 @@ def _peaks(schedule: Schedule, phase: str, chip: Gpu, machine: Machine, seconds:
 
 
 def _parts(schedule: Schedule, phase: str, chip: Gpu, seconds: float) -> Finding:
-    """The step's time, part by part; what is left over is what waves, tails, L2, merges and arithmetic add."""
+    """The step's time, part by part; what is left over comes of waves, tails, L2, merges, arithmetic."""
     moved, _ = _totals(schedule, phase)
     far = moved / schedule.chips
     launches = leads = links = 0.0
