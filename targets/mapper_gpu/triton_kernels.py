@@ -1,0 +1,340 @@
+"""What the templates of kernels need, per kind of kernel: products, merges, attention, rows and heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mapper.errors import LoweringError
+from mapper_gpu.hardware import element_bytes
+from mapper_gpu.product import STEP_BYTES, Lane, lane_width
+from mapper_gpu.triton_attention import attention, attention_merge
+from mapper_gpu.triton_code import TYPES, Frame, Group, Json, Parameters, Statements, load, masked, power
+from mapper_gpu.triton_emit import Setting, Stage
+from mapper_gpu.triton_frames import Columns, HeadShape, columns, head_shape, upright
+
+VECTOR_ELEMENTS = 4096
+"""Running products of a weight-streaming tile: 32 registers of each of 128 threads."""
+CHUNK = 1024
+"""Columns of a row that are held at a time."""
+TENSOR_ROWS = 64
+"""Rows from which tokens take the long side of the tensor core's product (wgmma's M)."""
+Context = dict[str, Any]
+
+
+def write(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    """A kernel's context: `template`, `name`, `grid`, `params`, and what the template reads."""
+    writer = _WRITERS.get(stage.kind)
+    if writer is None or setting.chips > 1:
+        raise LoweringError(f"gpu: no Triton source for a {stage.kind} on {setting.chips} chips")
+    found = writer(stage, parameters, setting)
+    tasks = f"{stage.tasks} programs"
+    return {
+        "name": stage.name, "title": f"{stage.record['name']}: {found['what']}, {tasks}",
+        "grid": stage.tasks, "params": list(parameters.known.values()), **found,
+    }  # fmt: skip
+
+
+# products ----------------------------------------------------------------------------------------
+
+
+def _tiles(record: Json) -> Context:
+    """How tiles are numbered: down a band of row tiles, then to the next column tile, lane by lane."""
+    tile = record["tile"]
+    lanes = [Lane(lane["n"], lane["mats"], lane["grain"]) for lane in record["lanes"]]
+    widths = [lane_width(lane, tile["n"]) for lane in lanes]
+    across = [math.ceil(lane.n / width) for lane, width in zip(lanes, widths, strict=True)]
+    down = math.ceil(tile["rows"] / tile["m"])
+    return {
+        "splits": tile["splits"], "down": down, "band": min(tile["band"], down), "across": sum(across),
+        "widths": widths, "totals": [lane.n for lane in lanes],
+        "starts": [sum(across[:i]) for i in range(len(across))],
+        "ends": [sum(across[: i + 1]) for i in range(len(across))],
+    }  # fmt: skip
+
+
+def _rows_frame(name: str, groups: tuple[Group, ...], rows: int, exact: bool) -> Frame:
+    return Frame(name, "m[:, None]", "" if exact else "m_ok[:, None]", groups, rows)
+
+
+def _product(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    record, tile = stage.record, stage.record["tile"]
+    tiles = _tiles(record)
+    splits, count = tile["splits"], len(record["lanes"])
+    vector = tile["engine"] == "vector"
+    rows = power(min(tile["m"], tile["rows"]))
+    exact = tile["rows"] % tile["m"] == 0 and rows == tile["m"] or rows == tile["rows"]
+    heads = None if splits > 1 else head_shape(stage.programs)
+    programs = [stage.programs[i * splits] for i in range(count)]
+    k = _depth(programs[0])
+    # where K is split, a task's own part of it is counted from zero
+    length = k // splits
+    lanes: list[Context] = []
+    frame = _rows_frame("x", (), rows, exact)
+    first = Statements(programs[0], parameters, setting.batch)
+    stats = statistics(first, frame)
+    for i, program in enumerate(programs):
+        work = first if i == 0 else Statements(program, parameters, setting.batch, stats=first.stats)
+        if i:
+            work.reserve(first)
+        lane = _lane_heads(program, heads)
+        cols = columns(f"(column - {tiles['starts'][i]}) * {tiles['widths'][i]}" if tiles["starts"][i]
+                       else f"column * {tiles['widths'][i]}", tiles["widths"][i], tiles["totals"][i], lane,
+                       1 if vector else 16)  # fmt: skip
+        lanes.append(_lane(work, stage, setting, cols, rows, exact, length, i))
+    return {
+        "template": "product.py.j2", **tiles, "rows": rows, "height": tile["m"], "total_rows": tile["rows"],
+        "exact": exact, "stats": stats, "lanes": lanes, "length": length,
+        "what": f"tile {tile['m']}x{tile['n']} on {tile['engine']}"
+        + (f", K in {splits}" if splits > 1 else ""),
+        **_tuning(tile, lanes, setting),
+    }  # fmt: skip
+
+
+def _tuning(tile: Json, lanes: list[Context], setting: Setting) -> Context:
+    """Warps, and as many stages of the pipeline through shared memory as fit, four at most."""
+    columns_ = max(sum(lane["extents"]) for lane in lanes)
+    stage = STEP_BYTES * (columns_ + tile["m"])
+    stages = int(max(2, min(4, setting.shared // stage)))
+    return {"warps": 8 if columns_ * tile["m"] >= 128 * 128 else 4,
+            "stages": 1 if tile["engine"] == "vector" else stages}  # fmt: skip
+
+
+def _lane_heads(program: Json, heads: HeadShape | None) -> HeadShape | None:
+    return heads and head_shape([program])
+
+
+def _depth(program: Json) -> int:
+    weight = next(i[3] for i in program["code"] if i[0] == "matmul")
+    number = next(i[2] for i in program["code"] if i[0] == "read" and i[1] == weight)
+    return int(program["reads"][number]["width"])
+
+
+def statistics(work: Statements, frame: Frame) -> list[str]:
+    """Statements that leave each row norm's scale (and mean) in variables, by passes over whole rows."""
+    found: list[str] = []
+    norms = [i for i in work.program["code"] if i[0] == "norm" and not i[8]]
+    for _, out, x, _, _, kind, eps, *_ in norms:
+        width = _row_width(work, x)
+        block = min(CHUNK, power(width))
+        mask = "" if width % block == 0 else "c_ok[None, :]"
+        loop = [f"c = c0 + tl.arange(0, {block})", *([f"c_ok = c < {width}"] if mask else [])]
+        scale, mean = work.fresh("scale"), work.fresh("mean") if kind == "layer" else ""
+        for total, centred in ((mean, False), (scale, True)):
+            if not total:
+                continue
+            inner = Frame(f"stat{out}{total}", frame.row, frame.row_mask, (Group("", "c[None, :]", mask),),
+                          frame.rows)  # fmt: skip
+            (v,) = work.value(x, inner)
+            term = v
+            if centred and mean:
+                term = f"({v} - {mean})"
+                term = f"tl.where({mask}, {term}, 0.0)" if mask else term
+            body = work.take()
+            body.append(f"{total} += tl.sum({f'{term} * {term}' if centred else v}, 1)[:, None]")
+            found += [f"{total} = tl.zeros([{frame.rows}, 1], tl.float32)", f"for c0 in range(0, {width}, {block}):"]
+            found += [f"    {line}" for line in (*loop, *body)]
+            found.append(f"{total} = 1.0 / tl.sqrt({total} / {width} + {eps!r})" if centred
+                         else f"{total} = {total} / {width}")  # fmt: skip
+        work.stats[out] = (mean, scale)
+    return found
+
+
+def _row_width(work: Statements, register: str) -> int:
+    """Columns of a register that is as wide as its operands."""
+    op, *rest = work.made[register]
+    if op == "read":
+        return int(work.operand(rest[1])["width"])
+    if op in ("embed", "positions"):
+        return int(work.operand(work.made[rest[2] if op == "embed" else rest[1]][2])["width"])
+    source = rest[2][0] if op in ("point", "gate") and isinstance(rest[2], list) else (
+        rest[2] if op == "gate" else rest[1]
+    )  # fmt: skip
+    return _row_width(work, source)
+
+
+def _lane(work: Statements, stage: Stage, setting: Setting, cols: Columns, rows: int, exact: bool,
+          length: int, number: int) -> Context:  # fmt: skip
+    tile = stage.record["tile"]
+    vector, splits = tile["engine"] == "vector", tile["splits"]
+    products = [i for i in work.program["code"] if i[0] == "matmul"]
+    form = products[0][4]
+    block = _step(vector, rows, cols.extent * len(products), form, length)
+    mask = "" if length % block == 0 else "k_ok[None, :]"
+    begin = f"split * {length} + " if splits > 1 else ""
+    inner = _rows_frame("k", (Group("", "k[None, :]", mask),), rows, exact)
+    x = work.value(products[0][2], inner)[0]
+    load_x = work.take()
+    n_frame = _rows_frame("n", cols.groups, rows, exact)
+    accumulators: list[tuple[str, str]] = []
+    for _, out, _, weight, _ in products:
+        o = work.operand(work.made[weight][2])
+        names = []
+        for g in cols.groups:
+            name = work.fresh(f"acc{g.suffix}")
+            names.append(name)
+            w = _weight(work.parameters.name(o), o, g, mask, length, splits)
+            work.lines += _multiply(name, x, w, form, vector, rows)
+            accumulators.append((name, _zeros(vector, rows, g, cols, block)))
+        work.bind(out, n_frame, names)
+    body = work.take()
+    after = [_finish(name, vector, rows) for name, _ in accumulators if vector or rows < TENSOR_ROWS]
+    if splits > 1:
+        _partials(work, stage, setting, n_frame, number)
+    else:
+        work.store(n_frame)
+    return {
+        "columns": list(cols.lines), "extents": list(cols.extents), "block": block, "k_mask": bool(mask),
+        "begin": begin, "x": _rounded(load_x, x, form, vector), "body": body,
+        "zeros": [f"{name} = {zero}" for name, zero in accumulators], "after": after,
+        "epilogue": work.take(),
+    }  # fmt: skip
+
+
+def _rounded(lines: list[str], x: str, form: str, vector: bool) -> list[str]:
+    """The x tile in the format that the product takes it in."""
+    if form == "f32":
+        return lines
+    back = ".to(tl.float32)" if vector else ""
+    return [*lines, f"{x} = {x}.to({TYPES[form]}){back}"]
+
+
+def _step(vector: bool, rows: int, extent: int, form: str, length: int) -> int:
+    """Columns of K that a turn of the loop takes."""
+    if not vector:
+        return max(16, min(power(length), int(STEP_BYTES / element_bytes(form))))
+    return min(power(length), max(32, power(VECTOR_ELEMENTS // (rows * extent))))
+
+
+def _weight(p: str, o: Json, g: Group, mask: str, length: int, splits: int) -> str:
+    """The load of a weight tile [columns, K]."""
+    n, n_mask = upright(g.index), upright(g.mask)
+    both = " & ".join(m for m in (n_mask, mask) if m)
+    if splits > 1 and o["panel"] == length:
+        wide = n + (".to(tl.int64)" if o["rows"] * o["width"] >= 1 << 31 else "")
+        part = f"split * {o['rows'] * length} + {wide} * {length} + (k0 + tl.arange(0, BLOCK_K))[None, :]"
+        return f"tl.load({p} + {part}{masked(both, '0.0')})"
+    return load(p, {**o, "dtype": "f32"}, n, "k[None, :]", both)
+
+
+def _multiply(acc: str, x: str, w: str, form: str, vector: bool, rows: int) -> list[str]:
+    if vector:
+        w += "" if form == "f32" else ".to(tl.float32)"
+        if rows == 1:
+            return [f"{acc} += {x} * {w}"]
+        return [f"w = {w}", f"{acc} += {x}[:, None, :] * w[None, :, :]"]
+    precision = ', input_precision="ieee"' if form == "f32" else ""
+    if rows < TENSOR_ROWS:
+        return [f"w = {w}", f"{acc} = tl.dot(w, tl.trans({x}), {acc}{precision})"]
+    return [f"w = {w}", f"{acc} = tl.dot({x}, tl.trans(w), {acc}{precision})"]
+
+
+def _zeros(vector: bool, rows: int, g: Group, cols: Columns, block: int) -> str:
+    extent = cols.extents[cols.groups.index(g)]
+    if vector:
+        shape = f"[{extent}, {block}]" if rows == 1 else f"[{rows}, {extent}, {block}]"
+    else:
+        shape = f"[{extent}, {rows}]" if rows < TENSOR_ROWS else f"[{rows}, {extent}]"
+    return f"tl.zeros({shape}, tl.float32)"
+
+
+def _finish(acc: str, vector: bool, rows: int) -> str:
+    if not vector:
+        return f"{acc} = tl.trans({acc})"
+    return f"{acc} = tl.sum({acc}, 1)[None, :]" if rows == 1 else f"{acc} = tl.sum({acc}, 2)"
+
+
+def _partials(work: Statements, stage: Stage, setting: Setting, frame: Frame, lane: int) -> None:
+    """Store the sums of this task's part of K; the parts follow each other at equal distances."""
+    splits = stage.record["tile"]["splits"]
+    second = stage.programs[lane * splits + 1]
+    for (op, *rest) in work.program["code"]:
+        if op != "write":
+            continue
+        o = work.operand(rest[0], True)
+        stride = setting.stride(o["value"], second["writes"][rest[0]]["value"])
+        for g, v in zip(frame.groups, work.value(rest[1], frame), strict=True):
+            work.put(o, frame, g, v, f" + split * {stride}")
+
+
+def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    record, tile = stage.record, stage.record["tile"]
+    tiles = _tiles(record)
+    rows = power(min(tile["m"], tile["rows"]))
+    exact = tile["rows"] % tile["m"] == 0 and rows == tile["m"] or rows == tile["rows"]
+    lanes: list[Context] = []
+    for i, program in enumerate(stage.programs):
+        start = tiles["starts"][i]
+        cols = columns(f"(column - {start}) * {tiles['widths'][i]}" if start
+                       else f"column * {tiles['widths'][i]}", tiles["widths"][i], tiles["totals"][i],
+                       head_shape([program]))  # fmt: skip
+        work = Statements(program, parameters, setting.batch)
+        frame = _rows_frame("n", cols.groups, rows, exact)
+        loop: list[str] = []
+        zeros: list[str] = []
+        for _, out, parts in (i for i in program["code"] if i[0] == "sum"):
+            o, second = (work.operand(work.made[p][2]) for p in parts[:2])
+            stride = setting.stride(o["value"], second["value"])
+            names = []
+            for g, extent in zip(cols.groups, cols.extents, strict=True):
+                name = work.fresh(f"acc{g.suffix}")
+                names.append(name)
+                mask = " & ".join(m for m in (frame.row_mask, g.mask) if m)
+                p = f"{parameters.name(o)} + split * {stride}"
+                loop.append(f"{name} += {load(p, o, frame.row, g.index, mask)}")
+                zeros.append(f"{name} = tl.zeros([{rows}, {extent}], tl.float32)")
+            work.bind(out, frame, names)
+        work.store(frame)
+        lanes.append({"columns": list(cols.lines), "zeros": zeros, "loop": loop, "epilogue": work.take()})
+    return {
+        "template": "merge.py.j2", **tiles, "rows": rows, "height": tile["m"], "total_rows": tile["rows"],
+        "exact": exact, "lanes": lanes, "what": f"sums of {tile['splits']} parts of K", "warps": 4, "stages": 1,
+    }  # fmt: skip
+
+
+# rows and heads ----------------------------------------------------------------------------------
+
+
+def _rows(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    (program,) = stage.programs
+    total = setting.batch * setting.tokens
+    each = -(-total // stage.tasks)
+    work = Statements(program, parameters, setting.batch)
+    extent = power(each)
+    exact = total % extent == 0 and each == extent
+    stats = statistics(work, _rows_frame("x", (), extent, exact))
+    width = max(o["width"] for o in program["writes"])
+    heads = head_shape([program])
+    chunk = min(CHUNK, power(width)) if heads is None else heads.head
+    cols = columns("n0", chunk, width, heads)
+    if any(o["width"] != width for o in program["writes"]):
+        raise LoweringError("gpu: no Triton source for rows of several widths")
+    work.store(_rows_frame("n", cols.groups, extent, exact))
+    return {
+        "template": "rows.py.j2", "each": each, "rows": extent, "total_rows": total, "exact": exact,
+        "stats": stats, "columns": list(cols.lines), "width": width, "chunk": chunk, "body": work.take(),
+        "what": f"{each} rows each", "warps": 4, "stages": 1,
+    }  # fmt: skip
+
+
+def _heads(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    (program,) = stage.programs
+    work = Statements(program, parameters, setting.batch)
+    width = next(o["width"] for o in program["reads"] if o["c"] == "n")
+    head = width * setting.batch // stage.tasks
+    rows = min(16, power(setting.tokens))
+    exact = setting.tokens % rows == 0
+    cols = columns(f"head * {head}", head, width, head_shape([program]))
+    work.store(_rows_frame("n", cols.groups, rows, exact))
+    return {
+        "template": "heads.py.j2", "rows": rows, "tokens": setting.tokens, "exact": exact,
+        "count": width // head, "columns": list(cols.lines), "body": work.take(),
+        "what": "a sequence's head each", "warps": 4, "stages": 1,
+    }  # fmt: skip
+
+
+_WRITERS: Mapping[str, Callable[[Stage, Parameters, Setting], Context]] = {
+    "product": _product, "product_merge": _product_merge, "attention": attention,
+    "attention_merge": attention_merge, "rows": _rows, "heads": _heads,
+}  # fmt: skip

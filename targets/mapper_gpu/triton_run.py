@@ -1,0 +1,202 @@
+"""Runs the emitted Triton kernels of a schedule, on a GPU or under Triton's interpreter.
+
+The kernels work on the schedule's memory image: one tensor of bytes per chip's memory, buffers where the
+buffer table has them. `TritonSemantics` lets the runtime execute and verify a schedule by these kernels;
+`Runner` holds the bound launches for timing and for a CUDA graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mapper.backend import Memories
+from mapper.errors import ScheduleError, UsageError
+from mapper.schedule.tables import Block, Phase, Schedule
+from mapper_gpu.semantics import GpuSemantics
+from mapper_gpu.triton_emit import Launch, source
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "triton_{}.py"
+"""The file of a phase's kernels in a schedule's directory."""
+TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64"}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A launch with the buffers of one repetition."""
+
+    launch: Launch
+    buffers: tuple[int, ...]
+
+
+def bound(schedule: Schedule, phase: Phase) -> list[Bound]:
+    """All launches of a program in order, repetitions unrolled."""
+    found: list[Bound] = []
+    blocks = source(schedule, phase).blocks
+    for block, (repeat, launches) in zip(schedule.programs[phase].blocks, blocks, strict=True):
+        other = _bindings(block)
+        for r in range(repeat):
+            found += [
+                Bound(launch, tuple(other.get((b, r), b) for b in launch.buffers)) for launch in launches
+            ]
+    return found
+
+
+def _bindings(block: Block) -> dict[tuple[int, int], int]:
+    if block.bindings is None:
+        return {}
+    slot, repetition, buffer = (block.bindings.column(i).to_pylist() for i in range(3))
+    return {(s, r): b for s, r, b in zip(slot, repetition, buffer, strict=True)}
+
+
+def module(schedule: Schedule, phase: Phase, folder: str | Path) -> ModuleType:
+    """The kernels of a phase, imported from the schedule's directory.
+
+    Raises ScheduleError where the file is not there, or not what the schedule's tables give."""
+    path = Path(folder) / NAME.format(phase)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ScheduleError(f"{path}: {error.strerror}") from error
+    if text != source(schedule, phase).text:
+        raise ScheduleError(f"{path} is not what the schedule's tables give")
+    return imported(path)
+
+
+def written(schedule: Schedule, phase: Phase) -> ModuleType:
+    """The kernels of a phase that has no directory: Triton reads their source from a file."""
+    handle, name = tempfile.mkstemp(suffix=".py", prefix=f"triton_{phase}_")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(source(schedule, phase).text)
+    try:
+        return imported(Path(name))
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+
+
+def imported(path: Path) -> ModuleType:
+    """A file of kernels as a module; its source is read now, so that the file may go. Raises UsageError
+    without triton."""
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None:
+        raise UsageError("this needs torch and triton: pip install 'inference-mapper[gpu]'")
+    import linecache
+
+    spec = importlib.util.spec_from_file_location(f"_{path.stem}_{abs(hash(str(path.resolve())))}", path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
+    linecache.checkcache(str(path))
+    spec.loader.exec_module(made)
+    return made
+
+
+class Runner:
+    """A program's launches on memories that are torch tensors of bytes, all on one device."""
+
+    def __init__(self, schedule: Schedule, phase: Phase, kernels: ModuleType, memory: torch.Tensor) -> None:
+        import torch
+
+        if schedule.chips != 1:
+            raise UsageError("emitted Triton kernels run on one chip")
+        self.phase, self.memory = phase, memory
+        self._offset, self._size = (
+            schedule.buffers.column(c).to_pylist() for c in ("offset", "bytes")
+        )  # fmt: skip
+        self.launches: list[tuple[Bound, Any, list[torch.Tensor]]] = []
+        for b in bound(schedule, phase):
+            tensors = [
+                self.buffer(number, getattr(torch, TORCH[form]))
+                for number, form in zip(b.buffers, b.launch.formats, strict=True)
+            ]
+            self.launches.append((b, getattr(kernels, b.launch.kernel), tensors))
+
+    def buffer(self, number: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer as a flat tensor, sharing memory."""
+        low = self._offset[number]
+        return self.memory[low : low + self._size[number]].view(dtype)
+
+    def run(self) -> None:
+        """All kernels in order."""
+        for b, kernel, tensors in self.launches:
+            kernel[(b.launch.grid,)](*tensors, num_warps=b.launch.warps, num_stages=b.launch.stages)
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a CUDA graph; kernels are compiled by a first run on a side stream."""
+        import torch
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
+    def seconds(self, repeats: int = 20) -> list[tuple[Launch, float]]:
+        """Each launch's device time [s], the median of `repeats` runs, by CUDA events around it.
+
+        An event pair costs about a microsecond, which is part of what it measures."""
+        import torch
+
+        self.run()
+        found: list[list[float]] = [[] for _ in self.launches]
+        for _ in range(repeats):
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(self.launches) + 1)]
+            marks[0].record()
+            for mark, (b, kernel, tensors) in zip(marks[1:], self.launches, strict=True):
+                kernel[(b.launch.grid,)](*tensors, num_warps=b.launch.warps, num_stages=b.launch.stages)
+                mark.record()
+            torch.cuda.synchronize()
+            for i, times in enumerate(found):
+                times.append(marks[i].elapsed_time(marks[i + 1]) * 1e-3)
+        return [(b.launch, _median(t)) for (b, _, _), t in zip(self.launches, found, strict=True)]
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+class TritonSemantics(GpuSemantics):
+    """The schedule's meaning by its emitted kernels, on memories of this computer (see Semantics)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._runners: dict[str, Runner] = {}
+        self.launched = 0
+
+    def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
+        """Run the kernels of a phase. Bytes that they store count as written."""
+        import torch
+
+        if phase not in self._runners:
+            kernels = module(schedule, phase, self._folder)
+            self._runners[phase] = Runner(schedule, phase, kernels, torch.from_numpy(memories.data(0)))
+        runner = self._runners[phase]
+        runner.run()
+        self.launched += len(runner.launches)
+        for row in _stored(schedule, phase):
+            memories.written(0)[row[0] : row[1]] = True
+        return schedule.programs[phase].cycles
+
+
+def _stored(schedule: Schedule, phase: Phase) -> list[tuple[int, int]]:
+    """(first byte, end) of the buffers of a phase's results."""
+    names = {o["value"] for p in schedule.plan["programs"][phase] for o in p["writes"]}
+    columns = (schedule.buffers.column(c).to_pylist() for c in ("value", "program", "offset", "bytes"))
+    return [(low, low + size) for name, program, low, size in zip(*columns, strict=True)
+            if name in names and program in ("", phase)]  # fmt: skip
