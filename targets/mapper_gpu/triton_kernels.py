@@ -16,6 +16,8 @@ from mapper_gpu.triton_frames import Columns, HeadShape, columns, head_shape, up
 
 VECTOR_ELEMENTS = 4096
 """Running products of a weight-streaming tile: 32 registers of each of 128 threads."""
+WARPS_ELEMENTS = 8192
+"""Results of a tile from which two warp groups share it; a merge holds as many at a time."""
 CHUNK = 1024
 """Columns of a row that are held at a time."""
 TENSOR_ROWS = 64
@@ -88,16 +90,18 @@ def _product(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
         "exact": exact, "stats": stats, "lanes": lanes, "length": length,
         "what": f"tile {tile['m']}x{tile['n']} on {tile['engine']}"
         + (f", K in {splits}" if splits > 1 else ""),
-        **_tuning(tile, lanes, setting),
+        **_tuning(record, lanes, setting),
     }  # fmt: skip
 
 
-def _tuning(tile: Json, lanes: list[Context], setting: Setting) -> Context:
+def _tuning(record: Json, lanes: list[Context], setting: Setting) -> Context:
     """Warps, and as many stages of the pipeline through shared memory as fit, four at most."""
-    columns_ = max(sum(lane["extents"]) for lane in lanes)
+    tile = record["tile"]
+    columns_ = max(sum(lane["extents"]) for lane in lanes) * max(b["mats"] for b in record["lanes"])
     stage = STEP_BYTES * (columns_ + tile["m"])
     stages = int(max(2, min(4, setting.shared // stage)))
-    return {"warps": 8 if columns_ * tile["m"] >= 128 * 128 else 4,
+    rows = min(tile["m"], tile["rows"])
+    return {"warps": 8 if columns_ * rows >= WARPS_ELEMENTS else 4,
             "stages": 1 if tile["engine"] == "vector" else stages}  # fmt: skip
 
 
@@ -265,10 +269,15 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
     exact = tile["rows"] % tile["m"] == 0 and rows == tile["m"] or rows == tile["rows"]
     lanes: list[Context] = []
     for i, program in enumerate(stage.programs):
-        start = tiles["starts"][i]
-        cols = columns(f"(column - {start}) * {tiles['widths'][i]}" if start
-                       else f"column * {tiles['widths'][i]}", tiles["widths"][i], tiles["totals"][i],
-                       head_shape([program]))  # fmt: skip
+        start, width, heads = tiles["starts"][i], tiles["widths"][i], head_shape([program])
+        piece = width
+        while rows * power(piece) > WARPS_ELEMENTS and piece % 2 == 0 and not (
+            heads and piece // 2 % heads.head
+        ):
+            piece //= 2
+        first = f"(column - {start}) * {width}" if start else f"column * {width}"
+        first += " + n0" if piece < width else ""
+        cols = columns(first, piece, tiles["totals"][i], heads)
         work = Statements(program, parameters, setting.batch)
         frame = _rows_frame("n", cols.groups, rows, exact)
         loop: list[str] = []
@@ -286,7 +295,8 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
                 zeros.append(f"{name} = tl.zeros([{rows}, {extent}], tl.float32)")
             work.bind(out, frame, names)
         work.store(frame)
-        lanes.append({"columns": list(cols.lines), "zeros": zeros, "loop": loop, "epilogue": work.take()})
+        lanes.append({"columns": list(cols.lines), "zeros": zeros, "loop": loop, "epilogue": work.take(),
+                      "width": width, "piece": piece})  # fmt: skip
     return {
         "template": "merge.py.j2", **tiles, "rows": rows, "height": tile["m"], "total_rows": tile["rows"],
         "exact": exact, "lanes": lanes, "what": f"sums of {tile['splits']} parts of K", "warps": 4, "stages": 1,
