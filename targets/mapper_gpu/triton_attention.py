@@ -112,7 +112,7 @@ def _stats_index(shape: Context, place: int) -> str:
 
 def _normalised(work: Statements, sinks: str | None) -> list[str]:
     if sinks is None:
-        return ["acc = acc / total[:, None]"]
+        return ["acc = acc / tl.where(m_ok, total, 1.0)[:, None]"]
     p = work.parameters.name(work.operand(work.made[sinks][2]))
     return [
         f"sink = tl.load({p} + head, mask=m_ok, other=0.0)",

@@ -28,8 +28,10 @@ Context = dict[str, Any]
 def write(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
     """A kernel's context: `template`, `name`, `grid`, `params`, and what the template reads."""
     writer = _WRITERS.get(stage.kind)
-    if writer is None or setting.chips > 1:
-        raise LoweringError(f"gpu: no Triton source for a {stage.kind} on {setting.chips} chips")
+    if setting.chips > 1:
+        raise LoweringError(f"gpu: Triton source is for one chip, and this schedule has {setting.chips}")
+    if writer is None:
+        raise LoweringError(f"gpu: no Triton source for a kernel of {stage.kind}")
     found = writer(stage, parameters, setting)
     tasks = f"{stage.tasks} programs"
     return {

@@ -7,11 +7,9 @@ buffer table has them. `TritonSemantics` lets the runtime execute and verify a s
 from __future__ import annotations
 
 import importlib.util
-import os
+import linecache
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -73,25 +71,17 @@ def module(schedule: Schedule, phase: Phase, folder: str | Path) -> ModuleType:
     return imported(path)
 
 
-def written(schedule: Schedule, phase: Phase) -> ModuleType:
-    """The kernels of a phase that has no directory: Triton reads their source from a file."""
-    handle, name = tempfile.mkstemp(suffix=".py", prefix=f"triton_{phase}_")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(source(schedule, phase).text)
-    try:
-        return imported(Path(name))
-    finally:
-        with suppress(OSError):
-            os.unlink(name)
-
-
 def imported(path: Path) -> ModuleType:
     """A file of kernels as a module; its source is read now, so that the file may go. Raises UsageError
     without triton."""
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None:
         raise UsageError("this needs torch and triton: pip install 'inference-mapper[gpu]'")
-    import linecache
+    import triton
 
+    if triton.knobs.runtime.interpret:
+        from mapper_gpu.triton_interpret import mend
+
+        mend()
     spec = importlib.util.spec_from_file_location(f"_{path.stem}_{abs(hash(str(path.resolve())))}", path)
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
@@ -172,26 +162,51 @@ def _median(values: Sequence[float]) -> float:
 
 
 class TritonSemantics(GpuSemantics):
-    """The schedule's meaning by its emitted kernels, on memories of this computer (see Semantics)."""
+    """The schedule's meaning by its emitted kernels (see Semantics): on this computer's memories in place, or
+    on a GPU's copy of them, which inputs and states enter and results and states leave."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
+        self._folder, self._device = Path(folder), device
         self._runners: dict[str, Runner] = {}
+        self._memory: torch.Tensor | None = None
         self.launched = 0
 
     def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
-        """Run the kernels of a phase. Bytes that they store count as written."""
+        """Run the kernels of a phase. The buffers that they store into count as written."""
         import torch
 
+        here = torch.from_numpy(memories.data(0))
+        if self._memory is None:
+            self._memory = here.to(self._device)
         if phase not in self._runners:
             kernels = module(schedule, phase, self._folder)
-            self._runners[phase] = Runner(schedule, phase, kernels, torch.from_numpy(memories.data(0)))
+            self._runners[phase] = Runner(schedule, phase, kernels, self._memory)
         runner = self._runners[phase]
+        self._copy(schedule, phase, here, self._memory, "input", "state")
         runner.run()
+        self._copy(schedule, phase, self._memory, here, "output", "state")
         self.launched += len(runner.launches)
-        for row in _stored(schedule, phase):
-            memories.written(0)[row[0] : row[1]] = True
+        for low, high in _stored(schedule, phase):
+            memories.written(0)[low:high] = True
         return schedule.programs[phase].cycles
+
+    def _copy(
+        self, schedule: Schedule, phase: Phase, source: torch.Tensor, to: torch.Tensor, *kinds: str
+    ) -> None:
+        if self._device == "cpu":
+            return
+        offset, size = (schedule.buffers.column(c).to_pylist() for c in ("offset", "bytes"))
+        for port in schedule.ports:
+            if port.kind in kinds and (not port.programs or phase in port.programs):
+                for b in port.buffers:
+                    part = slice(offset[b], offset[b] + size[b])
+                    to[part].copy_(source[part])
+
+
+def image_bytes(schedule: Schedule) -> int:
+    """Bytes of the memory image of one chip."""
+    offset, size = (schedule.buffers.column(c).to_pylist() for c in ("offset", "bytes"))
+    return max(a + b for a, b in zip(offset, size, strict=True))
 
 
 def _stored(schedule: Schedule, phase: Phase) -> list[tuple[int, int]]:
