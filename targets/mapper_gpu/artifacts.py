@@ -35,8 +35,8 @@ def triton_source(schedule: Schedule) -> tuple[list[Artifact], str]:
 
     try:
         found = [
-            Artifact(f"triton_{phase}.py", source(schedule, phase).text.encode())
-            for phase in schedule.programs
+            Artifact(f"triton_{phase}.py", source(schedule, program.phase).text.encode())
+            for phase, program in schedule.programs.items()
         ]
     except LoweringError as error:
         return [], str(error)

@@ -68,7 +68,8 @@ def attention(stage: Stage, parameters: Parameters, setting: Setting) -> Context
     products = []
     for name, g, d in zip(queries, groups, places, strict=True):
         mask = "j_ok[None, :]" + (f" & d_ok{g.suffix}[:, None]" if g.mask else "")
-        tile = f"tl.load({parameters.name(keys)} + cached[None, :] * {shape['dim']} + {d}[:, None], mask={mask}, other=0.0)"
+        where = f"{parameters.name(keys)} + cached[None, :] * {shape['dim']} + {d}[:, None]"
+        tile = f"tl.load({where}, mask={mask}, other=0.0)"
         products.append(f"tl.dot({name}, {tile}{precision})")
     return {
         "template": "attention.py.j2", **shape, "rows": rows, "places": place_lines, "load_q": load_q,
@@ -125,7 +126,7 @@ def _normalised(work: Statements, sinks: str | None) -> list[str]:
 def attention_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
     """The exact log-sum-exp merge of all stretches of a tile."""
     (program,), shape = stage.programs, _shape(stage)
-    _, out, _, parts, stats = next(i for i in program["code"] if i[0] == "merge")
+    _, _, _, parts, stats = next(i for i in program["code"] if i[0] == "merge")
     work = Statements(program, parameters, setting.batch)
     rows = power(shape["each"] * shape["group"])
     frame = Frame("v", "m[:, None]", "m_ok[:, None]", (_value_group(shape),), rows)

@@ -33,8 +33,8 @@ def _report(folder: Path, model: str | None, tokens: int) -> int:
     schedule = load(folder)
     found = verify(schedule, folder, model, tokens)
     print(
-        f"{found.tokens} tokens, largest error {found.max_abs_err:.3g} ({found.max_rel_err:.3g} of the largest "
-        f"logit): {'agrees' if found.ok else 'does NOT agree'} with {found.oracle}"
+        f"{found.tokens} tokens, largest error {found.max_abs_err:.3g} ({found.max_rel_err:.3g} of the "
+        f"largest logit): {'agrees' if found.ok else 'does NOT agree'} with {found.oracle}"
     )
     if device() == "cuda":
         times(schedule, folder)

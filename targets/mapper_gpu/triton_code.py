@@ -16,11 +16,12 @@ from mapper.errors import LoweringError
 Json = Any
 TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "i64": "tl.int64"}
 """Storage format -> Triton's type."""
-LOCALS = frozenset(
-    "acc above band base c c0 cached column d e factor first head high inside j j0 k k0 kv_head low m mine n n0 "
-    "part_top part_total past piece place scores seen sequence shares split t0 theirs tile token top total triton "
-    "tl v values w".split()
-)
+LOCALS = frozenset((
+    "acc", "above", "band", "base", "c", "c0", "cached", "column", "d", "e", "factor", "first", "head",
+    "high", "inside", "j", "j0", "k", "k0", "kv_head", "low", "m", "mine", "n", "n0", "part_top",
+    "part_total", "past", "piece", "place", "scores", "seen", "sequence", "shares", "split", "t0",
+    "theirs", "tile", "tl", "token", "top", "total", "triton", "v", "values", "w",
+))  # fmt: skip
 """Names that the templates use for themselves."""
 WIDE = 1 << 31
 """Elements from which indices take 64 bits."""
@@ -242,9 +243,7 @@ class Statements:
                     for g in frame.groups]  # fmt: skip
         return [load(self.parameters.name(o), o, "0", g.index, g.mask) for g in frame.groups]
 
-    def _head_norm(
-        self, frame: Frame, values: list[str], kind: str, eps: float, head: int
-    ) -> list[str]:
+    def _head_norm(self, frame: Frame, values: list[str], kind: str, eps: float, head: int) -> list[str]:
         shapes = [f"[{frame.rows}, {g.heads}, {g.lanes}]" for g in frame.groups]
         headed = self.fresh("headed")
         for g, v, shape in zip(frame.groups, values, shapes, strict=True):
@@ -270,13 +269,11 @@ class Statements:
     def _rope(self, frame: Frame, out: str, x: str, table: str, past: str, style: str, rotary: int, head: int,
               tokens: int, length: int) -> list[str]:  # fmt: skip
         values = self.value(x, frame)
-        first, second, *rest = frame.groups
+        first, _, *rest = frame.groups
         half = rotary // 2
         p = self.parameters.name(self.operand(self.made[table][2]))
         angle = self.fresh("angle")
-        self.lines.append(
-            f"{angle} = ({self.place(frame, past, tokens)}) * {half} + {first.element}"
-        )
+        self.lines.append(f"{angle} = ({self.place(frame, past, tokens)}) * {half} + {first.element}")
         mask = masked(join(frame.row_mask, first.mask), "0.0")
         cos, sin = self.fresh("cos"), self.fresh("sin")
         self.lines += [f"{cos} = tl.load({p} + {angle}{mask})",

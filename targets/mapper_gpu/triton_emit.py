@@ -85,7 +85,7 @@ def source(schedule: Schedule, phase: Phase) -> Source:
 
     chip = gpu(parse(schedule.machine_toml, schedule.machine))
     numbers = _numbers(schedule, phase)
-    offset = schedule.buffers.column("offset").to_pylist()
+    offset, _ = extents(schedule)
     tokens = schedule.programs[phase].sequence
     setting = Setting(
         int(schedule.plan["batch"]), tokens, schedule.chips, {v: offset[n] for v, n in numbers.items()},
@@ -116,9 +116,17 @@ def source(schedule: Schedule, phase: Phase) -> Source:
     return Source(text, tuple(blocks))
 
 
+def extents(schedule: Schedule) -> tuple[list[int], list[int]]:
+    """(first byte, bytes) of every buffer."""
+    first, size = (np.asarray(schedule.buffers.column(c).to_numpy()) for c in ("offset", "bytes"))
+    return first.tolist(), size.tolist()
+
+
 def _numbers(schedule: Schedule, phase: Phase) -> dict[str, int]:
     """The buffer on chip 0 of every value of a phase."""
     found: dict[str, int] = {}
+    names: list[Any]
+    programs: list[Any]
     names, programs = (schedule.buffers.column(c).to_pylist() for c in ("value", "program"))
     for number, (name, program) in enumerate(zip(names, programs, strict=True)):
         if program in ("", phase):

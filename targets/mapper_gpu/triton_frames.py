@@ -1,4 +1,4 @@
-"""Columns of tiles as Triton variables: plain ones, or whole heads cut into the halves that rotation pairs."""
+"""Columns of tiles as Triton variables: plain ones, or heads cut into the halves that rotation pairs."""
 
 from __future__ import annotations
 

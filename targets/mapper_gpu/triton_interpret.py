@@ -1,8 +1,8 @@
 """bfloat16 under Triton's CPU interpreter.
 
 The interpreter (3.9) keeps bfloat16 as uint16, multiplies these bit patterns in `tl.dot`, and loses the carry
-when it rounds a mantissa of ones. `mend()` gives it ml_dtypes' conversions and float32 products of the values;
-on a GPU nothing of this is used."""
+when it rounds a mantissa of ones. `mend()` gives it ml_dtypes' conversions and products of the values; on a
+GPU nothing of this is used."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _product(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
     splits, count = tile["splits"], len(record["lanes"])
     vector = tile["engine"] == "vector"
     rows = power(min(tile["m"], tile["rows"]))
-    exact = tile["rows"] % tile["m"] == 0 and rows == tile["m"] or rows == tile["rows"]
+    exact = (tile["rows"] % tile["m"] == 0 and rows == tile["m"]) or rows == tile["rows"]
     heads = None if splits > 1 else head_shape(stage.programs)
     programs = [stage.programs[i * splits] for i in range(count)]
     k = _depth(programs[0])
@@ -139,7 +139,10 @@ def statistics(work: Statements, frame: Frame) -> list[str]:
                 term = f"tl.where({mask}, {term}, 0.0)" if mask else term
             body = work.take()
             body.append(f"{total} += tl.sum({f'{term} * {term}' if centred else v}, 1)[:, None]")
-            found += [f"{total} = tl.zeros([{frame.rows}, 1], tl.float32)", f"for c0 in range(0, {width}, {block}):"]
+            found += [
+                f"{total} = tl.zeros([{frame.rows}, 1], tl.float32)",
+                f"for c0 in range(0, {width}, {block}):",
+            ]
             found += [f"    {line}" for line in (*loop, *body)]
             found.append(f"{total} = 1.0 / tl.sqrt({total} / {width} + {eps!r})" if centred
                          else f"{total} = {total} / {width}")  # fmt: skip
@@ -255,7 +258,7 @@ def _partials(work: Statements, stage: Stage, setting: Setting, frame: Frame, la
     """Store the sums of this task's part of K; the parts follow each other at equal distances."""
     splits = stage.record["tile"]["splits"]
     second = stage.programs[lane * splits + 1]
-    for (op, *rest) in work.program["code"]:
+    for op, *rest in work.program["code"]:
         if op != "write":
             continue
         o = work.operand(rest[0], True)
@@ -268,13 +271,15 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
     record, tile = stage.record, stage.record["tile"]
     tiles = _tiles(record)
     rows = power(min(tile["m"], tile["rows"]))
-    exact = tile["rows"] % tile["m"] == 0 and rows == tile["m"] or rows == tile["rows"]
+    exact = (tile["rows"] % tile["m"] == 0 and rows == tile["m"]) or rows == tile["rows"]
     lanes: list[Context] = []
     for i, program in enumerate(stage.programs):
         start, width, heads = tiles["starts"][i], tiles["widths"][i], head_shape([program])
         piece = width
-        while rows * power(piece) > WARPS_ELEMENTS and piece % 2 == 0 and not (
-            heads and piece // 2 % heads.head
+        while (
+            rows * power(piece) > WARPS_ELEMENTS
+            and piece % 2 == 0
+            and not (heads and piece // 2 % heads.head)
         ):
             piece //= 2
         first = f"(column - {start}) * {width}" if start else f"column * {width}"
@@ -301,7 +306,8 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
                       "width": width, "piece": piece})  # fmt: skip
     return {
         "template": "merge.py.j2", **tiles, "rows": rows, "height": tile["m"], "total_rows": tile["rows"],
-        "exact": exact, "lanes": lanes, "what": f"sums of {tile['splits']} parts of K", "warps": 4, "stages": 1,
+        "exact": exact, "lanes": lanes, "warps": 4, "stages": 1,
+        "what": f"sums of {tile['splits']} parts of K",
     }  # fmt: skip
 
 

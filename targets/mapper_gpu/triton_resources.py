@@ -1,4 +1,4 @@
-"""What an emitted kernel takes of an SM, told by NVIDIA's assembler that comes with Triton: no GPU is needed."""
+"""What an emitted kernel takes of an SM, told by the assembler that comes with Triton: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers per thread, bytes of shared memory per block, bytes of stack per thread (spills), threads, and
-    the tensor core's instruction: "wgmma", "mma" or ""."""
+    """Registers per thread, bytes of shared memory per block, bytes of stack per thread (spills), threads,
+    and the tensor core's instruction: "wgmma", "mma" or ""."""
 
     registers: int
     shared: int
@@ -54,6 +54,4 @@ def resources(kernel: Any, launch: Launch, capability: int = 90) -> Resources:
         raise UsageError(f"{launch.kernel}: cuobjdump says nothing of its resources: {said.stderr.strip()}")
     text = made.asm["ptx"]
     product = "wgmma" if "wgmma" in text else "mma" if "mma.sync" in text else ""
-    return Resources(
-        int(found[1]), int(made.metadata.shared), int(found[2]), launch.warps * WARP, product
-    )
+    return Resources(int(found[1]), int(made.metadata.shared), int(found[2]), launch.warps * WARP, product)

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mapper.backend import Memories
 from mapper.errors import ScheduleError, UsageError
 from mapper.schedule.tables import Block, Phase, Schedule
 from mapper_gpu.semantics import GpuSemantics
-from mapper_gpu.triton_emit import Launch, source
+from mapper_gpu.triton_emit import Launch, extents, source
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,7 @@ def bound(schedule: Schedule, phase: Phase) -> list[Bound]:
 def _bindings(block: Block) -> dict[tuple[int, int], int]:
     if block.bindings is None:
         return {}
-    slot, repetition, buffer = (block.bindings.column(i).to_pylist() for i in range(3))
+    slot, repetition, buffer = (np.asarray(block.bindings.column(i).to_numpy()).tolist() for i in range(3))
     return {(s, r): b for s, r, b in zip(slot, repetition, buffer, strict=True)}
 
 
@@ -100,9 +102,7 @@ class Runner:
         if schedule.chips != 1:
             raise UsageError("emitted Triton kernels run on one chip")
         self.phase, self.memory = phase, memory
-        self._offset, self._size = (
-            schedule.buffers.column(c).to_pylist() for c in ("offset", "bytes")
-        )  # fmt: skip
+        self._offset, self._size = extents(schedule)
         self.launches: list[tuple[Bound, Any, list[torch.Tensor]]] = []
         for b in bound(schedule, phase):
             tensors = [
@@ -195,7 +195,7 @@ class TritonSemantics(GpuSemantics):
     ) -> None:
         if self._device == "cpu":
             return
-        offset, size = (schedule.buffers.column(c).to_pylist() for c in ("offset", "bytes"))
+        offset, size = extents(schedule)
         for port in schedule.ports:
             if port.kind in kinds and (not port.programs or phase in port.programs):
                 for b in port.buffers:
@@ -205,13 +205,14 @@ class TritonSemantics(GpuSemantics):
 
 def image_bytes(schedule: Schedule) -> int:
     """Bytes of the memory image of one chip."""
-    offset, size = (schedule.buffers.column(c).to_pylist() for c in ("offset", "bytes"))
+    offset, size = extents(schedule)
     return max(a + b for a, b in zip(offset, size, strict=True))
 
 
 def _stored(schedule: Schedule, phase: Phase) -> list[tuple[int, int]]:
     """(first byte, end) of the buffers of a phase's results."""
     names = {o["value"] for p in schedule.plan["programs"][phase] for o in p["writes"]}
-    columns = (schedule.buffers.column(c).to_pylist() for c in ("value", "program", "offset", "bytes"))
-    return [(low, low + size) for name, program, low, size in zip(*columns, strict=True)
+    values, programs = (schedule.buffers.column(c).to_pylist() for c in ("value", "program"))
+    first, size = extents(schedule)
+    return [(low, low + n) for name, program, low, n in zip(values, programs, first, size, strict=True)
             if name in names and program in ("", phase)]  # fmt: skip

@@ -1,7 +1,7 @@
 """The emitted Triton kernels: run under Triton's interpreter beside onnxruntime, and compiled for sm_90.
 
-Both need torch and triton; without them the tests that run or compile kernels skip. Kernels that ran under the
-interpreter in a process cannot be compiled in it, so both kinds run in processes of their own."""
+Both need torch and triton; without them the tests that run or compile kernels skip. Kernels that ran under
+the interpreter in a process cannot be compiled in it, so both kinds run in processes of their own."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_the_source_is_deterministic_and_names_no_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch, prompt", [(1, 16), (3, 70)])
 def test_a_kernel_has_a_program_per_task(batch: int, prompt: int, tmp_path: Path) -> None:
     schedule = compiled(tmp_path / "s", batch=batch, prompt=prompt, context=128)
-    for phase, program in schedule.programs.items():
-        blocks = source(schedule, phase).blocks
+    for program in schedule.programs.values():
+        blocks = source(schedule, program.phase).blocks
         for block, (repeat, launches) in zip(program.blocks, blocks, strict=True):
             offsets, flat = block.steps.args()
             stages = np.array([flat[o + STAGE] for o in offsets[:-1]])
@@ -99,7 +99,9 @@ def test_a_kernel_has_a_program_per_task(batch: int, prompt: int, tmp_path: Path
 def test_two_chips_get_no_source_and_are_told_so(tmp_path: Path) -> None:
     compiled(tmp_path / "s", chips=2, prompt=4, context=32)
     assert not list((tmp_path / "s").glob("*.py"))
-    assert "Triton source is for one chip, and this schedule has 2" in (tmp_path / "s/kernels.txt").read_text()
+    assert (
+        "Triton source is for one chip, and this schedule has 2" in (tmp_path / "s/kernels.txt").read_text()
+    )
 
 
 @needs_triton
@@ -147,4 +149,24 @@ def test_kernels_compile_for_sm90_within_the_plan(tmp_path: Path) -> None:
         assert r["shared"] <= machine.value("sm.shared"), name
     products = {n: r["product"] for n, r in found.items()}
     assert products["prefill.k2_linear_rope"] == "wgmma"
-    assert all(p for n, p in products.items() if "gate" in n or "down_add" in n and "merge" not in n)
+    assert all(p for n, p in products.items() if "gate" in n or ("down_add" in n and "merge" not in n))
+
+
+@needs_triton
+def test_the_benchmark_agrees_with_pytorch_at_a_small_shape() -> None:
+    script = "import sys; from benchmarks.gpu import main; sys.exit(main(sys.argv[1:]))"
+    (point,) = told(script, "--tiny", "--batch", "2", "--context", "96", "--json", interpret=True)
+    assert point["difference"] < 1e-5
+
+
+@needs_triton
+def test_the_benchmark_says_that_there_is_no_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: no NVIDIA GPU is here, so nothing is measured\n"
