@@ -5,7 +5,7 @@
 
 Per kernel: device time by CUDA events, and the schedule's. Per step: the kernels in a CUDA graph, the
 schedule, `torch.compile` of the same decoder, and that decoder in a hand-captured CUDA graph. The PyTorch
-decoder takes its weights from the schedule's memory image, so its logits are a second opinion on the kernels'.
+decoder takes its weights from the schedule's memory image; its logits are a second opinion on the kernels'.
 Without a GPU it says so and exits with 2; `--tiny` runs a small shape on the CPU under Triton's interpreter
 and compares the logits alone."""
 
@@ -254,7 +254,7 @@ def show(found: dict[str, Any]) -> None:
     """The tables of one point."""
     print(f"\nbatch {found['batch']}, context {found['context']}, {found['device']}, as {found['machine']}")
     print(
-        f"logits differ from PyTorch's by {found['difference']:.2e} of the largest, {found['allowed']:g} allowed"
+        f"logits differ from PyTorch's by {found['difference']:.2e} of the largest, limit {found['allowed']:g}"
     )
     for row in found.get("kernels", ()):
         print(f"  {row['kernel']:<44} x{row['count']:<4} {row['measured'] * 1e6:>9.2f} us measured "
