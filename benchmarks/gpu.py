@@ -254,7 +254,8 @@ def show(found: dict[str, Any]) -> None:
     """The tables of one point."""
     print(f"\nbatch {found['batch']}, context {found['context']}, {found['device']}, as {found['machine']}")
     print(
-        f"logits differ from PyTorch's by {found['difference']:.2e} of the largest, limit {found['allowed']:g}"
+        f"logits differ from PyTorch's by {found['difference']:.2e} of the largest, "
+        f"limit {found['allowed']:g}"
     )
     for row in found.get("kernels", ()):
         print(f"  {row['kernel']:<44} x{row['count']:<4} {row['measured'] * 1e6:>9.2f} us measured "
