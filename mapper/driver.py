@@ -94,7 +94,7 @@ def compile(
 ) -> Schedule:
     """Map a model (path or graph) onto a target; save the schedule in directory `out` where one is given.
 
-    `weights` None is the target's widest native matmul format; `chips` None lets the target choose. Raises
+    `weights` is a format of `mapper.lowbit.FORMATS`; None is the target's own, see Backend.formats. `chips` None lets the target choose. Raises
     MapperError: UsageError, ModelError, CapacityError, LoweringError..., CheckFailedError for an illegal
     schedule (which is never saved).
     """
@@ -123,9 +123,11 @@ def build(
     """Like `compile`, with checks, times, bands and bounds; a failed check is reported, not raised."""
     backend = targets.load(target)
     chip = machine_for(backend, machine)
-    request = _request(phase, batch, context, prompt, weights, chips)
+    held = targets.weight_format(backend, weights)
+    request = _request(phase, batch, context, prompt, held, chips)
     folder = _free(out)
     graph = load(model, external_root) if isinstance(model, str | Path) else model
+    graph = quantised(graph, backend, held)
     bounds = backend.bounds(graph, chip, request)
     schedule = with_bounds(backend.lower(graph, chip, request), bounds)
     report = _check(backend, schedule)
@@ -136,6 +138,13 @@ def build(
         save(schedule, folder, backend.artifacts(schedule))
         said = replace(said, schedule_dir=str(out))
     return Compiled(schedule, report, said)
+
+
+def quantised(graph: Graph, backend: Backend, held: str | None) -> Graph:
+    """The graph with the weights of its products in format `held`; itself for the target's own format."""
+    from mapper.passes.quantise import Quantise
+
+    return graph if held in (None, backend.formats[0]) else Quantise(held).apply(graph)
 
 
 def check(schedule_dir: str | Path) -> CheckReport:

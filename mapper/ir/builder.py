@@ -150,13 +150,11 @@ class GraphBuilder(BlockBuilder):
     def weight(self, symbol: WeightSymbol) -> str:
         """Declares a weight and returns its name. Declaring the same one again is allowed."""
         known = self._weights.get(symbol.name)
-        if (
-            known is not None
-            and known is not symbol
-            and (known.type != symbol.type or known.file != symbol.file)
-        ):
+        if known is symbol:
+            return symbol.name
+        if known is not None and (known.type != symbol.type or known.file != symbol.file):
             raise ModelError(f"two weights called {symbol.name!r}")
-        for part in symbol.packing.parts.values() if symbol.packing else ():
+        for part in symbol.needed:
             self.weight(part)
         self._weights[symbol.name] = symbol
         self.scope.weights[symbol.name] = symbol.type

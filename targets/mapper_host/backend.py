@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from mapper.backend import Artifact, Semantics
 from mapper.bounds import Bound
 from mapper.errors import UsageError
+from mapper.lowbit import FORMATS
 from mapper.machine import Machine
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class HostBackend:
         "the CPU this runs on: decode and prefill as tables of kernel steps in one compiled interpreter"
     )
     default_machine: str = "host-generic"
+    formats: tuple[str, ...] = tuple(FORMATS)
 
     def machine_files(self) -> Sequence[Path]:
         """The shipped machine files."""
@@ -128,9 +130,7 @@ def serving_forms(graph: Graph, request: Request) -> dict[Phase, Graph]:
 
 
 def _supported(request: Request) -> None:
-    if request.weights not in (None, "f32"):
-        raise UsageError(
-            f"host: weights {request.weights!r} are not supported; this version holds weights in f32"
-        )
+    if request.weights not in (None, *FORMATS):
+        raise UsageError(f"host: no weight format is called {request.weights!r}: {', '.join(FORMATS)}")
     if request.chips not in (None, 1):
         raise UsageError(f"host: there is one host, not {request.chips} chips")
