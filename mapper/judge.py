@@ -112,10 +112,36 @@ class FormatJudge:
         return self.slack * float(np.abs(stored - exact).max(initial=0.0))
 
     def _inputs(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> dict[str, Array]:
-        declared = {
-            n: (t.numpy, [d.value if d.is_const else str(d) for d in t.shape]) for n, t in self.graph.inputs
-        }
-        return self.interface.inputs(declared, self.caches, ids, past, caches)
+        return self.interface.inputs(_declared(self.graph), self.caches, ids, past, caches)
+
+
+@dataclass(frozen=True)
+class GraphOracle:
+    """See mapper.runtime.verify.Stepper: the graph's reference semantics in float64, where onnxruntime cannot
+    run with the weights of a schedule for the reason `why`."""
+
+    graph: Graph
+    interface: Interface
+    caches: Mapping[Entry, Sequence[int]]
+    why: str
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the oracle is, and why it is not onnxruntime."""
+        return f"the graph's reference semantics in float64 ({self.why})"
+
+    def step(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> tuple[Array, dict[Entry, Array]]:
+        """(logits [B, S, V], caches after the step [B, Hkv, past + S, D])."""
+        names = list(dict.fromkeys([self.interface.logits, *self.interface.present.values()]))
+        inputs = self.interface.inputs(_declared(self.graph), self.caches, ids, past, caches)
+        made = evaluate(self.graph, inputs, names, "f64")
+        found = self.interface.states(made, ids.shape[0], given=False)
+        return made[self.interface.logits], {e: a[:, :, : past + ids.shape[1]] for e, a in found.items()}
+
+
+def _declared(graph: Graph) -> dict[str, tuple[Any, list[int | str]]]:
+    return {n: (t.numpy, [d.value if d.is_const else str(d) for d in t.shape]) for n, t in graph.inputs}
 
 
 @dataclass

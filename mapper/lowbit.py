@@ -55,8 +55,8 @@ class Scheme:
         return stem + (f"b{self.block}" if self.block else "")
 
     def parts(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Part -> (shape, element type) of a weight [..., N, K] that `quantise` makes: values
-        u8 [..., N, bytes of a padded row], scales [..., N, blocks], zeros u8 [..., N, blocks / 2] (int4)."""
+        """Part -> (shape, element type) of a weight [..., N, K] that `quantise` makes: values u8 [..., N,
+        bytes of a padded row], scales [..., N, blocks], zeros u8 [..., N, ceil(blocks / 2)] (int4)."""
         *lead, columns = shape
         blocks = -(-columns // self.block) if self.block else 1
         padded = blocks * self.block if self.block else columns
@@ -302,8 +302,8 @@ def _decoded(kind: str) -> Array:
     import ml_dtypes
 
     if kind == "e4m3":
-        return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        return np.asarray(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn), np.float32)
+    return np.asarray(np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn), np.float32)
 
 
 def _factors(scheme: Scheme, scales: Array) -> Array:

@@ -87,9 +87,9 @@ class WeightOp(DataflowOp):
     """A weight symbol: `bytes` bytes at `offset` of `file` (relative to the model's folder), or `data` held
     here.
 
-    `derived`: made by a pass (a table of rotary angles), no parameter of the model. A packed weight names its
-    parts, weights themselves, and how they stand for it (see `mapper.lowbit`). A weight with a `source` is made
-    from that weight (its last two axes exchanged where `turned`) when it is loaded: the `part` of its
+    `derived`: made by a pass (a table of rotary angles), no parameter of the model. A packed weight names
+    its parts, weights themselves, and how they stand for it (see `mapper.lowbit`). A weight with a `source`
+    is made from that weight (its last two axes exchanged where `turned`) when it is loaded: the `part` of its
     quantisation, or without a part a cast."""
 
     name = "dataflow.weight"

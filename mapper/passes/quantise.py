@@ -19,15 +19,17 @@ from mapper.lowbit import FORMATS, Scheme, format_name
 from mapper.passes.rewrite import Values, rewrite_graph, rewrite_op, rewrite_repeat
 
 PRODUCTS: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(("linear", "lm_head", "latent_attention"), {"weight": "transposed"}),
+    "linear": {"weight": "transposed"},
+    "lm_head": {"weight": "transposed"},
+    "latent_attention": {"weight": "transposed"},
     "mlp": {"up": "up_transposed", "down": "down_transposed"},
     "packed_mlp": {"gate_up": "gate_up_transposed", "down": "down_transposed"},
-    **dict.fromkeys(
-        ("gated_mlp", "moe"),
-        {"gate": "gate_transposed", "up": "up_transposed", "down": "down_transposed"},
-    ),
+    "gated_mlp": {"gate": "gate_transposed", "up": "up_transposed", "down": "down_transposed"},
+    "moe": {"gate": "gate_transposed", "up": "up_transposed", "down": "down_transposed"},
 }
 """Op -> attribute of each matrix that it multiplies by -> the flag that says whether that is [N, K]."""
+Table = Mapping[str, tuple[str, ...]]
+"""Slot of a repeat -> symbol of each iteration."""
 
 
 @dataclass(frozen=True)
@@ -65,32 +67,31 @@ class Quantise:
 
 @dataclass
 class _Rewriting:
-    """`made` holds the new symbols: (old name, whether it is turned) -> symbol."""
+    """`made` holds the new symbols: (old name, whether it is turned) -> symbol, None where it stays."""
 
     graph: Graph
     format: str
-    made: dict[tuple[str, bool], WeightSymbol] = field(default_factory=dict)
+    made: dict[tuple[str, bool], WeightSymbol | None] = field(default_factory=dict)
 
     def place(self, new: BlockBuilder, op: DataflowOp, values: Values) -> None:
         """See rewrite_graph."""
         assert isinstance(new, GraphBuilder)
         if isinstance(op, RepeatOp):
-            values.update(zip(op.results, self._repeat(new, op, values), strict=True))
+            results: Sequence[SSAValue] = self._repeat(new, op, values)
+            values.update(zip(op.results, results, strict=True))
         else:
-            rewrite_op(new, op, values, lambda b, o, v: self._product(new, b, o, v, {}))
+            rewrite_op(new, op, values, lambda at, one, known: self._product(new, at, one, known, {}))
 
     def _repeat(self, new: GraphBuilder, op: RepeatOp, values: Values) -> Sequence[SSAValue]:
         """The repeat with its products' slots leading to new symbols; slots that nothing names any more are
         left out."""
-        table: dict[str, tuple[str, ...]] = dict(op.attr("table"))
+        old: Table = op.attr("table")
+        table = dict(old)
         kept: set[str] = set()
         for inner in op.ops():
             changed = self._changes(new, inner, table)
-            kept |= {s for a, s in inner.weights().items() if a not in changed}
-        table = {
-            slot: symbols for slot, symbols in table.items() if slot in kept or slot not in op.attr("table")
-        }
-        old = op.attr("table")
+            kept |= {slot for attribute, slot in inner.weights().items() if attribute not in changed}
+        table = {slot: row for slot, row in table.items() if slot in kept or slot not in old}
 
         def visit(body: BlockBuilder, inner: DataflowOp, local: Values) -> Sequence[SSAValue] | None:
             return self._product(new, body, inner, local, old)
@@ -98,60 +99,56 @@ class _Rewriting:
         return rewrite_repeat(new, op, values, visit, table=table)
 
     def _product(
-        self,
-        new: GraphBuilder,
-        at: BlockBuilder,
-        op: DataflowOp,
-        values: Values,
-        table: Mapping[str, Sequence[str]],
+        self, new: GraphBuilder, at: BlockBuilder, op: DataflowOp, values: Values, table: Table
     ) -> Sequence[SSAValue] | None:
         changed = self._changes(new, op, dict(table))
         if not changed:
             return None
-        attrs = {a: name for a, (name, _) in changed.items()}
-        flags = {PRODUCTS[op.mnemonic][a]: True for a, (_, rows) in changed.items() if rows}
-        return at.copy(op, values, {**attrs, **flags}).results
+        rows = isinstance(FORMATS[self.format], Scheme)
+        flags = {PRODUCTS[op.mnemonic][a]: True for a in changed} if rows else {}
+        return at.copy(op, values, {**changed, **flags}).results
 
     def _changes(
         self, new: GraphBuilder, op: DataflowOp, table: dict[str, tuple[str, ...]]
-    ) -> dict[str, tuple[str, bool]]:
-        """Attribute -> (new symbol or slot, whether it now is [N, K]); new slots are added to the table."""
-        found: dict[str, tuple[str, bool]] = {}
+    ) -> dict[str, str]:
+        """Attribute -> new symbol or slot; new slots are added to the table."""
+        found: dict[str, str] = {}
         for attribute, flag in PRODUCTS.get(op.mnemonic, {}).items():
             name = op.attr(attribute)
             if name is None:
                 continue
-            symbols = [self._symbol(new, s, not op.attr(flag)) for s in table.get(name, (name,))]
-            if any(s is None for s in symbols):
+            turned = not op.attr(flag) and isinstance(FORMATS[self.format], Scheme)
+            made = [self._symbol(new, one, turned) for one in table.get(name, (name,))]
+            symbols = [symbol.name for symbol in made if symbol is not None]
+            if len(symbols) < len(made):
                 continue
-            rows = isinstance(FORMATS[self.format], Scheme)
-            to = symbols[0].name if name not in table else self._name(name, rows and not op.attr(flag))
+            found[attribute] = symbols[0]
             if name in table:
-                table[to] = tuple(s.name for s in symbols if s is not None)
-            found[attribute] = (to, rows)
+                found[attribute] = self._name(name, turned)
+                table[found[attribute]] = tuple(symbols)
         return found
 
     def _name(self, name: str, turned: bool) -> str:
         return f"{name}:{'t:' if turned else ''}{self.format}"
 
-    def _symbol(self, new: GraphBuilder, name: str, columns: bool) -> WeightSymbol | None:
-        """The new symbol of a weight, [K, N] where `columns`; None where it stays."""
+    def _symbol(self, new: GraphBuilder, name: str, turned: bool) -> WeightSymbol | None:
+        """The new symbol of a weight, its last two axes exchanged where `turned`; None where it stays."""
+        if (name, turned) not in self.made:
+            made = self._make(self.graph.weights[name], turned)
+            self.made[name, turned] = made
+            if made is not None:
+                new.weight(made)
+        return self.made[name, turned]
+
+    def _make(self, old: WeightSymbol, turned: bool) -> WeightSymbol | None:
         how = FORMATS[self.format]
-        turned = columns and isinstance(how, Scheme)
-        if (name, turned) in self.made:
-            return self.made[name, turned]
-        old = self.graph.weights[name]
-        if old.packing is not None or not is_float(old.dtype) or len(old.shape) < 2 or not old.elements:
+        stays = old.packing is not None or not is_float(old.dtype) or len(old.shape) < 2
+        if stays or not old.elements or old.dtype == how:
             return None
+        name = self._name(old.name, turned)
         if isinstance(how, str):
-            if old.dtype == how:
-                return None
-            made = _symbol(self._name(name, False), old.shape, how, Derivation(old))
-        else:
-            made = _quantised(self._name(name, turned), old, how, turned)
-        self.made[name, turned] = made
-        new.weight(made)
-        return made
+            return _symbol(name, old.shape, how, Derivation(old))
+        return _quantised(name, old, how, turned)
 
 
 def _symbol(name: str, shape: tuple[int, ...], dtype: str, derivation: Derivation) -> WeightSymbol:

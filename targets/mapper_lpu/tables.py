@@ -175,7 +175,8 @@ def _makers(op: DataflowOp, through: Mapping[SSAValue, SSAValue]) -> list[Datafl
 
 
 def _weight_bytes(graph: Graph) -> dict[DataflowOp, int]:
-    """Bytes of the matrices of each op that has some, as this target stores them: in fp16, whatever their format."""
+    """Bytes of the matrices of each op that has some, as this target stores them: in fp16, whatever their
+    format."""
     found: dict[DataflowOp, int] = {}
     for section in graph.sections():
         slots = {slot: graph.weights[symbols[0]] for slot, symbols in section.table.items()}
