@@ -47,6 +47,7 @@ class HostBackend:
         """
         from mapper_host.assemble import schedule_of
         from mapper_host.context import Weights
+        from mapper_host.fuse import fuse
         from mapper_host.lower import lower_program
         from mapper_host.program import Value
 
@@ -58,6 +59,8 @@ class HostBackend:
         weights, states = Weights(), dict[str, Value]()
         served = serving_forms(graph, request)
         work = [lower_program(form, phase, weights, states) for phase, form in served.items()]
+        for one in work:
+            one.fused = fuse(one)
         return schedule_of(graph, machine, request, work, weights, serving=True)
 
     def semantics(self) -> Semantics:

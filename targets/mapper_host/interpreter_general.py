@@ -228,7 +228,7 @@ def _alone(op: int, r: Any, a: Any, f: Any) -> int:
 
 @entry(*SOURCES)
 def interpret_general(
-    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
+    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any, scratch: int
 ) -> Any:
     """As `interpreter.interpret`, for the other opcodes."""
     arrivals = 0

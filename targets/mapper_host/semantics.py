@@ -15,28 +15,32 @@ import numpy.typing as npt
 from mapper.backend import Memories
 from mapper.errors import ExecutionFault
 from mapper.schedule.dtypes import dtype
-from mapper.schedule.tables import Int, Phase, Port, Schedule
+from mapper.schedule.tables import Phase, Port, Schedule
 from mapper_host.packed import Packed, Span, merged, pack
+from mapper_host.scratch import scratch_bytes
+from mapper_host.team import Team, thread_count
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A program on memories: its tables, the bytes it leaves written, and the threads' barrier."""
+    """A program on memories: its tables, the bytes it leaves written, and the threads that run it."""
 
     packed: Packed
-    floats: npt.NDArray[np.float64]
     written: list[Span]
     stretches: list[tuple[int, int, bool]]
-    barrier: Int
+    team: Team
     cycles: int
 
 
 @dataclass(eq=False)
 class HostSemantics:
-    """See mapper.backend.Semantics. Tables are prepared once per schedule, program and memories."""
+    """See mapper.backend.Semantics. Tables are prepared once per schedule, program and memories.
 
+    `threads` None: one per core."""
+
+    threads: int | None = None
     _known: dict[tuple[int, int, str], tuple[Any, Any, Prepared]] = field(default_factory=dict)
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
@@ -77,14 +81,14 @@ class HostSemantics:
         ):
             packed = pack(schedule, phase, memories)
             _trace(packed, memories)
-            ready = Prepared(
-                packed,
-                packed.floats,
-                merged(packed.writes),
-                _stretches(packed),
-                np.zeros(2, np.int64),
-                schedule.programs[phase].cycles,
-            )
+            stretches = _stretches(packed)
+            wanted = self.threads if any(serving for *_, serving in stretches) and _is_serving(schedule) else 1
+            team = Team(
+                packed.rows, packed.args, packed.floats, scratch_bytes(packed.rows, packed.args),
+                thread_count(wanted),
+            )  # fmt: skip
+            cycles = schedule.programs[phase].cycles
+            ready = Prepared(packed, merged(packed.writes), stretches, team, cycles)
             self._known[key] = (weakref.ref(schedule), weakref.ref(memories), ready)
         return self._known[key][2]
 
@@ -92,17 +96,25 @@ class HostSemantics:
 def execute(ready: Prepared) -> None:
     """Run prepared tables: a serving program is one call. Raises ExecutionFault where data leads out of
     range."""
-    from mapper_host.interpreter import FAULTS, interpret, unpack
+    from mapper_host.interpreter import FAULTS, unpack
 
-    packed = ready.packed
+    packed, team = ready.packed, ready.team
     for begin, end, serving in ready.stretches:
-        run = interpret
-        if not serving:
-            from mapper_host.interpreter_general import interpret_general as run
-        result = run(packed.rows, packed.args, ready.floats, begin, end, 0, 1, ready.barrier)
+        if serving:
+            result = team.run(begin, end)
+        else:
+            from mapper_host.interpreter_general import interpret_general
+
+            result = interpret_general(
+                packed.rows, packed.args, packed.floats, begin, end, 0, 1, team.barrier, team.own(0)
+            )
         if result:
             step, fault = unpack(result)
             raise ExecutionFault(f"{packed.names[step]}: {FAULTS[fault]}")
+
+
+def _is_serving(schedule: Schedule) -> bool:
+    return isinstance(schedule.plan, dict) and bool(schedule.plan.get("serving"))
 
 
 def _stretches(packed: Packed) -> list[tuple[int, int, bool]]:
