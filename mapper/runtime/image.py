@@ -120,11 +120,11 @@ def _written(schedule: Schedule) -> set[int]:
     found: set[int] = set()
     for program in schedule.programs.values():
         for block in program.blocks:
-            written = set(block.steps.slices("writes")[1].tolist())
+            written = {int(b) for b in block.steps.slices("writes")[1]}
             found |= written
             if block.bindings is not None:
-                slots, _, buffers = (block.bindings.column(k).to_pylist() for k in range(3))
-                found |= {b for slot, b in zip(slots, buffers, strict=True) if slot in written}
+                columns = (block.bindings.column(k).to_pylist() for k in range(3))
+                found |= {int(b or 0) for slot, _, b in zip(*columns, strict=True) if slot in written}
     return found
 
 
@@ -240,8 +240,8 @@ def _chunks(stream: IO[bytes]) -> Iterator[Callable[[Bytes], None]]:
             chunk[filled : filled + count] = raw[at : at + count]
             at, filled = at + count, filled + count
             if filled == _CHUNK:
-                stream.write(memoryview(chunk))
+                stream.write(chunk.data)
                 filled = 0
 
     yield write
-    stream.write(memoryview(chunk[:filled]))
+    stream.write(chunk[:filled].data)

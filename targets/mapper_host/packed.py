@@ -1,8 +1,8 @@
 """A program of a schedule as the interpreter takes it: one line per executed step, with raw addresses.
 
 Everything that does not depend on data is checked here, once: that each step has the operands its opcode
-takes, that every operand lies inside its buffer, and that no mapped weight is written. A schedule that passes cannot make the
-interpreter touch a byte outside of the memories.
+takes, that every operand lies inside its buffer, and that no mapped weight is written. A schedule that
+passes cannot make the interpreter touch a byte outside of the memories.
 """
 
 from __future__ import annotations
