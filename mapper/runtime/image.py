@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,7 +137,8 @@ def _as_stored(schedule: Schedule, port: Port, files: WeightFiles) -> Bytes | No
     if dtypes.dtype(entry["dtype"]) != wanted or tuple(entry["shape"]) != tuple(port.shape):
         return None
     raw = files.raw(port.source[1])
-    return raw if raw.ctypes.data % wanted.itemsize == 0 else None
+    whole = len(raw) == math.prod(port.shape) * wanted.itemsize
+    return raw if whole and raw.ctypes.data % wanted.itemsize == 0 else None
 
 
 def _layout(schedule: Schedule, ports: Sequence[Port]) -> tuple[dict[int, tuple[int, int]], int]:

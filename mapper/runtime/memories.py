@@ -93,7 +93,10 @@ def empty(size: int) -> Bytes:
     if size < HUGE:
         return np.empty(size, np.uint8)
     try:
-        made = mmap.mmap(-1, size)
+        if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, the default, would not lie on huge pages
+            made = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            made = mmap.mmap(-1, size)
     except OSError as error:
         raise MemoryError(f"{size} bytes of memory: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
