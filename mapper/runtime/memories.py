@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from mapper.errors import ExecutionFault, ScheduleError
+from mapper.errors import CapacityError, ExecutionFault, ScheduleError
 from mapper.runtime.written import Written
 from mapper.schedule.tables import Int, Schedule
 
@@ -89,16 +89,17 @@ def _poisoned(size: int) -> Bytes:
 
 
 def empty(size: int) -> Bytes:
-    """`size` new bytes; on huge pages where there are many and the system has such pages."""
-    if size < HUGE:
-        return np.empty(size, np.uint8)
+    """`size` new bytes; on huge pages where there are many and the system has such pages. CapacityError where
+    the system does not give them."""
     try:
+        if size < HUGE:
+            return np.empty(size, np.uint8)
         if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, the default, would not lie on huge pages
             made = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             made = mmap.mmap(-1, size)
-    except OSError as error:
-        raise MemoryError(f"{size} bytes of memory: {error.strerror}") from error
+    except (OSError, MemoryError) as error:
+        raise CapacityError(f"the system does not give {size} bytes of memory") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             made.madvise(mmap.MADV_HUGEPAGE)

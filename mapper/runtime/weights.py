@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mapper.errors import ModelError, WeightsMissingError
+from mapper.errors import MapperError, ModelError, WeightsMissingError
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Schedule
 
@@ -27,9 +27,13 @@ def file_sha256(path: Path) -> str:
 
 
 def mapped_file(path: Path) -> Bytes:
-    """A file's bytes, mapped read-only; on huge pages where the file system has them. OSError, ValueError."""
-    with path.open("rb") as file:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    """A file's bytes, mapped read-only; on huge pages where the file system has them. MapperError where it
+    cannot be mapped."""
+    try:
+        with path.open("rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise MapperError(f"cannot map {path}: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):
             whole.madvise(mmap.MADV_HUGEPAGE)

@@ -142,8 +142,8 @@ def _trace(packed: Packed, memories: Memories) -> None:
 def _where(schedule: Schedule, port: Port) -> Span:
     if len(port.buffers) != 1 or port.layout != "row-major":
         raise ExecutionFault(f"port {port.name}: not one row-major buffer")
-    row = schedule.buffers.slice(port.buffers[0], 1)
-    memory, offset, size = (int(row.column(c)[0].as_py()) for c in ("memory", "offset", "bytes"))
+    column, number = schedule.buffers.column, port.buffers[0]
+    memory, offset, size = (int(column(c)[number].as_py()) for c in ("memory", "offset", "bytes"))
     if math.prod(port.shape) * dtype(port.dtype).itemsize != size:
         raise ExecutionFault(f"port {port.name}: its buffer has {size} bytes")
     return memory, offset, offset + size

@@ -145,6 +145,15 @@ def test_the_read_rate_is_one_of_memory() -> None:
     assert 2e8 < measure() < 5e12
 
 
+def test_memory_that_is_not_there_is_an_error() -> None:
+    from mapper.errors import CapacityError
+    from mapper.runtime.memories import empty
+
+    for size in (1 << 60, 1 << 62):
+        with pytest.raises(CapacityError, match=str(size)):
+            empty(size)
+
+
 def anonymous_bytes(*args: str, **env: str) -> int:
     """Peak anonymous memory of a command, looked at every 5 ms."""
     running, peak = command(*args, **env), 0

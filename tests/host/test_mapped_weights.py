@@ -175,3 +175,20 @@ def test_weights_that_share_bytes_are_not_mapped(schedule: Schedule, folder: Pat
     made = session(odd, folder, Images(tmp_path / "i", 1))
     assert all(b.flags.writeable for b in buffers(made).values())
     assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+def test_bytes_of_views_are_those_of_their_copies(dtype: str) -> None:
+    a = np.random.default_rng(0).integers(0, 250, (5, 130, 67)).astype(dtype)
+    views = (
+        a,
+        a[0].T,
+        a.transpose(0, 2, 1),
+        a.transpose(2, 1, 0),
+        a[:, ::2, 1:],
+        a[0, :, :1].T,
+        a[:0],
+        a[0, 0],
+    )
+    for view in views:
+        assert image._bytes(view).tobytes() == view.tobytes()
