@@ -45,13 +45,14 @@ class Decoding:
     finish: str = "interrupted"
 
     def warm_up(self) -> None:
-        """Run one decode step, so that kernels are compiled and weights in memory, and clear the cache."""
+        """Run one decode step, so that kernels are compiled and weights in memory, and clear the cache; the
+        prompt itself is run once."""
         self._run("decode", self.ids[:1], 0)
         self.session.reset()
+        self.session.prepare("prefill", _inputs(self.ids, 0))
 
     def _run(self, phase: Phase, ids: Sequence[int], past: int) -> npt.NDArray[Any]:
-        given = {"input_ids": np.array([ids]), "past_length": np.array(past)}
-        logits: npt.NDArray[Any] = self.session.run(phase, given)["logits"][0, -1]
+        logits: npt.NDArray[Any] = self.session.run(phase, _inputs(ids, past))["logits"][0, -1]
         return logits
 
     def __iter__(self) -> Iterator[int]:
@@ -88,7 +89,8 @@ class Decoding:
 
     def record(self, read_rate: float | None = None) -> dict[str, Any]:
         """What was measured beside what was predicted, in seconds, bytes and bytes/s: median of the decode
-        steps; prefill. `load_s` is from the model's file to ready, `time_to_first_token_s` from there."""
+        steps; prefill. `load_s` is from the model's file to ready, `time_to_first_token_s` from there.
+        `weight_bytes` and `cache_bytes` are what the last step had to read."""
         measured = statistics.median(self.steps_s) if self.steps_s else None
         ran = self.prefill_s > 0
         return {
@@ -107,6 +109,10 @@ class Decoding:
             "decode": {"measured_s": measured, **_predicted(self.phases["decode"])},
             "prefill": {"measured_s": self.prefill_s if ran else None, **_predicted(self.phases["prefill"])},
         }
+
+
+def _inputs(ids: Sequence[int], past: int) -> dict[str, npt.NDArray[Any]]:
+    return {"input_ids": np.array([ids]), "past_length": np.array(past)}
 
 
 def _predicted(e: Estimate) -> dict[str, float]:

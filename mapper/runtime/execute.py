@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mapper.errors import ExecutionFault, MapperError, ScheduleError, UsageError, WeightsMissingError
 from mapper.runtime.image import Images, mapped_weights
-from mapper.runtime.interface import PlainPorts, Semantics
+from mapper.runtime.interface import PlainPorts, Prepares, Semantics
 from mapper.runtime.memories import POISON, allocate, temporaries
 from mapper.runtime.weights import WeightFiles
 from mapper.schedule.dtypes import dtype
@@ -97,6 +97,23 @@ class Session:
         `inputs` by port name, each with its port's shape, converted to its type. All bytes that belong to no
         weight, constant or state are poisoned first. Raises UsageError, ExecutionFault.
         """
+        self._enter(phase, inputs)
+        with _nonsense(f"program {phase}", ExecutionFault):
+            self.cycles += self._semantics.run(self.schedule, phase, self._memories)
+        self._torn = False
+        self.steps += sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
+        self.runs += 1
+        return {p.name: self._fetch(p) for p in self.ports("output", phase=phase)}
+
+    def prepare(self, phase: Phase, inputs: Mapping[str, Array]) -> None:
+        """Do beforehand what a target does once per program before its first run, where it can; raises as
+        `run` does."""
+        if isinstance(self._semantics, Prepares):
+            self._enter(phase, inputs)
+            with _nonsense(f"program {phase}", ExecutionFault):
+                self._semantics.prepare(self.schedule, phase, self._memories)
+
+    def _enter(self, phase: Phase, inputs: Mapping[str, Array]) -> None:
         if phase not in self.schedule.programs:
             raise UsageError(
                 f"the schedule has no {phase} program; it has {', '.join(self.schedule.programs)}"
@@ -108,12 +125,6 @@ class Session:
         self._torn = True
         for name, port in wanted.items():
             self._place(port, _fitting(name, inputs[name], port))
-        with _nonsense(f"program {phase}", ExecutionFault):
-            self.cycles += self._semantics.run(self.schedule, phase, self._memories)
-        self._torn = False
-        self.steps += sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
-        self.runs += 1
-        return {p.name: self._fetch(p) for p in self.ports("output", phase=phase)}
 
     def _poison(self) -> None:
         """Poison what the last run has written of the temporaries: all of them where it did not end."""

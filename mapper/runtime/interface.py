@@ -29,6 +29,15 @@ class Memories(Protocol):
 
 
 @runtime_checkable
+class Prepares(Protocol):
+    """What a target's semantics offer beside `Semantics` where a program's first run does work that later
+    ones need not repeat."""
+
+    def prepare(self, schedule: Schedule, phase: Phase, memories: Memories) -> object:
+        """Do that work, on memories that inputs have been placed in. Raises ExecutionFault."""
+
+
+@runtime_checkable
 class PlainPorts(Protocol):
     """What a target's semantics offer beside `Semantics` where they go through `Memories.bytes_of` alone, so
     that weights need not be copied into one stretch of memory."""
