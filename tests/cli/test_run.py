@@ -194,3 +194,21 @@ def test_the_windows_of_layers_bound_what_a_step_reads() -> None:
     traffic = Traffic(1000, ((8, None), (8, 4)))
     lengths = np.array([1, 4, 10])
     assert [traffic.bytes(int(n)) for n in lengths] == [1016, 1064, 1000 + 80 + 32]
+
+
+def test_traffic_knows_windows_and_weights(tmp_path: Path) -> None:
+    """Gemma 3 has five layers with a window to each without (its report, section 2); embeddings are tied, so a
+    step reads the file once, a row of embeddings and one of rotations besides."""
+    from mapper import driver, traffic
+    from mapper.zoo.families import config, tiny
+    from mapper.zoo.files import write
+
+    made = tiny(config("gemma-3-1b"))
+    write(made, tmp_path / "m.onnx", "f32", seed=1)
+    graph = driver.load(tmp_path / "m.onnx")
+    moved = traffic.of(driver.build(graph, "host", context=32, prompt=4).schedule, graph)
+    windows = [window for _, window in moved.caches[::2]]
+    assert [w is None for w in windows] == [(i + 1) % 6 == 0 for i in range(len(made.layers))]
+    assert len({w for w in windows if w}) == 1
+    size = (tmp_path / "m.onnx.data").stat().st_size
+    assert size <= moved.weights < 1.01 * size
