@@ -197,8 +197,8 @@ def test_the_windows_of_layers_bound_what_a_step_reads() -> None:
 
 
 def test_traffic_knows_windows_and_weights(tmp_path: Path) -> None:
-    """Gemma 3 has five layers with a window to each without (its report, section 2); embeddings are tied, so a
-    step reads the file once, a row of embeddings and one of rotations besides."""
+    """Gemma 3 has five layers with a window to each without (its report, section 2); embeddings are tied, so
+    a step reads the file once, a row of embeddings and one of rotations besides."""
     from mapper import driver, traffic
     from mapper.zoo.families import config, tiny
     from mapper.zoo.files import write
