@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mapper.errors import MapperError, UsageError
 from mapper.lowbit import PARTS, format_name
 from mapper.runtime.interface import Array, Memories, Semantics
+from mapper.runtime.written import Written
 
 if TYPE_CHECKING:
     from mapper.bounds import Bound
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from mapper.schedule.tables import Phase, Request, Schedule
 
 __all__ = [
-    "GROUP", "Array", "Artifact", "Backend", "Memories", "Semantics", "WeightSource", "discover", "load",
-    "weight_format", "weight_source",
+    "GROUP", "Array", "Artifact", "Backend", "Memories", "Semantics", "WeightSource", "Written", "discover",
+    "load", "weight_format", "weight_source",
 ]  # fmt: skip
 
 

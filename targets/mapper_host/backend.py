@@ -105,6 +105,12 @@ class HostBackend:
 
         return calibrated()
 
+    def read_rate(self) -> float:
+        """Bytes per second at which this computer reads memory, measured now. Raises MapperError."""
+        from mapper_host.read_rate import read_rate
+
+        return read_rate()
+
 
 def is_static(graph: Graph) -> bool:
     """Whether all inputs have known shapes."""

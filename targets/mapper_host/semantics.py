@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mapper.backend import Memories
+from mapper.backend import Memories, Written
 from mapper.errors import ExecutionFault
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Phase, Port, Schedule
@@ -49,24 +49,31 @@ class HostSemantics:
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if raw.size != high - low:
             raise ExecutionFault(f"port {port.name}: {raw.size} bytes for a buffer of {high - low}")
-        memories.data(memory)[low:high] = raw
-        memories.written(memory)[low:high] = True
+        memories.bytes_of(port.buffers[0])[:] = raw
+        memories.written(memory).add(low, high)
 
     def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
         """A copy of the port's array. Raises ExecutionFault on unwritten bytes."""
         memory, low, high = _where(schedule, port)
-        flags = memories.written(memory)[low:high]
-        if not flags.all():
-            at = low + int(np.argmin(flags))
+        at = memories.written(memory).missing(low, high)
+        if at is not None:
             raise ExecutionFault(f"port {port.name}: byte {at} of its memory is read and was never written")
-        return memories.data(memory)[low:high].copy().view(dtype(port.dtype)).reshape(port.shape)
+        return memories.bytes_of(port.buffers[0]).copy().view(dtype(port.dtype)).reshape(port.shape)
+
+    def plain(self, schedule: Schedule, port: Port) -> bool:
+        """See mapper.runtime.interface.PlainPorts."""
+        try:
+            _where(schedule, port)
+        except ExecutionFault:
+            return False
+        return True
 
     def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
         """Execute a program in one call of the interpreter. Raises ExecutionFault."""
         ready = self.prepare(schedule, phase, memories)
         execute(ready)
         for memory, low, high in ready.written:
-            memories.written(memory)[low:high] = True
+            memories.written(memory).add(low, high)
         return ready.cycles
 
     def prepare(self, schedule: Schedule, phase: Phase, memories: Memories) -> Prepared:
@@ -127,26 +134,28 @@ def _stretches(packed: Packed) -> list[tuple[int, int, bool]]:
 
 
 def _trace(packed: Packed, memories: Memories) -> None:
-    """Walk the steps over the "written" flags. Raises ExecutionFault at the first read of an unwritten
-    byte."""
-    flags: dict[int, npt.NDArray[np.bool_]] = {}
+    """Walk the steps over what is written. Raises ExecutionFault at the first read of an unwritten byte."""
+    known: dict[int, Written] = {}
     for i, (reads, writes) in enumerate(zip(packed.reads, packed.writes, strict=True)):
         for memory, low, high in reads:
-            known = flags.setdefault(memory, memories.written(memory).copy())
-            if not known[low:high].all():
-                at = low + int(np.argmin(known[low:high]))
+            if memory not in known:
+                known[memory] = memories.written(memory).copy()
+            at = known[memory].missing(low, high)
+            if at is not None:
                 raise ExecutionFault(
                     f"{packed.names[i]}: byte {at} of memory {memory} is read and was never written"
                 )
         for memory, low, high in writes:
-            flags.setdefault(memory, memories.written(memory).copy())[low:high] = True
+            if memory not in known:
+                known[memory] = memories.written(memory).copy()
+            known[memory].add(low, high)
 
 
 def _where(schedule: Schedule, port: Port) -> Span:
     if len(port.buffers) != 1 or port.layout != "row-major":
         raise ExecutionFault(f"port {port.name}: not one row-major buffer")
-    row = schedule.buffers.slice(port.buffers[0], 1)
-    memory, offset, size = (int(row.column(c)[0].as_py()) for c in ("memory", "offset", "bytes"))
+    column, number = schedule.buffers.column, port.buffers[0]
+    memory, offset, size = (int(column(c)[number].as_py()) for c in ("memory", "offset", "bytes"))
     if math.prod(port.shape) * dtype(port.dtype).itemsize != size:
         raise ExecutionFault(f"port {port.name}: its buffer has {size} bytes")
     return memory, offset, offset + size

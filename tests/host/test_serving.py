@@ -116,3 +116,13 @@ def test_calibration_writes_a_machine() -> None:
     assert 5e8 < measured.value("memory.bandwidth") < 2e12
     assert 1e8 < measured.value("rate.vector") < 1e13
     assert 1e-9 < measured.value("step.overhead") < 1e-4
+
+
+def test_preparing_a_program_changes_nothing(session: Session, graph: Graph, schedule: Schedule) -> None:
+    given = {"input_ids": np.array([[5, 6, 7, 8, 9]]), "past_length": np.array(0)}
+    session.prepare("prefill", given)
+    assert (session.runs, session.steps) == (0, 0)
+    fresh = Session(schedule, BACKEND.semantics(), graph.folder)
+    assert np.array_equal(session.run("prefill", given)["logits"], fresh.run("prefill", given)["logits"])
+    with pytest.raises(UsageError):
+        session.prepare("prefill", {})
