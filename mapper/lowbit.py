@@ -71,7 +71,7 @@ class Scheme:
 
     @property
     def has_zeros(self) -> bool:
-        """Whether `quantise` gives zero points: integers of fewer than 8 bits, where symmetry costs a code."""
+        """Whether `quantise` gives zero points: for integers below 8 bits, where symmetry costs a code."""
         return self.kind == "int" and self.bits < 8
 
 
