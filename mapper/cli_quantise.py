@@ -49,9 +49,8 @@ def quantise(
     from mapper.report.terminal import console, rows_table
 
     console().print(rows_table([_row(cost, found[0]) for cost in found]))
-    print(
-        f"{read.tokens:,} tokens of {read.name}, {window} at a time; bits and errors are of the products' weights"
-    )
+    print(f"{read.tokens:,} tokens of {read.name}, {window} at a time.")
+    print("MB, bits and errors: of the weights of matrix products.")
 
 
 def _row(cost: Cost, first: Cost) -> dict[str, Any]:

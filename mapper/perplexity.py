@@ -37,9 +37,9 @@ BEGINNINGS = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>", "<|im_start|
 class Cost:
     """One weight format of one model.
 
-    `bytes` and `bits_per_weight` are of the products' weights alone, scales and zeros included. `weight_error` is
-    the root of the summed squared differences over the summed squares, `worst_error` the largest one of a single
-    tensor. `perplexity` is exp of the mean negative log-likelihood per scored token.
+    `bytes` and `bits_per_weight` are of the products' weights alone, scales and zeros included.
+    `weight_error` is the root of the summed squared differences over the summed squares, `worst_error` the
+    largest one of a single tensor. `perplexity` is exp of the mean negative log-likelihood per scored token.
     """
 
     format: str
@@ -168,7 +168,7 @@ def negative_log_likelihood(
 
 
 def weight_errors(graph: Graph) -> tuple[int, float, float, float, str]:
-    """(bytes, bits per weight, error, worst tensor's error, its name) of the weights of a graph's products."""
+    """(bytes, bits per weight, error, worst tensor's error, its name) of a graph's products' weights."""
     size = elements = 0
     error = power = worst = 0.0
     name = ""
