@@ -33,6 +33,7 @@ _CHUNK = 1 << 22
 """Elements that are worked on at a time, so that temporaries stay small beside the weight."""
 _E4M3_MAX, _E2M1_MAX, _E2M1_EXPONENT = 448.0, 6.0, 2
 _E8M0_BIAS = 127
+_BITS = {"int": (2, 4, 8), "e4m3": (8,), "e2m1": (4,)}
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,9 @@ def quantise(scheme: Scheme, weight: Array, parts: Sequence[str] = PARTS[:3]) ->
     saturates (MX v1.0, section 6.3). Raises ValueError for another layout, for elements that are not finite,
     and where a scale is beyond its stored type.
     """
-    if scheme.layout != "rows" or scheme.axis != -1 or (scheme.has_zeros and not scheme.block):
-        raise ValueError(f"quantising to {scheme} is not known")
+    odd = scheme.layout != "rows" or scheme.axis != -1 or (scheme.has_zeros and not scheme.block)
+    if odd or scheme.bits not in _BITS.get(scheme.kind, ()) or weight.ndim < 2 or set(parts) - {*PARTS[:3]}:
+        raise ValueError(f"quantising {weight.ndim} axes to {', '.join(parts)} of {scheme} is not known")
     declared = scheme.parts(weight.shape)
     types = {"u8": np.uint8, "f16": np.float16, "f32": np.float32}
     made = {
@@ -267,6 +269,8 @@ def dequantise(
     """The weight of `shape`. `order` [K] gives the block of each column in place of its position.
 
     Raises ValueError where the parts do not fit."""
+    if scheme.bits not in _BITS.get(scheme.kind, ()):
+        raise ValueError(f"{scheme.kind} elements of {scheme.bits} bits")
     if scheme.layout == "plain":
         return _plain(scheme, values, scales, zeros).astype(dtype)
     lead, columns = shape[:-1], shape[-1]
