@@ -286,12 +286,19 @@ def dequantise(
     stored, factor = stored.reshape(-1, stored.shape[-1]), factor.reshape(-1, blocks)
     offset = None if offset is None else offset.reshape(-1, blocks)
     made = np.empty((len(stored), columns), dtype)
+    even = order is None and held >= blocks * size
     step = max(1, _CHUNK // max(columns, 1))
     for first in range(0, len(stored), step):
         rows = slice(first, first + step)
-        q = _elements(scheme, unpack(stored[rows], scheme.bits)[:, :columns])
-        if offset is not None:
-            q = q - offset[rows][:, column]
+        q = _elements(scheme, unpack(stored[rows], scheme.bits))
+        if even:
+            q = q[:, : blocks * size].reshape(-1, blocks, size)
+            q = q if offset is None else np.subtract(q, offset[rows, :, None], out=q)
+            q = np.multiply(q, factor[rows, :, None], out=q).reshape(len(q), -1)
+            made[rows] = q[:, :columns]
+            continue
+        q = q[:, :columns]
+        q = q if offset is None else q - offset[rows][:, column]
         made[rows] = q * factor[rows][:, column]
     return made.reshape(shape)
 

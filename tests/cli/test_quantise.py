@@ -56,7 +56,9 @@ def test_perplexity_is_onnxruntimes_and_errors_are_numpys(example_model: Path) -
 
     tokenizer = Tokenizer.from_file(str(example_model.parent / "tokenizer.json"))
     text = (example_model.parent / "heldout.txt").read_text()
-    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(text).ids][: TOKENS + 1]
+    first = tokenizer.token_to_id("<|endoftext|>")
+    assert first is not None
+    ids = [first, *tokenizer.encode(text).ids][: TOKENS + 1]
     assert original["perplexity"] == pytest.approx(math.exp(nats(example_model, ids) / TOKENS), rel=1e-5)
     characters = len(tokenizer.decode(ids[1:], skip_special_tokens=False))
     bits = nats(example_model, ids) / math.log(2) / characters

@@ -13,7 +13,7 @@ import pytest
 from mapper import backend as targets
 from mapper import driver
 from mapper.errors import UsageError
-from mapper.lowbit import FORMATS, Scheme
+from mapper.lowbit import FORMATS, Scheme, quantise
 from mapper.schedule import values
 
 Array = npt.NDArray[Any]
@@ -55,11 +55,11 @@ def test_each_format_is_refused_or_compiled_and_verified(
     assert against["max_relative"] > 0
 
 
-def flipped(quantise: Callable[..., dict[str, Array]]) -> Callable[..., dict[str, Array]]:
-    """`quantise`, with the highest bit of one stored element of each small matrix the other way round."""
+def flipped(right: Callable[..., dict[str, Array]]) -> Callable[..., dict[str, Array]]:
+    """`right`, with the highest bit of one stored element of each small matrix the other way round."""
 
     def wrong(scheme: Scheme, weight: Array, parts: Any) -> dict[str, Array]:
-        found = quantise(scheme, weight, parts)
+        found = right(scheme, weight, parts)
         if "values" in found and weight.shape == (128, 256):  # keys' and values' matrices
             found["values"] = found["values"].copy()
             found["values"][5, 7] ^= np.uint8(0x80)
@@ -76,7 +76,7 @@ def test_a_flipped_bit_of_a_quantised_value_is_caught(
         pytest.skip(f"{target} has no {name}")
     folder = made(target, name, example_model, tmp_path / "out")
     with monkeypatch.context() as broken:  # what the executor loads, not what the oracle is given
-        broken.setattr(values, "quantise", flipped(values.quantise))
+        broken.setattr(values, "quantise", flipped(quantise))
         found = driver.verify(folder, tokens=0)
     assert not found.ok
     assert "cache." in " ".join(found.failures)
