@@ -115,9 +115,9 @@ class FormatJudge:
         `kept`: that the forward pass came upon values which that holds well must not narrow the bound."""
         error = float(np.abs(stored - exact).max(initial=0.0))
         if kept is not None:
-            import ml_dtypes
-
-            error = max(error, float(np.abs(exact).max(initial=0.0)) * float(ml_dtypes.finfo(kept).eps) / 2)
+            one = np.ones((), kept)
+            unit = float(np.nextafter(one, one + one)) - 1
+            error = max(error, float(np.abs(exact).max(initial=0.0)) * unit / 2)
         return self.slack * error
 
     def _inputs(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> dict[str, Array]:

@@ -47,7 +47,7 @@ def experts() -> Graph:
 
     logits = b.add("linear", [x], {"weight": stack("router", 40, 4)})
     index, share = b.add_op("route", [logits], {"top_k": 2, "normalise": True}).results
-    attrs = {"act": "silu", "gate": stack("gate", 4, 40, 33), "up": stack("up", 4, 40, 33)}
+    attrs: dict[str, Any] = {"act": "silu", "gate": stack("gate", 4, 40, 33), "up": stack("up", 4, 40, 33)}
     attrs |= {"down": stack("down", 4, 40, 33), "down_transposed": True}
     return b.finish({"y": b.add("moe", [x, index, share], attrs)})
 
