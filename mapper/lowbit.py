@@ -33,6 +33,8 @@ _CHUNK = 1 << 22
 """Elements that are worked on at a time, so that temporaries stay small beside the weight."""
 _E4M3_MAX, _E2M1_MAX, _E2M1_EXPONENT = 448.0, 6.0, 2
 _E8M0_BIAS = 127
+_MOST = 1 << 16
+"""Elements of a block; rows are padded to whole ones."""
 _BITS = {"int": (2, 4, 8), "e4m3": (8,), "e2m1": (4,)}
 
 
@@ -143,7 +145,8 @@ def quantise(scheme: Scheme, weight: Array, parts: Sequence[str] = PARTS[:3]) ->
     saturates (MX v1.0, section 6.3). Raises ValueError for another layout, for elements that are not finite,
     and where a scale is beyond its stored type.
     """
-    odd = scheme.layout != "rows" or scheme.axis != -1 or (scheme.has_zeros and not scheme.block)
+    odd = scheme.layout != "rows" or scheme.axis != -1 or not 0 <= scheme.block <= _MOST
+    odd = odd or (scheme.has_zeros and not scheme.block)
     if odd or scheme.bits not in _BITS.get(scheme.kind, ()) or weight.ndim < 2 or set(parts) - {*PARTS[:3]}:
         raise ValueError(f"quantising {weight.ndim} axes to {', '.join(parts)} of {scheme} is not known")
     declared = scheme.parts(weight.shape)

@@ -229,6 +229,8 @@ def test_malformed_expressions_are_one_line_errors() -> None:
         ["quantise", [3, 32, -1, "rows", "int"], "values", ones],
         ["quantise", [4, 32, -1, "rows", "int"], "values", ["full", [], "float32", 1.0]],
         ["quantise", [4, 32, -1], ones],
+        ["quantise", [4, 1 << 40, -1, "rows", "int"], "values", ones],
+        ["quantise", [4, -32, -1, "rows", "int"], "values", ones],
     ):
         with pytest.raises(ScheduleError) as caught:
             value_of(bad, absent, absent)
@@ -250,6 +252,24 @@ def test_a_source_must_give_what_the_text_says() -> None:
         assert old in line, line
         with pytest.raises(ModelError, match="is not what"):
             Graph.parse(text.replace(line, line.replace(old, new)))
+
+
+def test_sources_that_cannot_be_are_refused() -> None:
+    kind = "!dataflow.tensor<[48], f32>"
+    text = Quantise("int4").apply(llama(ODD)).print()
+    first = text.index("  dataflow.weight")
+
+    def refused(line: str, says: str) -> None:
+        with pytest.raises(ModelError, match=says):
+            Graph.parse(f"{text[:first]}{line}{text[first:]}")
+
+    refused(f"  dataflow.weight @a : {kind} {{source = @b}}\n", "not declared before it")
+    refused(f"  dataflow.weight @a : {kind} {{source = @a}}\n", "not declared before it")
+    vector = f"  dataflow.weight @v : {kind}\n"
+    refused(f"{vector}  dataflow.weight @a : {kind} {{source = @v, turned = true}}\n", "is no matrix")
+    refused(f'{vector}  dataflow.weight @a : {kind} {{source = @v, part = "values"}}\n', "is no matrix")
+    chain = "".join(f"  dataflow.weight @v{i + 1} : {kind} {{source = @v{i}}}\n" for i in range(2000))
+    refused(f"{vector.replace('@v', '@v0')}{chain}", "made of too many")
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:
