@@ -111,7 +111,7 @@ def test_a_product_of_no_initializer_is_compared_with_the_reference(
     assert found.ok, found.failures
     assert found.oracle.startswith("the graph's reference semantics in float64 (weight ")
     assert "is no initializer of the model file" in found.oracle
-    assert found.max_rel_err < 1e-5
+    assert found.max_rel_err < 2e-4
     assert found.against_original is not None
     assert found.against_original.relative_rms > 1e-3
 
