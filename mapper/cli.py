@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mapper import __version__
+from mapper.cli_quantise import quantise
 from mapper.cli_run import run
 from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
@@ -36,6 +37,7 @@ app = typer.Typer(
 machines_app = typer.Typer(help="List, show and calibrate machine files.")
 app.add_typer(machines_app, name="machines")
 app.add_typer(zoo_app, name="zoo")
+app.command(epilog="Example: mapper quantise examples/tiny-llama-op18.onnx --weights int4,int8")(quantise)
 
 
 def _targets(incomplete: str) -> list[str]:
@@ -88,7 +90,9 @@ def compile_(
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     context: Annotated[int, typer.Option(help="Longest sequence, in tokens; the KV cache's length.")] = 128,
     prompt: Annotated[int, typer.Option(help="Tokens that the prefill program takes.")] = 16,
-    weights: Annotated[str | None, typer.Option(help="Weight format; default: the target's widest.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weight format, as int4; default: the target's own.")
+    ] = None,
     chips: Annotated[str, typer.Option(help="How many chips: a number, or auto.")] = "1",
     phase: Annotated[
         Literal["decode", "prefill", "both"], typer.Option(help="Which programs to make.")

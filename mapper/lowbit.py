@@ -33,6 +33,9 @@ _CHUNK = 1 << 22
 """Elements that are worked on at a time, so that temporaries stay small beside the weight."""
 _E4M3_MAX, _E2M1_MAX, _E2M1_EXPONENT = 448.0, 6.0, 2
 _E8M0_BIAS = 127
+_MOST = 1 << 16
+"""Elements of a block; rows are padded to whole ones."""
+_BITS = {"int": (2, 4, 8), "e4m3": (8,), "e2m1": (4,)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Scheme:
 
     @property
     def has_zeros(self) -> bool:
-        """Whether `quantise` gives zero points: integers of fewer than 8 bits, where symmetry costs a code."""
+        """Whether `quantise` gives zero points: for integers below 8 bits, where symmetry costs a code."""
         return self.kind == "int" and self.bits < 8
 
 
@@ -142,8 +145,10 @@ def quantise(scheme: Scheme, weight: Array, parts: Sequence[str] = PARTS[:3]) ->
     saturates (MX v1.0, section 6.3). Raises ValueError for another layout, for elements that are not finite,
     and where a scale is beyond its stored type.
     """
-    if scheme.layout != "rows" or scheme.axis != -1 or (scheme.has_zeros and not scheme.block):
-        raise ValueError(f"quantising to {scheme} is not known")
+    odd = scheme.layout != "rows" or scheme.axis != -1 or not 0 <= scheme.block <= _MOST
+    odd = odd or (scheme.has_zeros and not scheme.block)
+    if odd or scheme.bits not in _BITS.get(scheme.kind, ()) or weight.ndim < 2 or set(parts) - {*PARTS[:3]}:
+        raise ValueError(f"quantising {weight.ndim} axes to {', '.join(parts)} of {scheme} is not known")
     declared = scheme.parts(weight.shape)
     types = {"u8": np.uint8, "f16": np.float16, "f32": np.float32}
     made = {
@@ -267,6 +272,8 @@ def dequantise(
     """The weight of `shape`. `order` [K] gives the block of each column in place of its position.
 
     Raises ValueError where the parts do not fit."""
+    if scheme.bits not in _BITS.get(scheme.kind, ()):
+        raise ValueError(f"{scheme.kind} elements of {scheme.bits} bits")
     if scheme.layout == "plain":
         return _plain(scheme, values, scales, zeros).astype(dtype)
     lead, columns = shape[:-1], shape[-1]
@@ -282,12 +289,19 @@ def dequantise(
     stored, factor = stored.reshape(-1, stored.shape[-1]), factor.reshape(-1, blocks)
     offset = None if offset is None else offset.reshape(-1, blocks)
     made = np.empty((len(stored), columns), dtype)
+    even = order is None and held >= blocks * size
     step = max(1, _CHUNK // max(columns, 1))
     for first in range(0, len(stored), step):
         rows = slice(first, first + step)
-        q = _elements(scheme, unpack(stored[rows], scheme.bits)[:, :columns])
-        if offset is not None:
-            q = q - offset[rows][:, column]
+        q = _elements(scheme, unpack(stored[rows], scheme.bits))
+        if even:
+            q = q[:, : blocks * size].reshape(-1, blocks, size)
+            q = q if offset is None else np.subtract(q, offset[rows, :, None], out=q)
+            q = np.multiply(q, factor[rows, :, None], out=q).reshape(len(q), -1)
+            made[rows] = q[:, :columns]
+            continue
+        q = q[:, :columns]
+        q = q if offset is None else q - offset[rows][:, column]
         made[rows] = q * factor[rows][:, column]
     return made.reshape(shape)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("mapper/cli.py", "mapper/cli_run.py", "mapper/cli_zoo.py")
+COMMANDS = ("mapper/cli.py", "mapper/cli_quantise.py", "mapper/cli_run.py", "mapper/cli_zoo.py")
 ALLOWED = {
     "numba": ("kernels/", "targets/", "mapper/runtime/", "mapper/schedule/"),
     "llvmlite": ("kernels/", "targets/"),

@@ -195,17 +195,24 @@ def _scheme(op: WeightOp) -> Scheme:
 
 
 def _derivation(op: WeightOp, others: Mapping[str, WeightSymbol]) -> Derivation:
-    name, source, part = op.attr("sym_name"), op.attr("source"), op.attr("part")
-    if source not in others:
-        raise ModelError(f"weight {name!r}: its source {source!r} is not declared before it")
-    scheme = None if part is None else _scheme(op)
-    made = Derivation(others[source], scheme, part or "", op.attr("turned"))
-    shape, turned = op.attr("type").ints, others[source].shape
-    turned = (*turned[:-2], turned[-1], turned[-2]) if made.transposed and len(turned) > 1 else turned
-    parts = {"": (turned, op.attr("type").dtype)} if scheme is None else scheme.parts(turned)
-    if parts.get(made.part) != (shape, op.attr("type").dtype):
-        raise ModelError(f"weight {name!r}: {op.attr('type')} is not what {source!r} gives")
+    name, source, part, kind = (op.attr(n) for n in ("sym_name", "source", "part", "type"))
+    if source not in others or len(others[source].needed) > MOST_SOURCES:
+        raise ModelError(
+            f"weight {name!r}: its source {source!r} is not declared before it, or made of too many"
+        )
+    made = Derivation(others[source], None if part is None else _scheme(op), part or "", op.attr("turned"))
+    shape = others[source].shape
+    if len(shape) < 2 and (made.transposed or made.scheme is not None):
+        raise ModelError(f"weight {name!r}: its source {source!r} is no matrix")
+    turned = (*shape[:-2], shape[-1], shape[-2]) if made.transposed else shape
+    parts = {"": (turned, kind.dtype)} if made.scheme is None else made.scheme.parts(turned)
+    if parts.get(made.part) != (kind.ints, kind.dtype):
+        raise ModelError(f"weight {name!r}: {kind} is not what {source!r} gives")
     return made
+
+
+MOST_SOURCES = 16
+"""Weights that a weight may be made from, one from the other, where a text says so."""
 
 
 def _packing(op: WeightOp, others: Mapping[str, WeightSymbol]) -> Packing:

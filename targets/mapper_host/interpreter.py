@@ -220,19 +220,6 @@ def _run(
     return 0
 
 
-@entry(*SOURCES)
-def interpret(
-    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any, scratch: int
-) -> Any:
-    """Run steps begin..end - 1 as thread `part` of `parts`; 0, or which step failed and how (see `unpack`).
-
-    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; barrier int64 [2], zero at first,
-    shared by the threads: arrivals, and the first fault; scratch: address of memory of this thread's own, as
-    much as `scratch_bytes` says.
-    """
-    return _run(rows, args, floats, begin, end, part, parts, barrier, scratch)
-
-
 GENERATION, BEGIN, END, PARTS, FINISHED, RESULT, STOP = range(7)
 """Fields of the control block that a team shares: see `work`."""
 CONTROL = 8
@@ -244,7 +231,8 @@ def work(
 ) -> Any:
     """Thread `part` of a team: run steps BEGIN..END - 1 each time GENERATION moves on from `seen`.
 
-    Returns the last generation that it ran when nothing has happened for `patience` looks, or -1 when STOP is set.
+    Tables and memory as in `lead`. Returns the last generation that it ran when nothing has happened for
+    `patience` looks, or -1 when STOP is set.
     """
     looks = 0
     while True:
@@ -270,7 +258,13 @@ def work(
 def lead(
     rows: Any, args: Any, floats: Any, begin: int, end: int, control: Any, barrier: Any, scratch: int
 ) -> Any:
-    """As `interpret`, as thread 0 of a team whose other threads are in `work` or on their way to it."""
+    """Run steps begin..end - 1 as thread 0 of PARTS, the others being in `work` or on their way to it; 0, or which
+    step failed and how (see `unpack`).
+
+    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; barrier int64 [2], zero at first,
+    shared by the threads: arrivals, and the first fault; scratch: address of memory of this thread's own, as
+    much as `scratch.scratch_bytes` says.
+    """
     parts = control[PARTS]
     result = _run(rows, args, floats, begin, end, 0, parts, barrier, scratch)
     looks = 0

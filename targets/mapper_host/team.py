@@ -61,13 +61,11 @@ class Team:
         return int(base + -base % 64 + part * self.each)
 
     def run(self, begin: int, end: int) -> int:
-        """Run steps begin..end - 1; what `interpreter.interpret` returns."""
+        """Run steps begin..end - 1; what `interpreter.lead` returns."""
         from mapper_host import interpreter as compiled
 
         tables = (self.rows, self.args, self.floats)
         self.barrier[:] = 0
-        if self.threads == 1:
-            return int(compiled.interpret(*tables, begin, end, 0, 1, self.barrier, self.own(0)))
         control = self.control
         control[compiled.BEGIN], control[compiled.END], control[compiled.FINISHED] = begin, end, 0
         control[compiled.GENERATION] += 1  # what was written before is seen by whoever sees this
