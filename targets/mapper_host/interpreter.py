@@ -220,57 +220,58 @@ def _run(
     return 0
 
 
-GENERATION, BEGIN, END, PARTS, FINISHED, RESULT, STOP = range(7)
-"""Fields of the control block that a team shares: see `work`."""
+GENERATION, BEGIN, END, PARTS, FINISHED, STOP = range(6)
+"""Fields of the control block that a team of threads shares: see `member`."""
 CONTROL = 8
 
 
-@entry(*SOURCES)
-def work(
-    rows: Any, args: Any, floats: Any, part: int, control: Any, barrier: Any, scratch: int, seen: int, patience: int
-) -> Any:
-    """Thread `part` of a team: run steps BEGIN..END - 1 each time GENERATION moves on from `seen`.
-
-    Tables and memory as in `lead`. Returns the last generation that it ran when nothing has happened for
-    `patience` looks, or -1 when STOP is set.
-    """
+@jit
+def _wait(control: Any, seen: int, patience: int) -> Any:
+    """The generation, once it is no longer `seen`; `seen` after `patience` looks, -1 when STOP is set."""
     looks = 0
     while True:
         now = atomic_load(control, GENERATION)
         if now != seen:
-            seen, looks = now, 0
-            _run(
-                rows, args, floats, control[BEGIN], control[END], part, control[PARTS], barrier, scratch
-            )
-            atomic_add(control, FINISHED, 1)
-        elif atomic_load(control, STOP) != 0:
-            return -1
-        else:
-            looks += 1
-            if looks > patience:
-                return seen
-            relax()
-            if looks > SPINS:
-                give_way()
-
-
-@entry(*SOURCES)
-def lead(
-    rows: Any, args: Any, floats: Any, begin: int, end: int, control: Any, barrier: Any, scratch: int
-) -> Any:
-    """Run steps begin..end - 1 as thread 0 of PARTS, the others being in `work` or on their way to it; 0, or which
-    step failed and how (see `unpack`).
-
-    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; barrier int64 [2], zero at first,
-    shared by the threads: arrivals, and the first fault; scratch: address of memory of this thread's own, as
-    much as `scratch.scratch_bytes` says.
-    """
-    parts = control[PARTS]
-    result = _run(rows, args, floats, begin, end, 0, parts, barrier, scratch)
-    looks = 0
-    while atomic_load(control, FINISHED) < parts - 1:
+            return now
+        if atomic_load(control, STOP) != 0:
+            return np.int64(-1)
         looks += 1
+        if looks > patience:
+            return seen
         relax()
         if looks > SPINS:
             give_way()
-    return result
+
+
+@entry(*SOURCES)
+def member(
+    rows: Any, args: Any, floats: Any, control: Any, barrier: Any, scratch: int, part: int, seen: int, patience: int
+) -> Any:
+    """Run steps control[BEGIN]..control[END] - 1 as thread `part` of control[PARTS].
+
+    Thread 0 runs them once, waits for the others, and returns 0, or which step failed and how (see `unpack`). Any
+    other runs them each time control[GENERATION] moves on from `seen`; it returns the last generation that it
+    ran when nothing has happened for `patience` looks, or -1 when control[STOP] is set.
+
+    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; control int64 [CONTROL] and barrier
+    int64 [2] (arrivals, and the first fault; zero at first) are shared; scratch: address of memory of this
+    thread's own, as much as `scratch.scratch_bytes` says. One function for both roles, because its compilation is
+    what takes long.
+    """
+    while True:
+        if part != 0:
+            now = _wait(control, seen, patience)
+            if now < 0 or now == seen:
+                return now
+            seen = now
+        parts = control[PARTS]
+        result = _run(rows, args, floats, control[BEGIN], control[END], part, parts, barrier, scratch)
+        if part == 0:
+            looks = 0
+            while atomic_load(control, FINISHED) < parts - 1:
+                looks += 1
+                relax()
+                if looks > SPINS:
+                    give_way()
+            return result
+        atomic_add(control, FINISHED, 1)

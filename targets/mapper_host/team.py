@@ -61,16 +61,16 @@ class Team:
         return int(base + -base % 64 + part * self.each)
 
     def run(self, begin: int, end: int) -> int:
-        """Run steps begin..end - 1; what `interpreter.lead` returns."""
+        """Run steps begin..end - 1; what `interpreter.member` returns."""
         from mapper_host import interpreter as compiled
 
-        tables = (self.rows, self.args, self.floats)
-        self.barrier[:] = 0
         control = self.control
+        self.barrier[:] = 0
         control[compiled.BEGIN], control[compiled.END], control[compiled.FINISHED] = begin, end, 0
         control[compiled.GENERATION] += 1  # what was written before is seen by whoever sees this
         self.sleep.wake()
-        return int(compiled.lead(*tables, begin, end, control, self.barrier, self.own(0)))
+        tables = (self.rows, self.args, self.floats, control, self.barrier)
+        return int(compiled.member(*tables, self.own(0), 0, 0, 0))
 
 
 class _Sleep:
@@ -99,14 +99,14 @@ class _Sleep:
 def _work(
     tables: tuple[Any, ...], part: int, own: int, scratch: npt.NDArray[np.uint8], core: int | None, sleep: _Sleep
 ) -> None:
-    from mapper_host.interpreter import GENERATION, STOP, work
+    from mapper_host.interpreter import GENERATION, STOP, member
 
     if core is not None:
         os.sched_setaffinity(0, {core})
-    rows, args, floats, control, barrier = tables
+    control = tables[3]
     seen = 0
     while True:
-        seen = int(work(rows, args, floats, part, control, barrier, own, seen, PATIENCE))
+        seen = int(member(*tables, own, part, seen, PATIENCE))
         if seen < 0:
             return
         sleep.wait(lambda seen=seen: control[GENERATION] == seen and not control[STOP])
