@@ -175,7 +175,10 @@ class GraphBuilder(BlockBuilder):
         output_roles = {n: (roles or {}).get(n, "other") for n in outputs}
         all_roles = {"inputs": {**self._input_roles, **(input_roles or {})}, "outputs": output_roles, **facts}
         graph_op = GraphOp.create(regions=[Region(self.block)])
-        graph_op.set_attr("sym_name", "main")
+        name = "main"
+        while name in self._weights:  # one module, one set of symbols
+            name += "_"
+        graph_op.set_attr("sym_name", name)
         graph_op.set_attr("input_names", tuple(self._inputs))
         graph_op.set_attr("output_names", tuple(outputs))
         graph_op.set_attr("roles", all_roles)
