@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from mapper import backend as targets
 from mapper import driver, execution
-from mapper.tokens import Tokens
 from mapper.errors import ModelError, UsageError
+from mapper.tokens import Tokens
 
 if TYPE_CHECKING:
     from mapper.ir.graph import Graph

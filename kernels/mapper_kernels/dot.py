@@ -18,7 +18,7 @@ from numba import types
 
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.jit import intrinsic
-from mapper_kernels.vec import F16, F32, I8, I16, I32, I64, Emitter, Value, features, vector
+from mapper_kernels.vec import F16, F32, I8, I16, I32, Emitter, Value, features, vector
 
 ROWS = 4
 """Weight rows at a time."""
@@ -31,6 +31,8 @@ OFFSET = {"int8": 128, "int8f": 128, "int8row": 128, "int4": 8, "int4f": 8, "mxf
 _MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12)
 _FACTOR = {"mxfp4": 0.5, "f8e4m3": 256.0}
 """What the sums are multiplied by in the end: the weights are taken as multiples of it."""
+
+
 def _read(e: Emitter, at: Value, kind: Any, left: Value | None) -> Value:
     """A vector, or as many of its elements as are `left`."""
     if left is None:
@@ -50,7 +52,8 @@ def weights_f(e: Emitter, name: str, at: Value, left: Value | None) -> list[Valu
         return [_read(e, b.add(at, e.number(64 * i)), wide, rest(16 * i)) for i in range(4)]
     if name == "f16":
         return [
-            b.fpext(_read(e, b.add(at, e.number(32 * i)), vector(F16, 16), rest(16 * i)), wide) for i in range(2)
+            b.fpext(_read(e, b.add(at, e.number(32 * i)), vector(F16, 16), rest(16 * i)), wide)
+            for i in range(2)
         ]
     if name == "bf16":
         pairs = b.bitcast(_read(e, at, vector(I16, 32), left), vector(I32, 16))
@@ -107,7 +110,9 @@ def _stream(e: Emitter, base: Value, step: Value, r: int, size: int, c: Value) -
     return e.at(base, (r, step), (size, c))
 
 
-def _step(e: Emitter, name: str, o: _Operands, c: Value, left: Value | None, sums: list[Value], m: int) -> list[Value]:
+def _step(
+    e: Emitter, name: str, o: _Operands, c: Value, left: Value | None, sums: list[Value], m: int
+) -> list[Value]:
     """Add chunk number c to the sums [ROWS * m]."""
     chunk = FORMATS[name].chunk
     integer = name in OFFSET
@@ -197,7 +202,15 @@ def _store(e: Emitter, value: Value, at: Value) -> list[Value]:
 
 
 def _zeros(
-    e: Emitter, name: str, o: _Operands, z: Value, z_step: Value, k: Value, chunks: Value, totals: list[Value], m: int
+    e: Emitter,
+    name: str,
+    o: _Operands,
+    z: Value,
+    z_step: Value,
+    k: Value,
+    chunks: Value,
+    totals: list[Value],
+    m: int,
 ) -> list[Value]:
     """Correct the sums for zero points other than the middle: sixteen blocks at a time."""
     b, chunk = e.b, FORMATS[name].chunk
@@ -212,7 +225,9 @@ def _zeros(
         for r in range(ROWS):
             scale = _read(e, e.at(o.s, (r, o.s_step), (chunk.scales * 4, c)), vector(half, 16), left)
             wide = scale if half is F32 else b.fpext(scale, vector(F32, 16))
-            packed = _read(e, e.at(z, (r, z_step), (8, c)), vector(I8, 8), b.lshr(b.add(left, e.number(1)), e.number(1)))
+            packed = _read(
+                e, e.at(z, (r, z_step), (8, c)), vector(I8, 8), b.lshr(b.add(left, e.number(1)), e.number(1))
+            )
             pair = e.pick(packed, [n // 2 for n in range(16)])
             shifted = b.lshr(pair, e.constant(I8, [0, 4] * 8))
             zero = b.zext(b.and_(shifted, e.fill(I8, 16, 15)), vector(I32, 16))
@@ -235,7 +250,22 @@ def dot(name: str, m: int, vnni: bool | None = None) -> Callable[..., None]:
     """
     use = "avx512vnni" in features() if vnni is None else vnni
 
-    def typed(typingctx: Any, w: Any, w1: Any, s: Any, s1: Any, z: Any, z1: Any, x: Any, x1: Any, k: Any, y: Any, y1: Any, y2: Any, valid: Any) -> Any:
+    def typed(
+        typingctx: Any,
+        w: Any,
+        w1: Any,
+        s: Any,
+        s1: Any,
+        z: Any,
+        z1: Any,
+        x: Any,
+        x1: Any,
+        k: Any,
+        y: Any,
+        y1: Any,
+        y2: Any,
+        valid: Any,
+    ) -> Any:
         def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _emit(Emitter(builder, use), name, m, args)
             return context.get_dummy_value()

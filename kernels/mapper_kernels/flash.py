@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from mapper_kernels.jit import fast, intrinsic, jit
 from mapper_kernels.memory import f32
 from mapper_kernels.scalar import exp32, tanh32
 from mapper_kernels.sizes import POSITIONS
-from mapper_kernels.vec import F16, F32, I8, I16, I32, I64, Emitter, Value, vector
+from mapper_kernels.vec import F16, F32, I8, I16, I32, Emitter, Value, vector
 
 KV_FORMATS = ("f32", "f16", "bf16", "int8")
 """Formats of cached rows; the position is the code."""

@@ -57,7 +57,9 @@ class Format:
     def prepared_bytes(self, k: int) -> int:
         """Bytes of a prepared row of x (see `prepare`): its chunks, and where zero points may be given a
         float32 per block, for whole vectors of sixteen."""
-        return -(-k // self.chunk.values) * self.chunk.x_bytes + (-(-k // (16 * BLOCK)) * 64 if self.zeros else 0)
+        return -(-k // self.chunk.values) * self.chunk.x_bytes + (
+            -(-k // (16 * BLOCK)) * 64 if self.zeros else 0
+        )
 
     def zero_bytes(self, k: int) -> int:
         """Bytes of the zero points of a row, where they are given."""

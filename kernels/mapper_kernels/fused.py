@@ -44,7 +44,17 @@ _NONE: Any = np.int64(0)
 
 @fast
 def _finish(
-    kind: int, act: int, a: int, a_row: int, b: int, residual: int, y: int, y_row: int, rows: int, low: int, high: int
+    kind: int,
+    act: int,
+    a: int,
+    a_row: int,
+    b: int,
+    residual: int,
+    y: int,
+    y_row: int,
+    rows: int,
+    low: int,
+    high: int,
 ) -> None:
     """Columns low..high - 1 of y from those of the products a and b (rows `a_row` bytes apart)."""
     width = high - low

@@ -18,7 +18,7 @@ from numba import types
 from mapper_kernels.dot import OFFSET
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.jit import intrinsic
-from mapper_kernels.vec import F32, I8, I32, I64, Emitter, Value, features, vector
+from mapper_kernels.vec import F32, I8, I32, Emitter, Value, features, vector
 
 LARGEST = 127 * 256 + 127
 """Largest magnitude of an element of x as an integer."""

@@ -162,7 +162,11 @@ class Emitter:
         return found
 
     def loop(
-        self, begin: Value, end: Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]
+        self,
+        begin: Value,
+        end: Value,
+        carried: Sequence[Value],
+        body: Callable[[Value, list[Value]], list[Value]],
     ) -> list[Value]:
         """for i in begin..end - 1: carried = body(i, carried); what is carried in the end."""
         before = self.b.block
@@ -190,7 +194,9 @@ class Emitter:
             found[-1].add_incoming(new, last)
         return found
 
-    def when(self, condition: Value, carried: Sequence[Value], body: Callable[[list[Value]], list[Value]]) -> list[Value]:
+    def when(
+        self, condition: Value, carried: Sequence[Value], body: Callable[[list[Value]], list[Value]]
+    ) -> list[Value]:
         """carried, or body(carried) where the condition holds."""
         before = self.b.block
         inside, after = self.b.append_basic_block("then"), self.b.append_basic_block("after")

@@ -177,7 +177,9 @@ class Context:
             assert value is not None
             return Matrix(held, n, k, value)
         assert symbol.packing is not None
-        parts = [self._part(name, symbol, p) for p in ("values", "scales", "zeros") if p in symbol.packing.parts]
+        parts = [
+            self._part(name, symbol, p) for p in ("values", "scales", "zeros") if p in symbol.packing.parts
+        ]
         return Matrix(held, n, k, *parts)
 
     def _part(self, name: str, symbol: WeightSymbol, part: str) -> Value:

@@ -22,7 +22,6 @@ from mapper_host.opcodes import (
     CACHE_APPEND,
     CACHED_ATTENTION,
     EPILOGUES,
-    MATRIX,
     NORM,
     NORMS,
     PROJECT,
@@ -217,7 +216,9 @@ def _epilogue(f: _Fusion, one: Step) -> None:
     else:
         return
     moved = one.bytes + sum(r.bytes for r in extra)
-    new = Step(PROJECT, tuple(args), [*one.reads, *extra], after.writes, one.op, moved, one.flops + after.flops)
+    new = Step(
+        PROJECT, tuple(args), [*one.reads, *extra], after.writes, one.op, moved, one.flops + after.flops
+    )
     f.put(f.place(after), new, [one])
 
 
@@ -278,4 +279,3 @@ def _rotation(f: _Fusion, source: Slice, past: Slice) -> Step | None:
     if len(made) != 1 or made[0].opcode != ROPE_AT or made[0].args[2] != 1 or made[0].reads[2] != past:
         return None
     return made[0] if f.inner(source.storage, 1) is not None else None
-

@@ -245,7 +245,15 @@ def _wait(control: Any, seen: int, patience: int) -> Any:
 
 @entry(*SOURCES)
 def member(
-    rows: Any, args: Any, floats: Any, control: Any, barrier: Any, scratch: int, part: int, seen: int, patience: int
+    rows: Any,
+    args: Any,
+    floats: Any,
+    control: Any,
+    barrier: Any,
+    scratch: int,
+    part: int,
+    seen: int,
+    patience: int,
 ) -> Any:
     """Run steps control[BEGIN]..control[END] - 1 as thread `part` of control[PARTS].
 

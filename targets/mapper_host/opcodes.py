@@ -230,7 +230,9 @@ def _project(a: Args) -> list[int]:
         return [*reads, *writes]
     if count != (2 if epilogue == EPILOGUES.index("gate") else 1) or len({*writes}) != 1:
         raise ValueError("the epilogue takes another number of products")
-    return [*reads, *writes[:1], writes[0]] if epilogue == EPILOGUES.index("residual") else [*reads, writes[0]]
+    return (
+        [*reads, *writes[:1], writes[0]] if epilogue == EPILOGUES.index("residual") else [*reads, writes[0]]
+    )
 
 
 def _attend_at(a: Args) -> list[int]:
@@ -239,7 +241,14 @@ def _attend_at(a: Args) -> list[int]:
     caches = [size * b * kv * length * n for n in (d, dv)]
     reads = [4 * b * h * d, 4 * b * kv * d, 4 * b * kv * dv, *caches, 8]
     reads += [*([4 * rows * rotary] if rotary else []), *([4 * h] if sinks else [])]
-    if h % kv or len(a) != 17 + (h if a[8] else 0) or a[8] not in (0, h) or splits < 1 or rotary > d or code < 0:
+    if (
+        h % kv
+        or len(a) != 17 + (h if a[8] else 0)
+        or a[8] not in (0, h)
+        or splits < 1
+        or rotary > d
+        or code < 0
+    ):
         raise ValueError("no such attention")
     if rotary and rows < length:
         raise ValueError("the rotary table is shorter than the cache")

@@ -89,7 +89,9 @@ class HostSemantics:
             packed = pack(schedule, phase, memories)
             _trace(packed, memories)
             stretches = _stretches(packed)
-            wanted = self.threads if any(serving for *_, serving in stretches) and _is_serving(schedule) else 1
+            wanted = (
+                self.threads if any(serving for *_, serving in stretches) and _is_serving(schedule) else 1
+            )
             team = Team(
                 packed.rows, packed.args, packed.floats, scratch_bytes(packed.rows, packed.args),
                 thread_count(wanted),

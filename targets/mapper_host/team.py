@@ -97,7 +97,12 @@ class _Sleep:
 
 
 def _work(
-    tables: tuple[Any, ...], part: int, own: int, scratch: npt.NDArray[np.uint8], core: int | None, sleep: _Sleep
+    tables: tuple[Any, ...],
+    part: int,
+    own: int,
+    scratch: npt.NDArray[np.uint8],
+    core: int | None,
+    sleep: _Sleep,
 ) -> None:
     from mapper_host.interpreter import GENERATION, STOP, member
 

@@ -60,7 +60,9 @@ def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
 def _bytes(graph: Graph, op: DataflowOp, name: str) -> int:
     """Bytes of a weight as it is held: see `held`."""
     symbol = _symbol(graph, op, name)
-    if not is_serving(graph) or name not in _PRODUCTS.get(op.mnemonic, ("weight",) if op.mnemonic == "latent_attention" else ()):
+    if not is_serving(graph) or name not in _PRODUCTS.get(
+        op.mnemonic, ("weight",) if op.mnemonic == "latent_attention" else ()
+    ):
         return _ELEMENT * math.prod(symbol.shape)
     return row_bytes(symbol, op.attr("transposed" if name == "weight" else f"{name}_transposed"))
 
