@@ -3,14 +3,16 @@
 A weight row is walked in chunks; four rows far apart in memory are read at once, so that four address streams
 are in flight, each prefetched `AHEAD` bytes ahead. The last chunk of a row is read under a mask.
 
-Integer formats multiply x as integers of 16 bits, exactly, in two planes of bytes (see `prepare`): 256 high + low.
-Sums of a chunk's block are exact in int32; blocks are scaled and added in float32, sixteen lanes at a time.
+Integer formats multiply x as integers of 16 bits, exactly, in two planes of bytes (see `prepare`): 256 high
++ low. Sums of a chunk's block are exact in int32; blocks are scaled and added in float32, sixteen lanes at
+a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -193,10 +195,10 @@ def _emit(e: Emitter, name: str, m: int, args: Any) -> None:
         for i in range(m):
             value = b.fmul(totals[r * m + i], factor)
             there = b.icmp_signed(">", valid, e.number(i))
-            e.when(there, [], lambda _, v=value, r=r, i=i: _store(e, v, e.at(y, (r, y_step), (i, y_row))))
+            e.when(there, [], partial(_store, e, value, e.at(y, (r, y_step), (i, y_row))))
 
 
-def _store(e: Emitter, value: Value, at: Value) -> list[Value]:
+def _store(e: Emitter, value: Value, at: Value, _: list[Value]) -> list[Value]:
     e.store(value, at)
     return []
 
@@ -245,8 +247,8 @@ def _zeros(
 def dot(name: str, m: int, vnni: bool | None = None) -> Callable[..., None]:
     """An intrinsic for four weight rows of format `name` and m prepared rows of x.
 
-    Arguments, int64: w, step; scales, step; zeros (0: none), step; x, step; K; y, step, row step; rows of x that
-    are valid. Addresses, and steps in bytes between weight rows (of x and y rows: `step`, `row step`).
+    Arguments, int64: w, step; scales, step; zeros (0: none), step; x, step; K; y, step, row step; rows of x
+    that are valid. Addresses, and steps in bytes between weight rows (of x and y rows: `step`, `row step`).
     """
     use = "avx512vnni" in features() if vnni is None else vnni
 

@@ -1,8 +1,8 @@
-"""Attention of one query row over a long range of cached rows, in one pass: blocks of scores, a running maximum,
-a running sum and a running output, so that parts of the range can be merged exactly (log-sum-exp).
+"""Attention of one query row over a long range of cached rows, in one pass: blocks of scores, a running
+maximum, a running sum and a running output, so that parts of the range can be merged exactly (log-sum-exp).
 
-Keys and values are rows of D elements in float32, float16, bfloat16, or int8 with a float32 scale per row; sums
-are in float32. A partial result is (maximum, sum, output not yet divided by the sum).
+Keys and values are rows of D elements in float32, float16, bfloat16, or int8 with a float32 scale per row;
+sums are in float32. A partial result is (maximum, sum, output not yet divided by the sum).
 """
 
 from __future__ import annotations
@@ -259,12 +259,12 @@ def attend(
     low: int, high: int, d: int, dv: int, scale: Any, softcap: Any, slope: Any, last: int,
     scratch: int, out: int,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Maximum and sum of the scores of positions low..high - 1; `out` [dv] becomes the sum of e^(score - maximum)
-    times the values.
+    """Maximum and sum of the scores of positions low..high - 1; `out` [dv] becomes the sum of e^(score -
+    maximum) times the values.
 
-    Addresses; rows of k and v are `k_step` and `v_step` bytes apart; scales [positions] are those of int8 rows;
-    scratch has SCORES bytes. score = scale q.k, capped as c tanh(score / c) where softcap c > 0, plus slope
-    (position - last). Without positions: -inf, 0 and zeros.
+    Addresses; rows of k and v are `k_step` and `v_step` bytes apart; scales [positions] are those of int8
+    rows; scratch has SCORES bytes. score = scale q.k, capped as c tanh(score / c) where softcap c > 0, plus
+    slope (position - last). Without positions: -inf, 0 and zeros.
     """
     top, total = _LOWEST, np.float32(0)
     s, y = f32(scratch, POSITIONS), f32(out, dv)

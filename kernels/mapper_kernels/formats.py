@@ -1,14 +1,15 @@
 """Formats of weights as the kernels read them, importable without the compiler.
 
-A weight W [N, K] lies row by row; the sizes below are bytes of one row. Blocks are of 32 elements along K, the
-last one padded. Accumulation is in float32 for all formats; x is taken in float32 where the elements are floating
-point, and as integers of 16 bits per block of 32 where they are integers (exact products, see `dot`).
+A weight W [N, K] lies row by row; the sizes below are bytes of one row. Blocks are of 32 elements along K,
+the last one padded. Accumulation is in float32 for all formats; x is taken in float32 where the elements
+are floating point, and as integers of 16 bits per block of 32 where they are integers (exact products, see
+`dot`).
 
     f32 f16 bf16   K elements
     f8e4m3         K bytes (e4m3fn, no NaN among them), one float32 scale per row
-    int8           bytes q + 128 by blocks, one float16 scale per block          (onnxruntime's MatMulNBits, 8 bits)
+    int8           bytes q + 128 by blocks, one float16 scale per block (MatMulNBits of onnxruntime, 8 bits)
     int4           two elements a byte, low half first, scale (q - zero), zero 8 or given, packed likewise
-    mxfp4          e2m1 elements, two a byte, low half first; one e8m0 scale per block (OCP Microscaling v1.0)
+    mxfp4          e2m1 elements, two a byte, low half first; one e8m0 scale per block (OCP MX v1.0)
     int8row        K bytes q + 128, one float32 scale per row
     int8f int4f    as int8 and int4 with float32 scales
 """
@@ -63,7 +64,8 @@ class Format:
 
     def zero_bytes(self, k: int) -> int:
         """Bytes of the zero points of a row, where they are given."""
-        return -(-(-(-k // BLOCK)) // 2) if self.zeros else 0
+        blocks = -(-k // BLOCK)
+        return -(-blocks // 2) if self.zeros else 0
 
 
 FORMATS = {

@@ -1,11 +1,12 @@
-"""The fused steps of decoding: products with what comes before and after them, attention with rotation and cache.
+"""The fused steps of decoding: products with what comes before and after them, attention with rotation and
+cache.
 
     project        [norm ->] one to three products [-> bias, + residual, activation, or gate]
     attend_cached  rotary embedding, append to the cache, attention; partial results where the cache is split
 
-All take addresses of float32 arrays (weights: see `formats`), and do share `part` of `parts`. What every thread
-needs whole (the normalised and prepared rows of x) each thread makes for itself, in `scratch` memory of its own:
-that costs less than waiting for the others.
+All take addresses of float32 arrays (weights: see `formats`), and do share `part` of `parts`. What every
+thread needs whole (the normalised and prepared rows of x) each thread makes for itself, in `scratch` memory
+of its own: that costs less than waiting for the others.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ y = act(first)."""
 NO_NORM, RMS_NORM, LAYER_NORM = range(3)
 """What comes before them."""
 HEAD = 10
-"""Arguments of `project` before those of its matrices: m, k, norm, whether it has a weight, and a bias, epsilon,
-offset (float64 bits), epilogue, activation, number of matrices."""
+"""Arguments of `project` before those of its matrices: m, k, norm, whether it has a weight, and a bias,
+epsilon, offset (float64 bits), epilogue, activation, number of matrices."""
 EACH = 4
 """Arguments of a matrix: n, format, whether it has zeros, and a bias."""
 _ONE: Any = np.int64(1)
@@ -101,9 +102,9 @@ def _enter(r: Any, a: Any, f: Any, code: int, first: int, rows: int, scratch: in
 def project(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None:
     """y_i = (norm of x) W_i^T + b_i, then the epilogue; shares the columns of every y.
 
-    a, f: arguments (see HEAD and EACH) as int64 and as float64. r: addresses of x [m, k], the norm's weight and
-    bias [k]; of every matrix its elements, scales, zeros and bias [n], as far as it has them; the residual
-    [m, n]; and the results: [m, n] for each matrix (PLAIN), else one.
+    a, f: arguments (see HEAD and EACH) as int64 and as float64. r: addresses of x [m, k], the norm's weight
+    and bias [k]; of every matrix its elements, scales, zeros and bias [n], as far as it has them; the
+    residual [m, n]; and the results: [m, n] for each matrix (PLAIN), else one.
     """
     m, k, kind, count = a[0], a[1], a[7], a[9]
     for first in range(0, m, ROWS_AT_ONCE):
@@ -150,13 +151,14 @@ _SCALES = np.array([f.scale for f in sorted(FORMATS.values(), key=lambda f: f.co
 
 @jit
 def _scaled(code: int) -> int:
-    return _SCALES[code]
+    size: int = _SCALES[code]
+    return size
 
 
 ATTEND_HEAD = 17
-"""Arguments of `attend_cached` before the slopes: batch, heads, D, key heads, L, Dv, window, has sinks, number of
-slopes, scale, softcap (float64 bits), rotary width, whether interleaved, rows of the rotary table, splits of the
-cache, its format's code, 0."""
+"""Arguments of `attend_cached` before the slopes: batch, heads, D, key heads, L, Dv, window, has sinks,
+number of slopes, scale, softcap (float64 bits), rotary width, whether interleaved, rows of the rotary
+table, splits of the cache, its format's code, 0."""
 
 
 @jit
@@ -176,13 +178,13 @@ def _store_row(code: int, x: Any, to: int, d: int) -> None:
 
 @jit
 def attend_cached(r: Any, a: Any, f: Any, past: int, scratch: int, part: int, parts: int) -> None:
-    """One new token per sequence: its query and key are rotated, key and value are appended at row `past` of the
-    caches, and the query attends to rows ..past, of those the last `window` where that is not 0.
+    """One new token per sequence: its query and key are rotated, key and value are appended at row `past`
+    of the caches, and the query attends to rows ..past, of those the last `window` where that is not 0.
 
-    r: addresses of q [B, H, D], k [B, Hkv, D], v [B, Hkv, Dv], the caches [B, Hkv, L, D] and [B, Hkv, L, Dv], the
-    position, the rotary table [2, rows, rotary / 2] where rotary > 0, sinks [H] where there are; then, written,
-    the caches again and y: [B, H, Dv], or with splits > 1 partial results [B, H, splits, Dv + 2] (see `flash`).
-    Shares (batch, key head, split) triples.
+    r: addresses of q [B, H, D], k [B, Hkv, D], v [B, Hkv, Dv], the caches [B, Hkv, L, D] and [B, Hkv, L,
+    Dv], the position, the rotary table [2, rows, rotary / 2] where rotary > 0, sinks [H] where there are;
+    then, written, the caches again and y: [B, H, Dv], or with splits > 1 partial results [B, H, splits, Dv
+    + 2] (see `flash`). Shares (batch, key head, split) triples.
     """
     batch, heads, d, kv, length, dv = a[0], a[1], a[2], a[3], a[4], a[5]
     rotary, splits, code = a[11], a[14], a[15]
@@ -222,8 +224,8 @@ def attend_cached(r: Any, a: Any, f: Any, past: int, scratch: int, part: int, pa
 
 @jit
 def merge_splits(r: Any, a: Any, part: int, parts: int) -> None:
-    """y [B, H, Dv] from partial results [B, H, splits, Dv + 2] and sinks [H] (where a[4]); a: B H, H, splits, Dv,
-    has sinks. Shares rows."""
+    """y [B, H, Dv] from partial results [B, H, splits, Dv + 2] and sinks [H] (where a[4]); a: B H, H,
+    splits, Dv, has sinks. Shares rows."""
     low, high = share(a[0], 1, part, parts)
     sinks = f32(r[1], a[1] if a[4] else 0)
     step = 4 * (a[3] + 2)

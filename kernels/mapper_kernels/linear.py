@@ -1,7 +1,7 @@
 """Products with weights in their stored format: y = x W^T, one row of x or many, rows of W shared by threads.
 
-Weights are [N, K], row-major, in one of `FORMATS`; `low` and `high` say which rows of W (columns of y) to do. The
-rows are read as four streams, each a quarter of the range, so that memory sees four long runs.
+Weights are [N, K], row-major, in one of `FORMATS`; `low` and `high` say which rows of W (columns of y) to
+do. The rows are read as four streams, each a quarter of the range, so that memory sees four long runs.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ _BLOCKED = np.array([FORMATS[name].blocked for name in _names()])
 def prepared_bytes(code: int, k: int) -> int:
     """Bytes of one row of x [K], prepared for a format."""
     chunks = (k + _VALUES[code] - 1) // _VALUES[code]
-    return chunks * _X_BYTES[code] + ((k + 511) // 512 * 64 if _SUMS[code] else 0)
+    size: int = chunks * _X_BYTES[code] + ((k + 511) // 512 * 64 if _SUMS[code] else 0)
+    return size
 
 
 @jit

@@ -1,10 +1,10 @@
 """Rows of x in the form that the inner loops of `dot` take them in.
 
-Formats of floating-point weights: x itself in float32, in the order in which a chunk's weights unpack, padded
-with zeros. Integer formats: each block of 32 elements as integers of 16 bits times a scale, the largest
-magnitude becoming 32,639 (so that both planes, 256 high + low with low in -128..127, fit bytes); behind the
-planes of a chunk lie what the offset of its weights adds per lane, and the scales; behind all chunks, for formats
-that may have zero points, scale times sum per block.
+Formats of floating-point weights: x itself in float32, in the order in which a chunk's weights unpack,
+padded with zeros. Integer formats: each block of 32 elements as integers of 16 bits times a scale, the
+largest magnitude becoming 32,639 (so that both planes, 256 high + low with low in -128..127, fit bytes);
+behind the planes of a chunk lie what the offset of its weights adds per lane, and the scales; behind all
+chunks, for formats that may have zero points, scale times sum per block.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _floats(e: Emitter, name: str, x: Value, out: Value, left: Value | None) -> 
 
 def _integers(e: Emitter, name: str, x: Value, out: Value, left: Value | None, sums: Value | None) -> None:
     """One chunk: 128 elements, four blocks."""
-    b, wide = e.b, vector(F32, 16)
+    b = e.b
     whole, scales, block_sums = [], [], []
     found = _vectors(e, x, 8, left)
     for block in range(4):
@@ -85,7 +85,7 @@ def _together(e: Emitter, scalars: list[Value]) -> Value:
 
 def _planes(e: Emitter, name: str, order: list[Value], out: Value) -> None:
     """High and low bytes of eight vectors, and what the weights' offset adds per lane of the sums."""
-    b, kind = e.b, vector(I32, 16)
+    b = e.b
     lanes = []
     for i, q in enumerate(order):
         high = b.ashr(b.add(q, e.fill(I32, 16, 128)), e.fill(I32, 16, 8))

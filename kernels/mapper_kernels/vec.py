@@ -1,7 +1,8 @@
 """Emission of vector code: a thin layer over llvmlite's builder, for the kernels' inner loops.
 
-Vectors are LLVM vectors of fixed length; the code generator splits them to what the processor has, so that the
-same text runs everywhere with the same results. Only `dot4` has a form of its own for one instruction set.
+Vectors are LLVM vectors of fixed length; the code generator splits them to what the processor has, so that
+the same text runs everywhere with the same results. Only `dot4` has a form of its own for one instruction
+set.
 """
 
 from __future__ import annotations

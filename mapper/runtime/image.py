@@ -94,8 +94,9 @@ def mapped_weights(
 
 
 def _settled(mapped: dict[int, Bytes], share: float) -> dict[int, Bytes]:
-    """The mapped bytes copied to memory of the process's own, if that is no more than a share of what is free:
-    files are mapped in small pages, whose translation costs a memory-bound reader a third of its rate and more.
+    """The mapped bytes copied to memory of the process's own, if that is no more than a share of what is
+    free: files are mapped in small pages, whose translation costs a memory-bound reader a third of its rate
+    and more.
     """
     if sum(map(len, mapped.values())) > share * available_memory():
         return mapped
@@ -117,7 +118,8 @@ def _settled(mapped: dict[int, Bytes], share: float) -> dict[int, Bytes]:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without pushing anything out, as the system estimates it; 0 where it does not say."""
+    """Bytes that can be had without pushing anything out, as the system estimates it; 0 where it does not
+    say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -92,7 +92,8 @@ def calibrated() -> str:
     lines = [
         'name = "host"',
         'target = "host"',
-        f'summary = "{platform.machine()} processor, {threads} threads, measured by mapper machines calibrate"',
+        f'summary = "{platform.machine()} processor, {threads} threads, '
+        'measured by mapper machines calibrate"',
         "",
         f'cache.bytes = {{ value = {cache}, unit = "B", kind = "published", source = "{_CACHE_SOURCE}", '
         f"low = {cache // 4}, high = {cache} }}",
@@ -143,7 +144,8 @@ class Probe:
         """Bytes per second of matrix-vector products that sweep over `working_set` bytes of weights."""
         from mapper_host.opcodes import PROJECT
 
-        k, n = 2048, 64 * 16
+        k = 2048
+        n = min(1024, working_set // (16 * k))
         weights = np.ones(working_set // 4 // (k * n) * k * n, np.float32)
         x, y = np.ones(k, np.float32), np.empty(n, np.float32)
         block = 4 * k * n

@@ -25,8 +25,8 @@ from mapper_kernels.names import ELEMENTWISE as ELEMENTWISE_NUMBERS
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is held: element type, and whether its two dimensions are exchanged; or the part of a packed
-    one."""
+    """How a weight is held: element type, and whether its two dimensions are exchanged; or the part of a
+    packed one."""
 
     dtype: str
     turned: bool = False

@@ -1,4 +1,5 @@
-"""Which cores there are for threads: those that this process may use, one per physical core, near each other."""
+"""Which cores there are for threads: those that this process may use, one per physical core, near each
+other."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def available() -> list[int]:
 
 
 def choose(threads: int) -> list[int | None]:
-    """A processor for each thread, or None where there are more threads than cores, or the system cannot tell."""
+    """A processor for each thread, or None where there are more threads than cores, or the system cannot
+    tell."""
     own = available()
     if threads > len(own) or not hasattr(os, "sched_setaffinity"):
         return [None] * threads

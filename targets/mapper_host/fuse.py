@@ -1,4 +1,5 @@
-"""Fusion of steps, after lowering: what one kernel can do without bringing it to memory and waiting for the others.
+"""Fusion of steps, after lowering: what one kernel can do without bringing it to memory and waiting for the
+others.
 
     rope_at, cache_append, cached_attention  -> attend_at     (one new token)
     norm -> project                          -> project with a norm
@@ -6,9 +7,9 @@
     project -> vector add                    -> project with a residual
     project -> activation                    -> project with an activation
 
-A step goes where the last of its parts was, or, for products of the same x, where the first was. A value that
-disappears must be a temporary, written once and read by the steps that take it in alone; and what a step reads
-must not be written between its old place and its new one.
+A step goes where the last of its parts was, or, for products of the same x, where the first was. A value
+that disappears must be a temporary, written once and read by the steps that take it in alone; and what a
+step reads must not be written between its old place and its new one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mapper_host.opcodes import (
     CACHE_APPEND,
     CACHED_ATTENTION,
     EPILOGUES,
+    MERGE_SPLITS,
     NORM,
     NORMS,
     PROJECT,
@@ -36,6 +38,9 @@ _NORM, _EPILOGUE, _ACT, _COUNT = 2, 7, 8, 9
 _MOST = 3
 """Matrices of one product."""
 _PLAIN = EPILOGUES.index("plain")
+_LONG, _ITEMS = 512, 8
+"""Caches of this many rows are split where there are fewer than so many (sequence, key head) pairs to
+share."""
 
 
 @dataclass(eq=False)
@@ -106,6 +111,13 @@ class _Fusion:
                 for storage in {s.storage for s in getattr(one, kind)}:
                     table[storage] = [s for s in table[storage] if s is not one]
             for storage in dict.fromkeys(s.storage for s in getattr(new, kind)):
+                table.setdefault(storage, []).append(new)
+
+    def insert(self, at: int, new: Step) -> None:
+        """Put one more step before step number `at`."""
+        self.steps.insert(at, new)
+        for table, slices in ((self.uses.reads, new.reads), (self.uses.writes, new.writes)):
+            for storage in dict.fromkeys(s.storage for s in slices):
                 table.setdefault(storage, []).append(new)
 
 
@@ -245,6 +257,7 @@ def _attend(f: _Fusion, one: Step) -> None:
         gone += both
     elif any(t is not None for t in turns):
         return
+    splits = 1 if length < _LONG else max(1, -(-_ITEMS // (b * kv)))
     begin, end = min(f.place(s) for s in gone), f.place(one)
     caches = {keys.storage, values.storage}
     others = {x.storage for s in f.steps[begin:end] if s not in gone for x in (*s.reads, *s.writes)}
@@ -252,14 +265,22 @@ def _attend(f: _Fusion, one: Step) -> None:
     if others & caches or not all(f.untouched(r, f.place(s), end) for s, r in zip(gone, late, strict=True)):
         return
     args = [
-        b, h, d, kv, length, dv, window, sinks, slopes, scale, softcap, rotary, interleaved, rows, 1, 0, 0, *bias
+        b, h, d, kv, length, dv, window, sinks, slopes, scale, softcap, rotary, interleaved, rows,
+        splits, 0, 0, *bias,
     ]  # fmt: skip
+    y = one.writes[0]
+    if splits > 1:
+        size = 4 * b * h * splits * (dv + 2)
+        y = Slice(Storage(f"{one.writes[0].storage.name}.parts", size), 0, size)
     operands = [q, new_key, new_value, keys, values, past, *table, *sink]
     reads = sum(s.bytes for s in (q, new_key, new_value, keys, values))
-    moved = reads + new_key.bytes + new_value.bytes + one.writes[0].bytes + 4 * rotary
+    moved = reads + new_key.bytes + new_value.bytes + y.bytes + 4 * rotary
     flops = one.flops + sum(s.flops for s in gone)
-    new = step(ATTEND_AT, args, [*operands, keys, values, one.writes[0]], 3, one.op, flops, moved)
+    new = step(ATTEND_AT, args, [*operands, keys, values, y], 3, one.op, flops, moved)
     f.put(f.place(one), new, gone)
+    if splits > 1:
+        last = [b * h, h, splits, dv, sinks]
+        f.insert(f.place(new) + 1, step(MERGE_SPLITS, last, [y, *sink, *one.writes], 1, one.op, y.bytes))
 
 
 def _appends(f: _Fusion, cache: Slice, past: Slice, reader: Step) -> Step | None:

@@ -1,4 +1,5 @@
-"""In which format the weights of products are held: as they are stored, where the kernels read that, else float32."""
+"""In which format the weights of products are held: as they are stored, where the kernels read that, else
+float32."""
 
 from __future__ import annotations
 

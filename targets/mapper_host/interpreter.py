@@ -213,7 +213,8 @@ def _run(
         if parts > 1:
             arrivals += parts
             failed = meet(barrier, arrivals, 0 if fault == 0 else 8 * i + fault + 1)
-            if failed != 0:
+            # a faster thread may have failed in the next step already; it waits there for this one
+            if failed != 0 and (failed - 1) // 8 <= i:
                 return failed
         elif fault != 0:
             return 8 * i + fault + 1
@@ -257,14 +258,14 @@ def member(
 ) -> Any:
     """Run steps control[BEGIN]..control[END] - 1 as thread `part` of control[PARTS].
 
-    Thread 0 runs them once, waits for the others, and returns 0, or which step failed and how (see `unpack`). Any
-    other runs them each time control[GENERATION] moves on from `seen`; it returns the last generation that it
-    ran when nothing has happened for `patience` looks, or -1 when control[STOP] is set.
+    Thread 0 runs them once, waits for the others, and returns 0, or which step failed and how (see
+    `unpack`). Any other runs them each time control[GENERATION] moves on from `seen`; it returns the last
+    generation that it ran when nothing has happened for `patience` looks, or -1 when control[STOP] is set.
 
-    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; control int64 [CONTROL] and barrier
-    int64 [2] (arrivals, and the first fault; zero at first) are shared; scratch: address of memory of this
-    thread's own, as much as `scratch.scratch_bytes` says. One function for both roles, because its compilation is
-    what takes long.
+    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; control int64 [CONTROL] and
+    barrier int64 [2] (arrivals, and the first fault; zero at first) are shared; scratch: address of memory
+    of this thread's own, as much as `scratch.scratch_bytes` says. One function for both roles, because its
+    compilation is what takes long.
     """
     while True:
         if part != 0:

@@ -262,7 +262,8 @@ def interpret_general(
         if parts > 1:
             arrivals += parts
             failed = meet(barrier, arrivals, 0 if fault == 0 else 8 * i + fault + 1)
-            if failed != 0:
+            # a faster thread may have failed in the next step already; it waits there for this one
+            if failed != 0 and (failed - 1) // 8 <= i:
                 return failed
         elif fault != 0:
             return 8 * i + fault + 1

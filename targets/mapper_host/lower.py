@@ -28,8 +28,8 @@ RULE_MODULES = (rules_experts, rules_primitive, rules_transformer)
 
 @dataclass(eq=False)
 class Lowered:
-    """One program: blocks of steps, its inputs and outputs by name, and the list of its ops. `fused`: op -> op
-    whose steps do its work."""
+    """One program: blocks of steps, its inputs and outputs by name, and the list of its ops. `fused`: op ->
+    op whose steps do its work."""
 
     phase: str
     blocks: list[BlockSteps]

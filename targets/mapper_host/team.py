@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +70,8 @@ class Team:
         control[compiled.BEGIN], control[compiled.END], control[compiled.FINISHED] = begin, end, 0
         control[compiled.GENERATION] += 1  # what was written before is seen by whoever sees this
         self.sleep.wake()
-        tables = (self.rows, self.args, self.floats, control, self.barrier)
-        return int(compiled.member(*tables, self.own(0), 0, 0, 0))
+        own = self.own(0)
+        return int(compiled.member(self.rows, self.args, self.floats, control, self.barrier, own, 0, 0, 0))
 
 
 class _Sleep:
@@ -87,8 +88,8 @@ class _Sleep:
                 self.condition.notify_all()
 
     def wait(self, idle: Callable[[], bool]) -> None:
-        """Sleep while `idle`. It is looked at after `asleep` is set, which `wake` looks at after there is work:
-        one of them sees the other."""
+        """Sleep while `idle`. It is looked at after `asleep` is set, which `wake` looks at after there is
+        work: one of them sees the other."""
         with self.condition:
             self.asleep += 1
             while idle():
@@ -107,14 +108,19 @@ def _work(
     from mapper_host.interpreter import GENERATION, STOP, member
 
     if core is not None:
-        os.sched_setaffinity(0, {core})
-    control = tables[3]
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setaffinity(0, {core})
+    rows, args, floats, control, barrier = tables
     seen = 0
+
+    def idle() -> bool:
+        return bool(control[GENERATION] == seen and not control[STOP])
+
     while True:
-        seen = int(member(*tables, own, part, seen, PATIENCE))
+        seen = int(member(rows, args, floats, control, barrier, own, part, seen, PATIENCE))
         if seen < 0:
             return
-        sleep.wait(lambda seen=seen: control[GENERATION] == seen and not control[STOP])
+        sleep.wait(idle)
 
 
 def _stop(control: Int, sleep: _Sleep) -> None:

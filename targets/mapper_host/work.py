@@ -1,4 +1,5 @@
-"""Operations and weight bytes of IR ops on the host: what any lowering must do, from shapes and formats alone."""
+"""Operations and weight bytes of IR ops on the host: what any lowering must do, from shapes and formats
+alone."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def buffers(made: Session) -> dict[str, Any]:
 def test_mapped_weights_are_the_weights(schedule: Schedule, folder: Path, tmp_path: Path) -> None:
     copied = session(schedule, folder, NONE)
     wanted, bytes_ = outputs(copied), buffers(copied)
-    for images in (Images(tmp_path / "i", 1), Images(tmp_path / "i", 1), Images(None, 1)):
+    for images in (Images(tmp_path / "i", 1, 0.0), Images(tmp_path / "i", 1, 0.0), Images(None, 1)):
         mapped = session(schedule, folder, images)
         found = buffers(mapped)
         assert all(np.array_equal(found[name], raw) for name, raw in bytes_.items())
@@ -84,7 +84,7 @@ def test_mapped_weights_are_the_weights(schedule: Schedule, folder: Path, tmp_pa
 
 def test_a_weight_stored_as_wanted_is_not_copied(schedule: Schedule, folder: Path, tmp_path: Path) -> None:
     """The bytes lie in the file's own mapping, and no image has them."""
-    mapped = session(schedule, folder, Images(tmp_path / "i", 1))
+    mapped = session(schedule, folder, Images(tmp_path / "i", 1, 0.0))
     places = {b.ctypes.data: name for name, b in buffers(mapped).items()}
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [[int(x, 16) for x in line[0].split("-")] for line in lines if line[-1].startswith(str(folder))]
@@ -108,7 +108,7 @@ def test_weights_are_converted_once(
         write(path, *rest)
 
     monkeypatch.setattr(image, "_write", counted)
-    images = Images(tmp_path / "i", 1)
+    images = Images(tmp_path / "i", 1, 0.0)
     for _ in range(2):
         session(schedule, folder, images)
     assert len(written) == 1
@@ -124,11 +124,11 @@ def test_weights_are_converted_once(
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(schedule: Schedule, folder: Path, tmp_path: Path) -> None:
     with largest_file(100_000), pytest.raises(MapperError, match=r"cannot write.*MAPPER_WEIGHT_IMAGES"):
-        session(schedule, folder, Images(tmp_path / "i", 1))
+        session(schedule, folder, Images(tmp_path / "i", 1, 0.0))
     assert not list((tmp_path / "i").iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(MapperError, match=r"cannot make.*MAPPER_WEIGHT_IMAGES"):
-        session(schedule, folder, Images(tmp_path / "file" / "i", 1))
+        session(schedule, folder, Images(tmp_path / "file" / "i", 1, 0.0))
 
 
 def test_a_step_that_writes_a_weight_never_meets_mapped_bytes(
@@ -147,12 +147,12 @@ def test_a_step_that_writes_a_weight_never_meets_mapped_bytes(
     writes = [{**row["writes"][0], "buffer": port.buffers[0], "offset": 0}, *row["writes"][1:]]
     broken = with_step(schedule, place, {**row, "writes": writes})
     given = {"input_ids": np.array([[1]]), "past_length": np.array(0)}
-    late = session(schedule, folder, Images(tmp_path / "i", 1))
+    late = session(schedule, folder, Images(tmp_path / "i", 1, 0.0))
     late.schedule = broken
     with pytest.raises(ExecutionFault, match="holds weights of a file"):
         late.run("decode", given)
     assert all(
-        b.flags.writeable for b in buffers(session(broken, folder, Images(tmp_path / "i", 1))).values()
+        b.flags.writeable for b in buffers(session(broken, folder, Images(tmp_path / "i", 1, 0.0))).values()
     )
 
 
@@ -172,7 +172,7 @@ def test_weights_that_share_bytes_are_not_mapped(schedule: Schedule, folder: Pat
     rows = schedule.buffers.to_pylist()
     rows[other]["offset"] = rows[one]["offset"]
     odd = replace(schedule, buffers=pa.Table.from_pylist(rows, schema=schedule.buffers.schema))
-    made = session(odd, folder, Images(tmp_path / "i", 1))
+    made = session(odd, folder, Images(tmp_path / "i", 1, 0.0))
     assert all(b.flags.writeable for b in buffers(made).values())
     assert not (tmp_path / "i").exists()
 
