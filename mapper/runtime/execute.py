@@ -5,8 +5,9 @@ The runtime knows the tables; what opcodes and layouts mean comes from the targe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from mapper.schedule.values import evaluate
 
 Array = npt.NDArray[Any]
 Weights = Callable[[str], Array]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A program's input ports by name, its output ports, and how many steps it executes."""
+
+    inputs: Mapping[str, Port]
+    outputs: Sequence[Port]
+    steps: int
 
 
 class Session:
@@ -62,10 +72,17 @@ class Session:
         else:
             self._weights = weights or _none
         self._memories = allocate(schedule, mapped)
+        self._taking = {phase: self._part(phase) for phase in schedule.programs}
         for port in schedule.ports:
             lasting = port.kind in ("weight", "constant", "state") and port.source is not None
             if lasting and not (port.buffers and port.buffers[0] in mapped):
                 self._load(port)
+
+    def _part(self, phase: str) -> _Part:
+        """What a run of a program needs to look up: once, because a decode step may take a millisecond."""
+        steps = sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
+        inputs = {p.name: p for p in self.ports("input", phase=phase)}
+        return _Part(inputs, self.ports("output", phase=phase), steps)
 
     def _array(self, port: Port) -> Array:
         array = evaluate(port.source, self._weights, self.schedule.constants.__getitem__)
@@ -101,9 +118,9 @@ class Session:
         with _nonsense(f"program {phase}", ExecutionFault):
             self.cycles += self._semantics.run(self.schedule, phase, self._memories)
         self._torn = False
-        self.steps += sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
+        self.steps += self._taking[phase].steps
         self.runs += 1
-        return {p.name: self._fetch(p) for p in self.ports("output", phase=phase)}
+        return {p.name: self._fetch(p) for p in self._taking[phase].outputs}
 
     def prepare(self, phase: Phase, inputs: Mapping[str, Array]) -> None:
         """Do beforehand what a target does once per program before its first run, where it can; raises as
@@ -118,7 +135,7 @@ class Session:
             raise UsageError(
                 f"the schedule has no {phase} program; it has {', '.join(self.schedule.programs)}"
             )
-        wanted = {p.name: p for p in self.ports("input", phase=phase)}
+        wanted = self._taking[phase].inputs
         if set(inputs) != set(wanted):
             raise UsageError(f"{phase} takes the inputs {sorted(wanted)}, not {sorted(inputs)}")
         self._poison()

@@ -42,10 +42,11 @@ class HostSemantics:
 
     threads: int | None = None
     _known: dict[tuple[int, int, str], tuple[Any, Any, Prepared]] = field(default_factory=dict)
+    _places: dict[tuple[int, str], tuple[Any, Span]] = field(default_factory=dict)
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
         """Copy the array's bytes, in C order, into the port's buffer."""
-        memory, low, high = _where(schedule, port)
+        memory, low, high = self._where(schedule, port)
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if raw.size != high - low:
             raise ExecutionFault(f"port {port.name}: {raw.size} bytes for a buffer of {high - low}")
@@ -54,16 +55,25 @@ class HostSemantics:
 
     def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
         """A copy of the port's array. Raises ExecutionFault on unwritten bytes."""
-        memory, low, high = _where(schedule, port)
+        memory, low, high = self._where(schedule, port)
         at = memories.written(memory).missing(low, high)
         if at is not None:
             raise ExecutionFault(f"port {port.name}: byte {at} of its memory is read and was never written")
         return memories.bytes_of(port.buffers[0]).copy().view(dtype(port.dtype)).reshape(port.shape)
 
+    def _where(self, schedule: Schedule, port: Port) -> Span:
+        """(memory, first byte, end) of a port that is one row-major buffer; kept, because decoding asks for each
+        token. Raises ExecutionFault."""
+        known, found = self._places.get((id(schedule), port.name), (None, None))
+        if found is None or known is None or known() is not schedule:
+            found = _where(schedule, port)
+            self._places[id(schedule), port.name] = (weakref.ref(schedule), found)
+        return found
+
     def plain(self, schedule: Schedule, port: Port) -> bool:
         """See mapper.runtime.interface.PlainPorts."""
         try:
-            _where(schedule, port)
+            self._where(schedule, port)
         except ExecutionFault:
             return False
         return True
