@@ -30,6 +30,9 @@ def run(
     min_p: Annotated[float, typer.Option(help="Draw from tokens this probable beside the first.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws: the same seed gives the same text.")] = 0,
     weights: Annotated[str | None, typer.Option(help="Weight format; default: the target's widest.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; default: one per core that this process may use.")
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Decode on behind a token that ends the text.")
     ] = False,
@@ -63,7 +66,7 @@ def run(
     with _working(f"compiling {model.name} for host"):
         rate = _read_rate(probe)  # before weights take the caches and the bandwidth
         ends = frozenset[int]() if ignore_eos else end_tokens(model, words)
-        decoding = stream(model, start, tokens, external_root, weights, sampling, ends)
+        decoding = stream(model, start, tokens, external_root, weights, sampling, ends, threads)
     reader, interrupted = Reader(words, list(start)), False
     with _showing(decoding, rate, as_json) as show:
         show(words.text(start))

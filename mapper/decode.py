@@ -127,6 +127,7 @@ def stream(
     weights: str | None = None,
     sampling: Sampling = _GREEDY,
     ends: frozenset[int] = frozenset(),
+    threads: int | None = None,
 ) -> Decoding:
     """Compile `model` for the host, long enough for `ids` and `tokens` more, and get ready to decode.
 
@@ -144,7 +145,7 @@ def stream(
     vocabulary = next(p.shape[-1] for p in done.schedule.ports if p.name == "logits")
     if not all(0 <= i < vocabulary for i in ids):
         raise UsageError(f"token ids must be 0 to {vocabulary - 1}")
-    session = execution.session(done.schedule, model, external_root)  # a number of threads goes in here
+    session = execution.session(done.schedule, model, external_root, threads)
     moved = traffic.of(done.schedule, graph)
     decoding = Decoding(session, done.schedule, done.result.phases, moved, tuple(ids), tokens, sampling, ends)
     decoding.warm_up()

@@ -19,6 +19,7 @@ from mapper.errors import SubstitutionError, UsageError
 from mapper.runtime.caches import Entry
 from mapper.runtime.execute import Session
 from mapper.runtime.inputs import Interface, states
+from mapper.runtime.interface import Threaded
 from mapper.runtime.oracle import Oracle, Substitute, oracle, substituted
 from mapper.runtime.verify import Judge, OracleJudge, Stepper
 from mapper.schedule.tables import Request, Schedule
@@ -31,12 +32,21 @@ HOST = "host"
 
 
 def session(
-    schedule: Schedule, model: str | Path | None = None, external_root: str | Path | None = None
+    schedule: Schedule,
+    model: str | Path | None = None,
+    external_root: str | Path | None = None,
+    threads: int | None = None,
 ) -> Session:
     """A schedule loaded and ready to run: weights come from the folder of `model` (default: as compiled) or
-    by links in it from `external_root`."""
+    by links in it from `external_root`. `threads` None: as many as the target likes. Raises UsageError where
+    it takes no number of threads."""
     folder = model_file(schedule, model).parent
-    return Session(schedule, targets.load(schedule.target).semantics(), folder, external_root=external_root)
+    semantics = targets.load(schedule.target).semantics()
+    if threads is not None:
+        if not isinstance(semantics, Threaded):
+            raise UsageError(f"{schedule.target} does not run on a number of threads")
+        semantics = semantics.on_threads(threads)
+    return Session(schedule, semantics, folder, external_root=external_root)
 
 
 def model_file(schedule: Schedule, model: str | Path | None) -> Path:

@@ -46,6 +46,14 @@ class PlainPorts(Protocol):
         """Whether the port's only buffer holds exactly its array's bytes in C order."""
 
 
+@runtime_checkable
+class Threaded(Protocol):
+    """What a target's semantics offer beside `Semantics` where a program can run on several threads."""
+
+    def on_threads(self, threads: int) -> Semantics:
+        """The same semantics, on so many threads. Raises UsageError where that is no number of threads."""
+
+
 class Semantics(Protocol):
     """The executable meaning of a target's opcodes and layouts. Knows the tables, never the scheduler."""
 

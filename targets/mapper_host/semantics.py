@@ -42,7 +42,11 @@ class HostSemantics:
 
     threads: int | None = None
     _known: dict[tuple[int, int, str], tuple[Any, Any, Prepared]] = field(default_factory=dict)
-    _places: dict[tuple[int, str], tuple[Any, Span]] = field(default_factory=dict)
+    _places: dict[tuple[int, str, tuple[int, ...]], tuple[Any, Span]] = field(default_factory=dict)
+
+    def on_threads(self, threads: int) -> HostSemantics:
+        """See mapper.runtime.interface.Threaded."""
+        return HostSemantics(thread_count(threads))
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
         """Copy the array's bytes, in C order, into the port's buffer."""
@@ -62,12 +66,13 @@ class HostSemantics:
         return memories.bytes_of(port.buffers[0]).copy().view(dtype(port.dtype)).reshape(port.shape)
 
     def _where(self, schedule: Schedule, port: Port) -> Span:
-        """(memory, first byte, end) of a port that is one row-major buffer; kept, because decoding asks for each
-        token. Raises ExecutionFault."""
-        known, found = self._places.get((id(schedule), port.name), (None, None))
+        """(memory, first byte, end) of a port that is one row-major buffer; kept, because decoding asks for
+        each token. Raises ExecutionFault."""
+        key = (id(schedule), port.name, tuple(port.buffers))
+        known, found = self._places.get(key, (None, None))
         if found is None or known is None or known() is not schedule:
             found = _where(schedule, port)
-            self._places[id(schedule), port.name] = (weakref.ref(schedule), found)
+            self._places[key] = (weakref.ref(schedule), found)
         return found
 
     def plain(self, schedule: Schedule, port: Port) -> bool:
