@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from mapper_kernels.weight import Weight
 from tests.kernels.compiled import portable_rows, prepared_rows
 from tests.kernels.operands import Arena, decoded, product_bound, random_weight
 
+F32 = npt.NDArray[np.float32]
 KS = st.sampled_from([1, 2, 31, 32, 33, 64, 65, 96, 127, 129, 544, 2080])
 NS = st.sampled_from([1, 3, 4, 5, 16, 37])
 MS = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 65])
@@ -22,7 +24,7 @@ PARTS = st.integers(1, 3)
 SEEDS = st.integers(0, 1 << 30)
 
 
-def activations(rng: np.random.Generator, m: int, k: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def activations(rng: np.random.Generator, m: int, k: int) -> F32:
     """Rows with outliers and a block of zeros, as activations have them."""
     x = rng.standard_normal((m, k)).astype(np.float32)
     x[:, rng.integers(0, k)] *= 100
@@ -30,7 +32,7 @@ def activations(rng: np.random.Generator, m: int, k: int) -> np.ndarray[tuple[in
     return x
 
 
-def run(arena: Arena, x: np.ndarray[tuple[int, int], np.dtype[np.float32]], weight: Weight, parts: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def run(arena: Arena, x: F32, weight: Weight, parts: int) -> F32:
     """y = x W^T by `fused.project` on operands in an arena."""
     (m, k), (n, _) = x.shape, weight.shape
     _, a, f = project_arguments(x, [(weight, None)], None, fused.PLAIN, "identity")
