@@ -4,7 +4,7 @@ Formats of floating-point weights: x itself in float32, in the order in which a 
 padded with zeros. Integer formats: each block of 32 elements as integers of 16 bits times a scale, the
 largest magnitude becoming 32,639 (so that both planes, 256 high + low with low in -128..127, fit bytes);
 behind the planes of a chunk lie what the offset of its weights adds per lane, and the scales; behind all
-chunks, for formats that may have zero points, scale times sum per block.
+chunks, for formats that may have zero points, scale times sum per block. A block with anything that is not finite has the scale NaN.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ def _integers(e: Emitter, name: str, x: Value, out: Value, left: Value | None, s
         some = b.fcmp_ordered(">", top, ir.Constant(F32, 1e-30))
         inverse = b.select(some, b.fdiv(ir.Constant(F32, float(LARGEST)), top), ir.Constant(F32, 0.0))
         scaled = [b.fmul(v, e.splat(inverse, 16)) for v in pair]
-        ints = [b.fptosi(e.unary("rint", v), vector(I32, 16)) for v in scaled]
+        # what is not finite less itself is NaN; its block has no integers, and its scale must show it
+        odd = b.bitcast(b.fcmp_unordered("uno", *(b.fsub(v, v) for v in pair)), ir.IntType(16))
+        finite = b.icmp_unsigned("==", odd, ir.Constant(ir.IntType(16), 0))
+        scale = b.select(finite, scale, ir.Constant(F32, float("nan")))
+        none = e.fill(I32, 16, 0)
+        ints = [b.select(finite, b.fptosi(e.unary("rint", v), none.type), none) for v in scaled]
         whole += ints
         scales.append(scale)
         if sums is not None:
