@@ -2,9 +2,9 @@
 
     python -m benchmarks.bandwidth [--threads 2] [--megabytes 2048] [--json]
 
-Each thread reads its part of the buffer as four streams with software prefetch, in whole cache lines, on huge pages
-where the system gives them. The median over passes is the rate; a slow one means that others use the memory too.
-`cache_gb_per_s` is the same over 64 MB, which a large last-level cache holds.
+Each thread reads its part of the buffer as four streams with software prefetch, in whole cache lines, on
+huge pages where the system gives them. The median over passes is the rate; a slow one means that others use
+the memory too. `cache_gb_per_s` is the same over 64 MB, which a large last-level cache holds.
 """
 
 from __future__ import annotations

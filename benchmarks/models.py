@@ -2,8 +2,8 @@
 
     python -m benchmarks.models [125m 1.1b]
 
-Weights are normal, scaled by 1 / sqrt(inputs); queries and keys by twice that, so that attention is not uniform. The
-seed is fixed. The data file holds raw float32, each weight at a multiple of 4096 bytes.
+Weights are normal, scaled by 1 / sqrt(inputs); queries and keys by twice that, so that attention is not
+uniform. The seed is fixed. The data file holds raw float32, each weight at a multiple of 4096 bytes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _write(shape: Shape, into: Path) -> None:
 
     layer = Layer(rope=Rope(shape.theta, shape.head_dim), inner=shape.inner)
     config = Config(
-        f"llama-{shape.name}", "llama", shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.vocab,
-        shape.context, (layer,) * shape.layers, eps=shape.eps,
+        f"llama-{shape.name}", "llama", shape.hidden, shape.heads, shape.kv_heads, shape.head_dim,
+        shape.vocab, shape.context, (layer,) * shape.layers, eps=shape.eps,
     )  # fmt: skip
     writer = decoder(config, "f32", "model.onnx.data")
     table, end = {}, 0

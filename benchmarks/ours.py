@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,16 @@ HOST = "host"
 WARM_UP = 3
 
 
-def opened(shape: Shape, weights: str, context: int) -> Session:
+def opened(shape: Shape, weights: str, context: int, threads: int) -> Session:
     """A session whose cache has room for `context` positions. Raises MapperError."""
-    from mapper import driver, execution
+    from mapper import backend, driver
+    from mapper.runtime.execute import Session
 
     model: Path = onnx_model(shape)
+    semantics = replace(backend.load(HOST).semantics(), threads=threads)  # type: ignore[type-var]
     done = driver.build(model, HOST, context=context, weights=weights, phase="decode")
     done.report.raise_first()
-    return execution.session(done.schedule, model)
+    return Session(done.schedule, semantics, model.parent)
 
 
 def step(session: Session, token: int, past: int) -> Any:
@@ -37,10 +40,9 @@ def step(session: Session, token: int, past: int) -> Any:
 
 
 def timed(name: str, weights: str, context: int, tokens: int, threads: int) -> dict[str, Any]:
-    """Tokens per second: the inverse of the median time of a greedy step at about the context; bytes it reads."""
-    use_threads(threads)
+    """Tokens per second (the inverse of the median greedy step, at about the context); bytes a step reads."""
     shape = SHAPES[name]
-    session = opened(shape, weights, context + WARM_UP + tokens)
+    session = opened(shape, weights, context + WARM_UP + tokens, threads)
     rng = np.random.default_rng(3)
     for port in session.ports("state"):
         session.set_state(port.name, rng.standard_normal(port.shape, np.float32))
@@ -62,15 +64,8 @@ def timed(name: str, weights: str, context: int, tokens: int, threads: int) -> d
     }
 
 
-def use_threads(threads: int) -> None:
-    """Threads of the host's kernels. Numba reads this when it is first imported."""
-    import os
-
-    os.environ["NUMBA_NUM_THREADS"] = os.environ["MAPPER_THREADS"] = str(threads)
-
-
 def bytes_per_token(shape: Shape, weights: str, context: int, kv: str) -> int:
-    """Bytes that a step must read: all products' weights as stored, and keys and values of `context` positions."""
+    """Bytes that a step must read: products' weights as stored; keys and values of `context` positions."""
     from mapper.lowbit import FORMATS, Scheme
     from mapper.schedule.dtypes import dtype
 
@@ -104,13 +99,13 @@ def stored(shape: Shape, weights: str) -> Matrix:
     return weight
 
 
-def quality(name: str, weights: str) -> dict[str, float]:
-    """Relative L2 errors of the probe sequence's logits, against float64 on the weights as stored and as drawn."""
+def quality(name: str, weights: str, threads: int) -> dict[str, float]:
+    """Relative L2 errors of the probe's logits, against float64 on the weights as stored and as drawn."""
     from benchmarks.reference import cached_logits, relative_error
 
     shape = SHAPES[name]
     sequence = probe_tokens(shape)
-    session = opened(shape, weights, len(sequence))
+    session = opened(shape, weights, len(sequence), threads)
     logits = np.stack([np.array(step(session, t, i)) for i, t in enumerate(sequence)])
     found = {"error_original": relative_error(logits, cached_logits(shape, "original"))}
     if weights != "f32":

@@ -1,1 +1,1 @@
-"""What is timed beside mapper: one module per peer, run as `python -m benchmarks.peers.NAME` in the peers' environment."""
+"""What is timed beside mapper; each peer is run as `python -m benchmarks.peers.NAME` where installed."""

@@ -1,4 +1,4 @@
-"""ONNX models of onnxruntime-genai's model builder, and the one that onnxruntime quantises to dynamic int8."""
+"""ONNX models of onnxruntime-genai's model builder, and what onnxruntime quantises to dynamic int8."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _build(source: Path, precision: str, into: Path) -> None:
 
 
 def dynamic(shape: Shape) -> Path:
-    """The builder's float32 model with its products in dynamic int8, a scale per output; made if not there yet."""
+    """The builder's float32 model with products in dynamic int8, a scale per output; made if not there."""
     base = folder(shape) / "ort-int8"
     if not base.is_dir():
         source = model(shape, "f32") / "model.onnx"

@@ -38,7 +38,7 @@ def gguf_name(name: str) -> str:
 
 
 def turned(shape: Shape, name: str, array: F32, back: bool = False) -> F32:
-    """Rows of queries and keys from halves to the adjacent pairs that llama's rotary embedding takes, or `back`."""
+    """Rows of queries and keys from halves to the adjacent pairs that llama.cpp rotates, or `back`."""
     heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(name.split(".")[-2])
     if heads is None:
         return array
@@ -67,7 +67,9 @@ def _write(shape: Shape, kind: str, file: Path) -> None:
         rows = (*array.shape[:-1], array.shape[-1] // block * size)
         raw = np.dtype(np.float32) if form == plain else np.dtype(np.uint8)
         dims = array.shape if form == plain else rows
-        writer.add_tensor_info(gguf_name(name), dims, raw, int(np.prod(rows)), None if form == plain else form)
+        writer.add_tensor_info(
+            gguf_name(name), dims, raw, int(np.prod(rows)), None if form == plain else form
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -50,7 +50,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Peer:
-    """`open` loads it; `stored` gives the weights that it computes with, dequantised, where they can be read back."""
+    """`open` loads it; `stored` gives the weights that it computes with, dequantised, where it can."""
 
     name: str
     formats: tuple[str, ...]
@@ -71,7 +71,7 @@ def main(peer: Peer) -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", choices=peer.variants, default=peer.variants[0])
-    parser.add_argument("--logits", type=Path, metavar="FILE.npz", help="write the probe sequence's logits instead")
+    parser.add_argument("--logits", type=Path, metavar="FILE.npz", help="write the probe's logits instead")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.weights not in peer.formats:

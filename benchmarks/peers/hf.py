@@ -1,4 +1,4 @@
-"""The weights as a Hugging Face folder: config.json, safetensors by layer, a tokenizer that only fills its place."""
+"""The weights as a Hugging Face folder: config.json, safetensors by layer, a tokenizer for form's sake."""
 
 from __future__ import annotations
 
@@ -69,5 +69,10 @@ def _tokenizer(shape: Shape, into: Path) -> None:
 
     words = {f"t{i}": i for i in range(shape.vocab)}
     Tokenizer(WordLevel(words, unk_token="t0")).save(str(into / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "t0",
+        "bos_token": "t1",
+        "eos_token": "t2",
+    }
     (into / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,8 +1,9 @@
-"""llama.cpp through the bindings of llama-cpp-python: every matrix in one format, weights repacked where it has kernels.
+"""llama.cpp through the bindings of llama-cpp-python; every matrix in one format.
 
-f32, bf16, int8 = Q8_0, int4 = Q4_0 (blocks of 32, float16 scales; activations in int8 blocks). Keys and values in float16,
-in float32 beside float32 weights. Variants: with flash attention (`flash`), without (`plain`). The weights are loaded into
-memory of the process, not mapped, so that they lie on huge pages.
+f32, bf16, int8 = Q8_0, int4 = Q4_0 (blocks of 32, float16 scales; activations in int8 blocks), repacked
+where it has kernels for that. Keys and values in float16, in float32 beside float32 weights. Variants:
+with flash attention (`flash`), without (`plain`). The weights are loaded into memory, not mapped, so
+that they lie on huge pages.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""onnxruntime on the model builder's ONNX model (GroupQueryAttention), keys and values shared in place by IO binding.
+"""onnxruntime on the model builder's ONNX model (GroupQueryAttention), its cache kept in place by IO
+binding.
 
-f32: as built. int8: dynamic quantisation, a scale per output and one per activation tensor; variant `blocks`:
-MatMulNBits, 8 bits. int4: MatMulNBits, blocks of 32, accuracy level 4 (int8 activations). Keys and values in float32.
+f32: as built. int8: dynamic quantisation, a scale per output and one per activation tensor; variant
+`blocks`: MatMulNBits, 8 bits. int4: MatMulNBits, blocks of 32, accuracy level 4 (int8 activations).
+Keys and values are in float32.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def describe(job: Job) -> dict[str, Any]:
     blocks = f"MatMulNBits, blocks of {builder.BLOCK}, accuracy level {builder.ACCURACY} (int8 activations)"
     said = {
         "f32": "float32",
-        "int8": f"8-bit {blocks}" if job.variant else "dynamic int8, scale per output, activations per tensor",
+        "int8": f"8-bit {blocks}" if job.variant else "dynamic, scale per output, activations per tensor",
         "int4": f"4-bit {blocks}",
     }
     return {"versions": {"onnxruntime": ort.__version__}, "kv": "f32", "precision": said[job.weights]}

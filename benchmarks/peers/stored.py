@@ -1,4 +1,4 @@
-"""Weights read back, dequantised, from the ONNX files of onnxruntime's peers. Q, K and V are one matrix there."""
+"""Weights read back, dequantised, from the model builder's ONNX files. Q, K and V are one matrix there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = Callable[[str], Any]
 
 
 def nbits_weights(shape: Shape, model: Path) -> Matrix:
-    """Of MatMulNBits: symmetric blocks along the inputs, low nibble first; the middle of the range is zero."""
+    """Of MatMulNBits: symmetric blocks along the inputs, low nibble first, the middle of the range is 0."""
     tensor = _tensors(model)
 
     def rows(name: str) -> Any:

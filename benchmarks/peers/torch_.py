@@ -1,9 +1,9 @@
 """PyTorch: a Llama decoder in plain operators with static caches; Q/K/V and gate/up are one product each.
 
-Variants: `compiled` (torch.compile of a layer, which all layers share), `eager`; for int8 `dynamic` is PyTorch's dynamic
-quantisation (eager, float32 between products). f32: float32 all through. bf16: weights, activations, keys and values.
-int8 (compiled, eager): a scale per output, bf16 activations (_weight_int8pack_mm). int4: blocks of 32, bf16 activations
-(_weight_int4pack_mm_for_cpu).
+Variants: `compiled` (torch.compile of a layer, which all layers share), `eager`; for int8 `dynamic` is
+PyTorch's dynamic quantisation (eager, float32 between products). f32: float32 all through. bf16:
+weights, activations, keys and values. int8 (compiled, eager): a scale per output, bf16 activations
+(_weight_int8pack_mm). int4: blocks of 32, bf16 activations (_weight_int4pack_mm_for_cpu).
 """
 
 from __future__ import annotations
@@ -108,7 +108,12 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 PEER = Peer(
-    "torch", ("f32", "bf16", "int8", "int4"), Torch, describe, torch_weights.stored, ("compiled", "eager", "dynamic")
+    "torch",
+    ("f32", "bf16", "int8", "int4"),
+    Torch,
+    describe,
+    torch_weights.stored,
+    ("compiled", "eager", "dynamic"),
 )
 
 if __name__ == "__main__":

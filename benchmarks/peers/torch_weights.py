@@ -20,7 +20,7 @@ BLOCK = 32
 
 
 def form(job: Job) -> tuple[Pack, Product, torch.dtype]:
-    """How a matrix [outputs, inputs] is packed, the product with a packed one, and the type of activations."""
+    """How a matrix [outputs, inputs] is packed, the product with a packed one, the type of activations."""
     if job.weights == "int8" and job.variant == "dynamic":
         torch.backends.quantized.engine = "x86"
         return _dynamic, lambda x, w: torch.ops.quantized.linear_dynamic(x, w), torch.float32
@@ -39,7 +39,11 @@ def said(job: Job) -> str:
         if job.variant == "dynamic":
             return "dynamic int8 (x86), scale per output, activations per tensor"
         return "int8 weights, scale per output, bf16 activations"
-    words = {"f32": "float32", "bf16": "bf16 weights and activations", "int4": "int4 blocks of 32, bf16 activations"}
+    words = {
+        "f32": "float32",
+        "bf16": "bf16 weights and activations",
+        "int4": "int4 blocks of 32, bf16 activations",
+    }
     return words[job.weights]
 
 
