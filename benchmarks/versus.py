@@ -47,7 +47,7 @@ class Contender:
 
 OURS = Contender("mapper", "benchmarks.decode", (), dict.fromkeys(("f32", "bf16", "int8", "int4"), ("",)))
 BOTH = ("compiled", "eager")
-FLASH = dict.fromkeys(("f32", "bf16", "int8", "int4"), ("flash", "plain"))
+FLASH = {"f32": ("plain",), **dict.fromkeys(("bf16", "int8", "int4"), ("flash", "plain"))}
 PEERS = (
     Contender("ort", "benchmarks.peers.ort", ("onnxruntime", "onnxruntime_genai", "onnx"),
               {"f32": ("",), "int8": ("", "blocks"), "int4": ("",)}),
