@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,12 @@ WARM_UP = 3
 
 def opened(shape: Shape, weights: str, context: int, threads: int) -> Session:
     """A session whose cache has room for `context` positions. Raises MapperError."""
-    from mapper import backend, driver
-    from mapper.runtime.execute import Session
+    from mapper import driver, execution
 
     model: Path = onnx_model(shape)
-    semantics = replace(backend.load(HOST).semantics(), threads=threads)  # type: ignore[type-var]
     done = driver.build(model, HOST, context=context, weights=weights, phase="decode")
     done.report.raise_first()
-    return Session(done.schedule, semantics, model.parent)
+    return execution.session(done.schedule, model, threads=threads)
 
 
 def step(session: Session, token: int, past: int) -> Any:
