@@ -95,13 +95,13 @@ def lane_width(lane: Lane, n: int) -> int:
 
 
 def traffic(rows: float, cols: float, tiles: tuple[int, int], band: int, l2: float) -> float:
-    """HBM bytes of a grid of `tiles` (row tiles, column tiles) whose row operand has `rows` bytes and column operand
-    `cols`, walked in bands through a cache of `l2` bytes that drops what was used longest ago.
+    """HBM bytes of a grid of `tiles` (row tiles, column tiles) whose row operand has `rows` bytes and
+    column operand `cols`, walked in bands through a cache of `l2` bytes that drops what was used longest
+    ago.
 
-    The walk goes down a band of `band` row tiles, then to the next column. A band's rows stay while all columns stream
-    by, if they fit beside one column; else they come again with every column. The columns come again for every band,
-    unless all of them stay beside two bands.
-    """
+    The walk goes down a band of `band` row tiles, then to the next column. A band's rows stay while all
+    columns stream by, if they fit beside one column; else they come again with every column. The columns
+    come again for every band, unless all of them stay beside two bands."""
     down, across = tiles
     bands = math.ceil(down / band)
     held, strip = rows * band / down, cols / across

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from mapper.runtime.mutation import MutationTest, decoder_case
@@ -53,7 +55,7 @@ def test_page_colours_and_orders() -> None:
     page, pages, unit = flat[offsets[:-1] + 14], flat[offsets[:-1] + 13], block.steps.column("unit")
     order = np.lexsort((block.steps.column("start"), unit))
     seen = 0
-    for a, b in zip(order, order[1:], strict=False):
+    for a, b in pairwise(order):
         if unit[a] == unit[b]:
             seen += 1
             assert page[a] + pages[a] <= page[b] or page[b] + pages[b] <= page[a]

@@ -1,8 +1,10 @@
-"""The task tables execute in time order on poisoned memories and equal onnxruntime: chips, styles, splits, formats."""
+"""The task tables execute in time order on poisoned memories and equal onnxruntime: chips, styles, splits,
+formats."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,15 +86,18 @@ def test_a_byte_that_nothing_wrote_is_a_fault() -> None:
     beside = oracle(EXAMPLE, interface(schedule.roles), states(schedule))
     assert beside.name
     with pytest.raises(MapperError, match="never written"):
-        session.run("decode", {"input_ids": np.zeros((1, 1), np.int64), "past_length": np.int64(3)})
+        session.run("decode", {"input_ids": np.zeros((1, 1), np.int64), "past_length": np.array(3)})
 
 
 def test_what_is_not_built_is_refused() -> None:
-    for options, words in (
-        ({"weights": "fp8"}, "not supported"), ({"chips": 3}, "do not divide"), ({"weights": "int4"}, "not supported"),
-    ):  # fmt: skip
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"weights": "fp8"}, "not supported"),
+        ({"weights": "int4"}, "not supported"),
+        ({"chips": 3}, "do not divide"),
+    )
+    for options, words in refused:
         with pytest.raises(MapperError, match=words):
-            driver.compile(EXAMPLE, "gpu", prompt=4, context=8, **options)  # type: ignore[arg-type]
+            driver.compile(EXAMPLE, "gpu", prompt=4, context=8, **options)
 
 
 def test_chips_auto_takes_the_fewest_that_hold_the_model() -> None:
