@@ -1,6 +1,6 @@
 """Decode steps of a model on a GPU: bound and schedule, in both styles.
 
-    python -m benchmarks.gpu_points --machine h100-sxm --model zoo:llama-3.1-8b --batch 1 --batch 32 --context 2048
+python -m benchmarks.gpu_points --machine h100-sxm --model zoo:llama-3.1-8b --batch 1 --batch 32
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def main(
             e, styles = done.result.phases["decode"], done.schedule.plan["styles"]["decode"]
             band = f"{1e3 * e.low_s:.2f}..{1e3 * e.high_s:.2f}"
             print(
-                f"{done.schedule.machine:<16}{size:>6}{1e3 * e.bound.seconds:>9.2f}{1e3 * styles['graph']:>9.2f}"
+                f"{done.schedule.machine:<16}{size:>6}"
+                f"{1e3 * e.bound.seconds:>9.2f}{1e3 * styles['graph']:>9.2f}"
                 f"{1e3 * styles['megakernel']:>12.2f}{band:>16}{e.ratio:>8.2f}"
             )
 
