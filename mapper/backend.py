@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mapper.errors import MapperError, UsageError
 from mapper.lowbit import PARTS, format_name
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mapper.schedule.tables import Phase, Request, Schedule
 
 __all__ = [
-    "GROUP", "Array", "Artifact", "Backend", "Memories", "Semantics", "WeightSource", "Written", "discover",
-    "load", "weight_format", "weight_source",
+    "GROUP", "Array", "Artifact", "Backend", "Explains", "Finding", "Memories", "Semantics", "WeightSource",
+    "Written", "discover", "load", "weight_format", "weight_source",
 ]  # fmt: skip
 
 
@@ -38,6 +38,27 @@ class Artifact:
 
     name: str
     data: bytes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a target adds to `mapper explain` on one phase: a titled table; cells are numbers or text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float, ...], ...]
+
+    def record(self) -> dict[str, Any]:
+        """JSON: the title, and a record per row."""
+        return {"title": self.title, "rows": [dict(zip(self.columns, r, strict=True)) for r in self.rows]}
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """What a backend may offer beside the Backend protocol: why a schedule takes its time."""
+
+    def explain(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, Sequence[Finding]]:
+        """Tables per phase, most telling first, from the schedule and the machine alone."""
 
 
 @dataclass(frozen=True)

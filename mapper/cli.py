@@ -19,6 +19,7 @@ import typer
 from mapper import __version__
 from mapper.cli_quantise import quantise
 from mapper.cli_run import run
+from mapper.cli_serving import add_commands
 from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
 from mapper.exits import run_app
@@ -37,6 +38,7 @@ app = typer.Typer(
 machines_app = typer.Typer(help="List, show and calibrate machine files.")
 app.add_typer(machines_app, name="machines")
 app.add_typer(zoo_app, name="zoo")
+add_commands(app)
 app.command(epilog="Example: mapper quantise examples/tiny-llama-op18.onnx --weights int4,int8")(quantise)
 
 

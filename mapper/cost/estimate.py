@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mapper.backend import Explains, Finding
 from mapper.bounds import Bound, tightest
 from mapper.cost.bands import Influence, Retimes, bands
 from mapper.errors import ScheduleError
@@ -30,7 +31,7 @@ class UnitLoad:
 class Estimate:
     """One phase. Times in seconds of one run: one decode step at full context, or a whole prompt in prefill.
 
-    `tokens` is how many tokens per sequence one run yields or consumes.
+    `tokens` is how many tokens per sequence one run yields or consumes; `findings` are tables of the target.
     """
 
     time_s: float
@@ -42,6 +43,7 @@ class Estimate:
     steps: int
     influences: tuple[Influence, ...]
     loads: tuple[UnitLoad, ...]
+    findings: tuple[Finding, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -80,6 +82,7 @@ class Estimate:
                 for i in self.influences[:top]
             ],
             "units": [{"unit": u.unit, "share": u.share, "steps": u.steps} for u in self.loads[:top]],
+            "findings": [f.record() for f in self.findings],
         }
 
 
@@ -149,6 +152,7 @@ def bounds_of(schedule: Schedule) -> dict[str, tuple[Bound, ...]]:
 def result(backend: Retimes, schedule: Schedule, machine: Machine, checks: Mapping[str, bool]) -> Result:
     """What there is to say of a schedule that holds its bounds."""
     bounds = bounds_of(schedule)
+    findings = backend.explain(schedule, machine) if isinstance(backend, Explains) else {}
     phases: dict[str, Estimate] = {}
     for phase, band in sorted(bands(backend, schedule, machine).items()):
         program = schedule.programs[phase]
@@ -162,6 +166,7 @@ def result(backend: Retimes, schedule: Schedule, machine: Machine, checks: Mappi
             steps=step_count(program),
             influences=band.influences,
             loads=loads(schedule, program),
+            findings=tuple(findings.get(phase, ())),
         )
     model = schedule.model
     return Result(

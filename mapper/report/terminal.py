@@ -17,6 +17,7 @@ from mapper.errors import printable
 from mapper.report.numbers import count, seconds, share, significant
 
 if TYPE_CHECKING:
+    from mapper.backend import Finding
     from mapper.cost.estimate import Estimate, Result
 
 WIDTH_OFF_TERMINAL = 160
@@ -96,7 +97,19 @@ def explanation(phase: str, e: Estimate, top: int = 10) -> list[RenderableType]:
     units = table("busiest units", "unit", "busy", "steps", right=("busy", "steps"))
     for load in e.loads[:top]:
         units.add_row(load.unit, share(load.share), f"{load.steps:,}")
-    return [*lines, influences if e.influences else "no constant has a range: the band is a point", units]
+    lines += [influences if e.influences else "no constant has a range: the band is a point", units]
+    return [*lines, *(_finding(f, top) for f in e.findings)]
+
+
+def _finding(found: Finding, top: int) -> Table:
+    """A target's own table; columns of numbers on the right."""
+    numeric = [
+        name for i, name in enumerate(found.columns) if any(isinstance(r[i], float | int) for r in found.rows)
+    ]
+    made = table(found.title, *found.columns, right=numeric)
+    for row in found.rows[:top]:
+        made.add_row(*(_cell(v) for v in row))
+    return made
 
 
 def _change(delta: float, time: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +38,15 @@ class DependenceHolds:
         yield from _races(schedule, phase, times, space)
 
 
+def _int(values: npt.NDArray[Any]) -> Int:
+    return np.asarray(values, np.int64)
+
+
 @dataclass(frozen=True)
 class _Space:
-    """All buffers end to end, cut into segments at every access boundary; accesses as ranges of them."""
+    """All buffers end to end, cut into segments where a write or a buffer begins or ends; accesses as
+    ranges of them. A write covers its segments whole; a read that touches a part of one touches all that
+    write it."""
 
     size: int
     base: Int  # first byte of each buffer, and the end of the last
@@ -52,11 +59,13 @@ class _Space:
         """Cut the space of one program."""
         sizes = np.asarray(schedule.buffers.column("bytes").to_numpy(), np.int64)
         base = np.concatenate([[0], np.cumsum(sizes)])
-        parts = [base[a.buffer] + edge for a in (times.reads, times.writes) for edge in (a.low, a.high)]
-        edges, place = np.unique(np.concatenate([base, *parts]), return_inverse=True)
-        cuts = np.cumsum([0, len(base), *(len(p) for p in parts)])
-        a, b, c, d = (place[cuts[k] : cuts[k + 1]] for k in (1, 2, 3, 4))
-        return _Space(len(edges), base, edges, (a, b), (c, d))
+        writes = [base[times.writes.buffer] + edge for edge in (times.writes.low, times.writes.high)]
+        edges = np.unique(np.concatenate([base, *writes]))
+        low, high = (base[times.reads.buffer] + edge for edge in (times.reads.low, times.reads.high))
+        first = np.searchsorted(edges, low, side="right") - 1
+        last = np.searchsorted(edges, high, side="left")
+        a, b = (np.searchsorted(edges, w) for w in writes)
+        return _Space(len(edges), base, edges, (_int(first), _int(last)), (_int(a), _int(b)))
 
     def initial(self, schedule: Schedule, phase: str) -> tuple[Int, Int]:
         """Segment ranges that hold data before the program starts."""
@@ -87,6 +96,7 @@ def _unwritten(schedule: Schedule, phase: str, times: Timeline, space: _Space) -
         step, buffer = int(reads.step[row]), int(reads.buffer[row])
         part = np.arange(space.reads[0][row], space.reads[1][row])
         place = int(space.edges[part[np.argmax(ready[part])]] - space.base[buffer])
+        place = max(place, int(reads.low[row]))
         when = "never written" if needed[row] == NEVER else f"written at cycle {needed[row]}"
         message = (
             f"{label(schedule, phase, times, step)} reads at cycle {reads.begin[row]} byte {place} of "
@@ -98,23 +108,69 @@ def _unwritten(schedule: Schedule, phase: str, times: Timeline, space: _Space) -
 
 
 def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> Iterator[Violation]:
-    """Pairs of steps that use a byte at once, where at least one writes it."""
+    """Pairs of steps that use a byte at once, where at least one writes it.
+
+    Reads of the same bytes whose times touch are looked at as one first: where that clashes with no write,
+    none of them does."""
+    if not any(True for _ in _pairs(*_joined(times, space), times.writes, space)):
+        return
     reads, writes = times.reads, times.writes
-    low, high = (np.concatenate([space.reads[k], space.writes[k]]) for k in (0, 1))
+    for x, y in _pairs(reads, space.reads, writes, space):
+        message = (
+            f"{label(schedule, phase, times, x[0])} and {label(schedule, phase, times, y[0])} use the "
+            f"same bytes of {buffer_label(schedule, x[1])} at once, and one writes them"
+        )
+        pair = (min(x[0], y[0]), max(x[0], y[0]))
+        yield Violation(message, pair, None, int(max(times.start[x[0]], times.start[y[0]])))
+
+
+def _joined(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
+    """Reads with those of equal segments that overlap in time made one; those of steps that write the same
+    buffer stay as they are."""
+    reads, (low, high) = times.reads, space.reads
+    count = len(times.start) + 1
+    own = _among(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)
+    alone = np.where(own, np.arange(len(reads)) + 1, 0)
+    order = np.lexsort((reads.begin, high, low, alone))
+    a, b, begin, end, single = low[order], high[order], reads.begin[order], reads.end[order], alone[order]
+    if not len(order):
+        return reads, space.reads
+    key = np.concatenate([[True], (a[1:] != a[:-1]) | (b[1:] != b[:-1]) | (single[1:] > 0)])
+    # a running maximum that starts anew with each key: keys in order make growing offsets
+    number = np.cumsum(key) * (np.int64(end.max()) + 1)
+    reach = np.maximum.accumulate(number + end) - number
+    fresh = key | np.concatenate([[True], begin[1:] >= reach[:-1]])
+    first = np.flatnonzero(fresh)
+    last = np.maximum.reduceat(end, first)
+    rows = order[first]
+    made = Accesses(
+        reads.step[rows], reads.buffer[rows], reads.low[rows], reads.high[rows], begin[first], last
+    )
+    return made, (low[rows], high[rows])
+
+
+def _pairs(
+    reads: Accesses, ranges: tuple[Int, Int], writes: Accesses, space: _Space
+) -> Iterator[tuple[Place, Place]]:
+    """((step, buffer), (step, buffer)) of accesses that clash, each pair of steps once."""
+    low, high = (np.concatenate([ranges[k], space.writes[k]]) for k in (0, 1))
     seen: set[tuple[int, int]] = set()
     for rows, a, b in windows(low, high, space.size):
         owner, segment = expand(a, b)
         access = rows[owner]
         for x, y in _clashes(reads, writes, access, segment):
             pair = (min(x[0], y[0]), max(x[0], y[0]))
-            if pair in seen:
-                continue
-            seen.add(pair)
-            message = (
-                f"{label(schedule, phase, times, x[0])} and {label(schedule, phase, times, y[0])} use the "
-                f"same bytes of {buffer_label(schedule, x[1])} at once, and one writes them"
-            )
-            yield Violation(message, pair, None, int(max(times.start[x[0]], times.start[y[0]])))
+            if pair not in seen:
+                seen.add(pair)
+                yield x, y
+
+
+def _among(keys: Int, known: Int) -> npt.NDArray[np.bool_]:
+    """Which keys are among the known ones. By sorting: np.isin hashes, which collides badly on such keys."""
+    if not len(known):
+        return np.zeros(len(keys), np.bool_)
+    ordered = np.sort(known)
+    return np.asarray(ordered[np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)] == keys)
 
 
 Place = tuple[int, int]
@@ -133,7 +189,7 @@ def _clashes(reads: Accesses, writes: Accesses, access: Int, segment: Int) -> It
         np.concatenate([getattr(reads, k), getattr(writes, k)])[access] for k in ("step", "begin", "end")
     )
     # a step that reads what it writes (in place) clashes with nobody more than its write does
-    own = np.isin(segment * (1 << 31) + step, (segment * (1 << 31) + step)[written])
+    own = _among(segment * (1 << 31) + step, (segment * (1 << 31) + step)[written])
     alive = (written | ~own) & (end > begin)
     access, segment, written, step = access[alive], segment[alive], written[alive], step[alive]
     begin, end = begin[alive], end[alive]

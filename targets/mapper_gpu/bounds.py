@@ -1,0 +1,90 @@
+"""Lower bounds on the time of one step, from the IR and the machine alone: no lowering is looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mapper.bounds import Bound
+from mapper.ir.graph import Graph
+from mapper.ir.op import DataflowOp, tensor_type
+from mapper.machine import Machine
+from mapper.schedule.tables import Request
+
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
+_PRODUCTS = {
+    "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
+    "packed_mlp": ("gate_up", "down"),
+}  # fmt: skip
+
+
+def bounds_of(
+    served: Graph, source: Graph, machine: Machine, request: Request, phase: str
+) -> Sequence[Bound]:
+    """Bounds on one run of a serving graph on all of the request's chips.
+
+    Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value
+    that the step sees. Both at the pins' rate. Products run at the dense peak of the weights' format."""
+    chips = request.chips or _fewest(source, machine, request)
+    item = _item(source, request)
+    form = {4: "f32", 2: "bf16"}[item]
+    weights = sum(s.count * sum(_weights(served, op) for op in s.ops) for s in served.sections()) * item
+    state = 0
+    if phase == "decode":
+        state = sum(s.count * sum(_cache(op, item) for op in s.ops) for s in served.sections())
+    flops = sum(s.count * sum(_flops(served, op) for op in s.ops) for s in served.sections())
+    rate = max(machine.value(k) for k in (f"tensor.{form}", "vector.f32") if k in machine.constants)
+    hbm, kept = machine.value("memory.hbm.bandwidth"), machine.value("memory.l2.capacity")
+    total = weights + state
+    far = max(0.0, total / chips - kept)
+    # in cache, all bytes still pass the SMs' ports
+    near = total / chips / (machine.value("sm.count") * machine.value("sm.port") * machine.value("sm.clock"))
+    return (
+        Bound(
+            "HBM bandwidth",
+            far / hbm,
+            f"{total:.4g} B of weights and cache on {chips} chips at {hbm:.4g} B/s",
+        ),
+        Bound("L2 to SM", near, f"{total:.4g} B of weights and cache through the ports of all SMs"),
+        Bound(
+            "arithmetic",
+            flops / rate / chips,
+            f"{flops:.4g} operations of products at {rate:.4g}/s dense {form}",
+        ),
+    )
+
+
+def _fewest(source: Graph, machine: Machine, request: Request) -> int:
+    """More chips than this may be taken, so the bound of `chips auto` assumes the most."""
+    return 64
+
+
+def _item(source: Graph, request: Request) -> int:
+    if request.weights is not None:
+        return _BYTES.get(request.weights, 2)
+    sizes: dict[str, int] = {}
+    for w in source.weights.values():
+        sizes[w.dtype] = sizes.get(w.dtype, 0) + w.elements
+    return _BYTES.get(max(sorted(sizes), key=lambda d: sizes[d]) if sizes else "f32", 4)
+
+
+def _weights(graph: Graph, op: DataflowOp) -> int:
+    """Elements of the matrices that an op reads whole."""
+    found = [graph.weight(op, name) for name in _PRODUCTS.get(op.mnemonic, ())]
+    return sum(w.elements for w in found if w is not None)
+
+
+def _flops(graph: Graph, op: DataflowOp) -> int:
+    return 2 * math.prod(op.operand_shape(0)[:-1]) * _weights(graph, op) if op.mnemonic in _PRODUCTS else 0
+
+
+def _cache(op: DataflowOp, item: int) -> int:
+    """Bytes of keys and values that an attention sees at a full context."""
+    if op.mnemonic != "cached_attention":
+        return 0
+    window = op.attr("window")
+    total = 0
+    for i in (1, 2):
+        b, h, length, d = tensor_type(op.operands[i]).ints
+        total += b * h * (min(length, window) if window else length) * d * item
+    return total

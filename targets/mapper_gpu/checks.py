@@ -1,0 +1,10 @@
+"""The target's own legality predicates. They know tables, plan and machine, never the scheduler or the
+executor."""
+
+from __future__ import annotations
+
+from mapper.schedule.violation import Check
+from mapper_gpu import check_operands, check_tiles, check_waits
+
+CHECKS: tuple[Check, ...] = (*check_operands.CHECKS, *check_tiles.CHECKS, *check_waits.CHECKS)
+"""All of them."""

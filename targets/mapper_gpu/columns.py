@@ -1,0 +1,320 @@
+"""Grids of tasks as columns of a step table: on all chips, in queues, with waits and signals.
+
+A step's immediates are FIELDS, then its waits and signals:
+
+    waits, (counter, count in the first repetition, count in later ones) per wait, signals, counter per signal
+
+Counters of a block are numbered 0 .. C - 1; repetition r of the block has counters base + r C + c, so that
+c < 0 means one of the repetition, or block, before. The last `chips` counters of a block count its last
+kernel's tasks, chip by chip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mapper.schedule.tables import Block, Int, StepTable, step_table
+from mapper_gpu import persistent
+from mapper_gpu.grid import Grid, Task
+from mapper_gpu.hardware import Gpu
+from mapper_gpu.queues import Stages, place, place_merges, ranks, stage_starts
+from mapper_gpu.timing import KERNEL, QUEUE, Float, task_seconds
+
+FIELDS = (
+    "program", "kernel", "m0", "m1", "n0", "n1", "k0", "k1", "near", "work", "engine", "sharers", "lead",
+    "pages", "page", "join", "stage",
+)  # fmt: skip
+"""Immediates of every step: the program and kernel it belongs to, its coordinates, bytes that it moves
+through L2 or the link, operations that its engine works through, the engine and how many SMs share the
+bandwidth, what comes before it (timing.LEADS), pages of shared memory, its tile's number among merges, and
+the kernel's stage."""
+Ragged = tuple[Int, Int, Int, Int]
+Wait = tuple[int, int, int, int]
+"""(logical counter, count in the first repetition, in later ones, chip: -1 the own, -2 all)."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A block's steps with its counters: how many there are, and the counts of the last kernel's, which the
+    next block waits for."""
+
+    block: Block
+    counters: int
+    last: int
+
+
+def cycles(gpu: Gpu, seconds: Float | float) -> Int:
+    """Whole cycles, at least one."""
+    return np.maximum(1, np.ceil(np.asarray(seconds) * gpu.clock - 1e-9)).astype(np.int64)
+
+
+def between(gpu: Gpu, megakernel: bool) -> int:
+    """Cycles between repetitions and blocks: the launch gap, or a signal."""
+    return int(cycles(gpu, gpu.signal if megakernel else gpu.gap))
+
+
+def sharers(gpu: Gpu, count: int) -> Int:
+    """SMs that run at once with each of `count` tasks of a grid: full waves, then the ragged one."""
+    full, rest = divmod(count, gpu.sms)
+    return np.array([min(count, gpu.sms)] * (full * gpu.sms) + [rest] * rest, np.int64)
+
+
+def block_of(
+    gpu: Gpu, name: str, grids: Sequence[Grid], chips: int, start: int, repeat: int, before: int
+) -> Counted:
+    """A block of kernels in the machine's style. `before` is the count of the block before (-1: none)."""
+    return columns_of(gpu, grids, chips, gpu.megakernel, before < 0).finish(name, start, repeat, before)
+
+
+def columns_of(gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, opens: bool) -> Columns:
+    """The columns of a block's kernels; `opens` where it is the first of its program."""
+    tasks: list[Task] = []
+    kernel: list[int] = []
+    stage: list[int] = []
+    heads: list[int] = []
+    for number, grid in enumerate(grids):
+        ordered = sorted(grid.tasks, key=lambda t: t.stage)
+        for s in range(1 + max(t.stage for t in ordered)):
+            mine = [t for t in ordered if t.stage == s]
+            tasks += mine
+            kernel += [number] * len(mine)
+            stage += [len(heads)] * len(mine)
+            heads.append(int(s == 0))
+    return Columns(gpu, tasks, np.array(kernel), np.array(stage), np.array(heads), chips, megakernel, opens)
+
+
+class Columns:
+    """The columns of one block while they are made; chip 0 first, then copies for the others."""
+
+    def __init__(
+        self, gpu: Gpu, tasks: list[Task], kernel: Int, stage: Int, heads: Int, chips: int, megakernel: bool,
+        opens: bool,
+    ) -> None:  # fmt: skip
+        self.megakernel, self.opens = megakernel, opens
+        self.gpu, self.tasks, self.kernel, self.stage, self.heads, self.chips = (
+            gpu, tasks, kernel, stage, heads, chips,
+        )  # fmt: skip
+        self.near = np.array([round(t.near) for t in tasks], np.int64)
+        self.far = np.array([round(t.far) for t in tasks], np.int64)
+        self.work = np.array([round(t.work) for t in tasks], np.int64)
+        self.engine = np.array([t.engine for t in tasks], np.int64)
+        self.lead = np.array([t.lead for t in tasks], np.int64)
+        self.join = np.array([t.join for t in tasks], np.int64)
+        self.link = np.array([t.opcode for t in tasks]) == 6
+        self.shared = np.ones(len(tasks), np.int64)
+        self.unit = np.zeros(len(tasks), np.int64)
+        for number in range(len(heads)):
+            self._lead(np.flatnonzero(stage == number), number)
+        self.seconds = np.asarray(
+            task_seconds(gpu, self.far, self.near, self.work, self.engine, self.shared, self.lead)
+        )
+        self.length = cycles(gpu, self.seconds)
+        self.begin = np.zeros(len(tasks), np.int64)
+        self.page = np.zeros(len(tasks), np.int64)
+        self.end = 0
+        (self._queue if megakernel else self._place)()
+
+    def _lead(self, rows: Int, number: int) -> None:
+        """What comes before the tasks of a stage, and how many share the bandwidth."""
+        gpu, link = self.gpu, self.link[rows]
+        if self.megakernel:
+            self.shared[rows] = min(len(rows), gpu.sms)
+            self.lead[rows] = np.where(link, self.lead[rows], QUEUE)
+        else:
+            self.shared[rows] = sharers(gpu, len(rows))
+        if self.heads[number] and (not self.megakernel or (self.opens and number == 0)):
+            first = rows[: gpu.sms]
+            self.lead[first] = np.where(link[: gpu.sms], self.lead[first], KERNEL)
+
+    def _queue(self) -> None:
+        """Queues of the whole block."""
+        gpu = self.gpu
+        self.raised, self.waited, self.logical = persistent.signals_of(self.tasks, self.stage)
+        latency = int(cycles(gpu, gpu.signal))
+        self.unit, self.begin, self.end = persistent.schedule(
+            gpu, self.tasks, self.stage, self.length, self.waited, self.raised, latency
+        )
+        need = np.array([t.pages for t in self.tasks])
+        self.page = persistent.pages(self.unit, self.begin, need, int(gpu.shared // gpu.page))
+
+    def _place(self) -> None:
+        """Units of chip 0: SM numbers, or the link behind them."""
+        gpu = self.gpu
+        for number in range(len(self.heads)):
+            rows = np.flatnonzero(self.stage == number)
+            if self.link[rows].all():
+                self.unit[rows] = gpu.sms
+            elif self.heads[number]:
+                self.unit[rows] = place(self.seconds[rows], gpu.sms)
+            else:
+                before = np.flatnonzero(self.stage == number - 1)
+                end = self._ends(before)
+                self.unit[rows] = place_merges(
+                    end,
+                    self.join[before],
+                    self.unit[before],
+                    self.seconds[rows],
+                    gpu.sms,
+                    self.join[rows].tolist(),
+                )
+
+        queue = self.unit + np.array([max(0, t.chip) for t in self.tasks])
+        stages = Stages(self.stage, queue, ranks(self.stage, queue), self.join, self.heads)
+        self.begin, self.end = stage_starts(stages, self.length, int(cycles(gpu, gpu.gap)))
+
+    def _ends(self, rows: Int) -> Float:
+        """When each task of a first stage ends on its SM, from the stage's start."""
+        free = np.zeros(self.gpu.sms)
+        end = np.zeros(len(rows))
+        for i, row in enumerate(rows.tolist()):
+            free[self.unit[row]] += self.seconds[row]
+            end[i] = free[self.unit[row]]
+        return end
+
+    def finish(self, name: str, start: int, repeat: int, before: int) -> Counted:
+        """The block, repeated on every chip."""
+        gpu, chips, n = self.gpu, self.chips, len(self.tasks)
+        begin, length = self.begin, self.length
+        period = self.end + between(gpu, self.megakernel) if repeat > 1 else 0
+        last = np.flatnonzero(self.stage == self.stage.max())
+        counters = self._persistent_counters if self.megakernel else self._counters
+        waits, signals, total = counters(before)
+        parts = [self._chip(c, begin, length, waits, signals) for c in range(chips)]
+        order = np.concatenate([np.arange(n)] * chips)
+        keep = np.concatenate([
+            np.array([t.chip in (-1, c) for t in self.tasks]) for c in range(chips)
+        ])  # fmt: skip
+        table = _table(parts, keep, order)
+        count = sum(self.tasks[i].chip in (-1, 0) for i in last)
+        return Counted(Block(name, table, start, repeat, period), total, count)
+
+    def _persistent_counters(self, before: int) -> tuple[list[list[Wait]], list[list[int]], int]:
+        """As `_counters`, in megakernel style."""
+        count = [0] * self.logical
+        for t, c in zip(self.tasks, self.raised, strict=True):
+            count[c] += t.chip in (-1, 0)
+        waits: list[list[Wait]] = []
+        for needed in self.waited:
+            mine: list[Wait] = []
+            for c, own in needed:
+                if c >= 0:
+                    mine.append((c, count[c], count[c], own))
+                elif before >= 0:
+                    mine.append((-1, before, count[-1], own))
+            waits.append(mine)
+        return waits, [[c] for c in self.raised], self.logical * self.chips
+
+    def _counters(self, before: int) -> tuple[list[list[Wait]], list[list[int]], int]:
+        """Waits, signals per task (logical counters), counters in all.
+
+        Logical counters: one per merged tile, then one per stage that another stage waits for; the block's
+        last."""
+        tiles: dict[tuple[int, int], int] = {}
+        for i, t in enumerate(self.tasks):
+            if t.stage == 1 and t.join >= 0:
+                tiles[int(self.kernel[i]), t.join] = len(tiles)
+        done: dict[int, int] = {}
+        finals = [s for s in range(len(self.heads)) if s + 1 == len(self.heads) or self._full(s)]
+        for s in finals:
+            done[s] = len(tiles) + len(done)
+        counts = {s: sum(t.chip in (-1, 0) for t, at in zip(self.tasks, self.stage, strict=True) if at == s)
+                  for s in finals}  # fmt: skip
+        parts: dict[int, int] = {}
+        for i, t in enumerate(self.tasks):
+            key = (int(self.kernel[i]), t.join)
+            if t.stage == 0 and key in tiles:
+                parts[tiles[key]] = parts.get(tiles[key], 0) + 1
+        waits: list[list[Wait]] = []
+        signals: list[list[int]] = []
+        logical = len(tiles) + len(done)
+        for i, t in enumerate(self.tasks):
+            s = int(self.stage[i])
+            key, own = (int(self.kernel[i]), t.join), -2 if self.link[i] else -1
+            if t.stage == 1 and key in tiles:
+                waits.append([(tiles[key], parts[tiles[key]], parts[tiles[key]], own)])
+            elif s == 0:
+                waits.append([(-1, before, counts[finals[-1]], own)] if before >= 0 else [])
+            else:
+                waits.append([(done[s - 1], counts[s - 1], counts[s - 1], own)])
+            out = [done[s]] if s in done else []
+            if t.stage == 0 and key in tiles:
+                out.append(tiles[key])
+            signals.append(out)
+        return waits, signals, logical * self.chips
+
+    def _full(self, stage: int) -> bool:
+        """Whether the stage after this one waits for all of it (it starts a kernel, or gathers shares)."""
+        rows = np.flatnonzero(self.stage == stage + 1)
+        return bool(self.heads[stage + 1]) or bool((self.join[rows] < 0).all())
+
+    def _chip(
+        self, chip: int, begin: Int, length: Int, waits: list[list[Wait]], signals: list[list[int]]
+    ) -> dict[str, list[object]]:
+        chips, gpu = self.chips, self.gpu
+        args: list[list[int]] = []
+        for i, t in enumerate(self.tasks):
+            row = [
+                t.program,
+                int(self.kernel[i]),
+                *t.at,
+                int(self.near[i]),
+                int(self.work[i]),
+                t.engine,
+                int(self.shared[i]),
+                int(self.lead[i]),
+                t.pages,
+                int(self.page[i]),
+                t.join,
+                int(self.stage[i]),
+            ]
+            mine = sorted({
+                (c * chips + other, a, b) for c, a, b, own in waits[i]
+                for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own,))
+            })  # fmt: skip
+            row.append(len(mine))
+            for wait in mine:
+                row += wait
+            row.append(len(signals[i]))
+            row += [c * chips + chip for c in signals[i]]
+            args.append(row)
+        slices = [
+            [[(s.first + (chip if own < 0 else own), offset, size) for s, own, offset, size in part]
+             for part in (t.reads, t.writes)] for t in self.tasks
+        ]  # fmt: skip
+        return {
+            "start": begin.tolist(), "duration": length.tolist(),
+            "unit": (self.unit + chip * (gpu.sms + 1)).tolist(), "opcode": [t.opcode for t in self.tasks],
+            "args": list(args), "reads": [s[0] for s in slices], "writes": [s[1] for s in slices],
+            "op": [t.op for t in self.tasks], "bytes": self.far.tolist(),
+            "flops": [round(t.flops) for t in self.tasks],
+        }  # fmt: skip
+
+
+def _table(parts: list[dict[str, list[object]]], keep: Int, order: Int) -> StepTable:
+    flat = {k: [v for p in parts for v in p[k]] for k in parts[0]}
+    start, unit = (np.array(flat[k], np.int64) for k in ("start", "unit"))
+    rows = np.flatnonzero(keep)
+    rows = rows[np.lexsort((order[rows], unit[rows], start[rows]))].tolist()
+
+    def column(name: str) -> list[int]:
+        values = flat[name]
+        return [int(values[i]) for i in rows]
+
+    def ragged(name: str) -> tuple[Int, list[object]]:
+        lists = [flat[name][i] for i in rows]
+        sizes = [len(v) for v in lists]
+        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), [v for part in lists for v in part]
+
+    def slices(name: str) -> Ragged:
+        offsets, values = ragged(name)
+        array = np.array(values, np.int64).reshape(-1, 3)
+        return offsets, array[:, 0], array[:, 1], array[:, 2]
+
+    offsets, values = ragged("args")
+    return step_table(
+        column("start"), column("duration"), column("unit"), column("opcode"),
+        (offsets, np.array(values, np.int64)), slices("reads"), slices("writes"), column("op"),
+        column("bytes"), column("flops"),
+    )  # fmt: skip

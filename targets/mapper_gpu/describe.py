@@ -1,0 +1,79 @@
+"""A kernel as plain data, for the plan: its ops, operands, tile and grid, and its modelled time.
+
+It holds what a source template needs to write the kernel, and what the checks of cuts and splits read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mapper_gpu.kernel import Kernel
+from mapper_gpu.nodes import Section
+
+
+def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
+    """The kernel's record."""
+    nodes = section.nodes
+    t = k.timed
+    record: dict[str, Any] = {
+        "name": k.name,
+        "kind": k.kind,
+        "nodes": [
+            {
+                "number": i,
+                "kind": nodes[i].kind,
+                "inputs": list(nodes[i].inputs),
+                "output": nodes[i].output,
+                "op": nodes[i].op,
+            }
+            for i in k.nodes
+        ],
+        "reads": list(k.reads),
+        "stores": list(k.stores),
+        "weights": [
+            {"name": w.label, "n": w.n, "k": w.k, "dtype": w.dtype, "split": w.split} for w in k.weights
+        ],
+        "seconds": t.seconds,
+        "tasks": t.tasks,
+        "merges": t.merges,
+        "hbm_bytes": t.far,
+        "l2_bytes": t.near,
+        "flops": t.flops,
+        "limit": t.limit,
+    }
+    if k.tile is not None:
+        record["tile"] = {
+            "m": k.tile.m,
+            "n": k.tile.n,
+            "splits": k.tile.splits,
+            "band": k.tile.band,
+            "engine": k.tile.engine,
+            "rows": section.values[nodes[k.branches[0].linears[0]].inputs[0]].rows,
+        }
+        record["lanes"] = [
+            {
+                "n": b.lane.n,
+                "mats": b.lane.mats,
+                "grain": b.lane.grain,
+                "linears": list(b.linears),
+                "stores": list(b.stores),
+            }
+            for b in k.branches
+        ]
+    if k.split is not None and k.attention is not None:
+        a = k.attention
+        record["split"] = {"splits": k.split.splits, "keys": k.split.keys, "tokens": k.split.tokens}
+        record["attention"] = {
+            "batch": a.batch,
+            "heads": a.heads,
+            "kv_heads": a.kv_heads,
+            "dim": a.dim,
+            "value_dim": a.value_dim,
+            "tokens": a.tokens,
+            "length": a.length,
+            "past": a.past,
+            "window": a.window,
+        }
+    if k.collective is not None:
+        record["collective"] = {"algorithm": k.collective.algorithm, "bytes": k.collective.bytes}
+    return record

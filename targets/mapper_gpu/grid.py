@@ -1,0 +1,402 @@
+"""A kernel as tasks: coordinates, operands as slices of storages, and what each task costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mapper_gpu import flash, programs
+from mapper_gpu.collective import GATHER, ONE_SHOT
+from mapper_gpu.flash import pieces
+from mapper_gpu.hardware import ENGINES, Gpu, element_bytes
+from mapper_gpu.kernel import Branch, Kernel, attention_of
+from mapper_gpu.nodes import HEADS, Section
+from mapper_gpu.product import STAGES, STEP_BYTES, Tile, lane_width
+from mapper_gpu.programs import Builder, Columns
+from mapper_gpu.storage import Storage
+from mapper_gpu.timing import LINK, MERGE, NONE
+
+OPCODES = ("product", "product_merge", "attention", "attention_merge", "rows", "heads", "collective")
+"""Kinds of tasks; the position is the opcode."""
+Coordinates = tuple[int, int, int, int, int, int]
+"""m0, m1, n0, n1, k0, k1."""
+
+
+@dataclass(slots=True)
+class Task:
+    """One task of chip 0; every chip has the same. Slices are (storage, chip or -1 for the own, offset,
+    bytes).
+
+    `stage` 0 are the kernel's first tasks, 1 its merges; `join` is the tile that a task and its merge
+    share. `chip` names the only chip that has the task (-1: all)."""
+
+    opcode: int
+    program: int
+    at: Coordinates
+    reads: list[tuple[Storage, int, int, int]]
+    writes: list[tuple[Storage, int, int, int]]
+    op: int
+    far: float
+    near: float
+    work: float
+    engine: int
+    flops: float
+    lead: int
+    stage: int = 0
+    join: int = -1
+    pages: int = 1
+    chip: int = -1
+
+
+@dataclass
+class Grid:
+    """The tasks of one kernel, in the order in which they are handed out."""
+
+    kernel: Kernel
+    tasks: list[Task] = field(default_factory=list)
+
+
+@dataclass
+class Maker:
+    """Makes the grids of one section. `programs` collects programs; `new` makes a storage of the program."""
+
+    gpu: Gpu
+    section: Section
+    storage: dict[str, Storage]
+    programs: list[Any]
+    batch: int
+    tokens: int
+    chips: int
+    label: str
+    new: Any
+
+    def builder(self, kind: str) -> Builder:
+        return Builder(kind, self.section, self.storage, self.tokens)
+
+    def keep(self, builder: Builder) -> int:
+        self.programs.append(builder.json())
+        return len(self.programs) - 1
+
+    def grid(self, kernel: Kernel, number: int) -> Grid:
+        """The tasks of a kernel."""
+        made = Grid(kernel)
+        partial = f"{self.label}.k{number}"
+        kind = {"product": self._product, "attention": self._attention, "collective": self._collective}
+        kind.get(kernel.kind, self._heads if kernel.kind == "heads" else self._rows)(made, partial)
+        return made
+
+    # products ------------------------------------------------------------------------------------
+
+    def _product(self, grid: Grid, partial: str) -> None:
+        kernel = grid.kernel
+        tile = kernel.tile
+        assert tile is not None
+        names = self._partials(kernel, tile, partial)
+        lanes: list[tuple[Branch, int, list[Builder], Builder | None, list[int]]] = []
+        for branch in kernel.branches:
+            main, merge = self._lane(kernel, branch, tile, names)
+            mine = [self.keep(b) for b in main]
+            lanes.append((branch, lane_width(branch.lane, tile.n), main, merge, mine))
+        kept = [self.keep(m) if m else -1 for _, _, _, m, _ in lanes]
+        rows = self._rows_of(kernel)
+        walk = _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes])
+        for join, (m0, m1, lane, n0, n1) in enumerate(walk):
+            branch, _, main, merge, mine = lanes[lane]
+            node = self.section.nodes[branch.linears[0]]
+            k = node.weights[0].k
+            for j in range(tile.splits):
+                at = (m0, m1, n0, n1, j * k // tile.splits, (j + 1) * k // tile.splits)
+                grid.tasks.append(self._product_task(main[j], mine[j], at, branch, tile, join))
+            if merge is not None:
+                at = (m0, m1, n0, n1, 0, k)
+                task = self._task(merge, kept[lane], "product_merge", at, node.op)
+                task.lead, task.stage, task.join = MERGE, 1, join
+                grid.tasks.append(task)
+        self._shares(grid)
+
+    def _rows_of(self, kernel: Kernel) -> int:
+        first = self.section.nodes[kernel.branches[0].linears[0]]
+        return int(self.section.values[first.inputs[0]].rows)
+
+    def _partials(self, kernel: Kernel, tile: Tile, partial: str) -> dict[int, str]:
+        names: dict[int, str] = {}
+        if tile.splits == 1:
+            return names
+        for branch in kernel.branches:
+            for i in branch.linears:
+                names[i] = f"{partial}.{i}"
+                value = self.section.values[self.section.nodes[i].output]
+                panel = math.gcd(lane_width(branch.lane, tile.n), value.width)
+                for j in range(tile.splits):
+                    self.new(Storage(f"{names[i]}.{j}", value.rows, value.width, "f32", panel))
+        return names
+
+    def _lane(
+        self, kernel: Kernel, branch: Branch, tile: Tile, names: Mapping[int, str]
+    ) -> tuple[list[Builder], Builder | None]:
+        split = tile.splits > 1
+        main = []
+        for j in range(tile.splits):
+            b = self.builder("product")
+            programs.product_program(b, kernel.prologue, branch.linears, branch.nodes, branch.stores, split)
+            if split:
+                for i in branch.linears:
+                    b.write(f"{names[i]}.{j}", b.registers[f"={self.section.nodes[i].output}"])
+            main.append(b)
+        if not split:
+            return main, None
+        merge = self.builder("product_merge")
+        programs.merge_program(merge, branch.linears, branch.nodes, branch.stores, names, tile.splits)
+        return main, merge
+
+    def _product_task(
+        self, b: Builder, program: int, at: Coordinates, branch: Branch, tile: Tile, join: int
+    ) -> Task:
+        nodes = self.section.nodes
+        m0, m1, n0, n1, k0, k1 = at
+        task = self._task(b, program, "product", at, nodes[branch.linears[0]].op)
+        w = nodes[branch.linears[0]].weights[0]
+        engine = ENGINES.index(tile.engine)
+        wide, short = self.gpu.mma[:2] if tile.engine != "vector" else (1, 1)
+        if self.gpu.systolic and tile.engine != "vector":
+            wide, short = short, wide
+        columns = branch.lane.mats * (n1 - n0)
+        padded = -(-(m1 - m0) // short) * short * -(-columns // wide) * wide
+        task.work, task.engine = 2.0 * padded * (k1 - k0), engine
+        task.flops = 2.0 * (m1 - m0) * columns * (k1 - k0)
+        weights = columns * (k1 - k0) * element_bytes(w.dtype)
+        task.near = weights + (m1 - m0) * (k1 - k0) * 4.0
+        task.far = weights
+        task.lead, task.join = NONE, join if tile.splits > 1 else -1
+        stage = STAGES * STEP_BYTES * (columns + (m1 - m0))
+        task.pages = max(1, math.ceil(stage / self.gpu.page))
+        return task
+
+    def _shares(self, grid: Grid) -> None:
+        """The kernel's bytes shared among its tasks by what each loads, so that the sums are the model's."""
+        timed = grid.kernel.timed
+        main = [t for t in grid.tasks if t.stage == 0]
+        loaded = sum(t.near for t in main)
+        merges = [t for t in grid.tasks if t.stage]
+        moved = sum(n for t in merges for _, _, _, n in (*t.reads, *t.writes))
+        near = max(0.0, timed.near - moved)
+        for t in main:
+            share = t.near / loaded
+            t.far, t.near = timed.far * share, near * share
+        for t in merges:
+            t.near = float(sum(n for _, _, _, n in (*t.reads, *t.writes)))
+
+    # attention -----------------------------------------------------------------------------------
+
+    def _attention(self, grid: Grid, partial: str) -> None:
+        kernel = grid.kernel
+        split = kernel.split
+        number = next(i for i in kernel.nodes if self.section.nodes[i].kind == "attention")
+        node = self.section.nodes[number]
+        a = attention_of(node)
+        assert split is not None
+        before = [i for i in kernel.nodes if i != number]
+        group = a.group
+        parts = split.splits
+        if parts > 1:
+            for j in range(parts):
+                rows, width = a.batch * a.tokens, a.heads * a.value_dim
+                self.new(Storage(f"{partial}.{j}.sum", rows, width, "f32", group * a.value_dim))
+                self.new(Storage(f"{partial}.{j}.stats", rows, 2 * a.heads, "f32", 2 * group))
+        built: dict[int, tuple[Builder, int]] = {}
+        for j in range(parts):
+            b = self.builder("attention")
+            programs.attention_program(b, before, node, f"{partial}.{j}" if parts > 1 else None)
+            built[j] = (b, self.keep(b))
+        merge: Builder | None = None
+        kept = -1
+        if parts > 1:
+            merge = self.builder("attention_merge")
+            programs.attention_merge_program(merge, node, partial, parts)
+            kept = self.keep(merge)
+        engine = ENGINES.index(a.engine if a.engine in self.gpu.tensor else "vector")
+        joins: dict[tuple[int, int, int], int] = {}
+        for piece in pieces(a, split):
+            j = piece.low // split.keys
+            for s in range(a.batch):
+                for h in range(a.kv_heads):
+                    n0 = h * group * a.value_dim
+                    at = (s * a.tokens + piece.first, s * a.tokens + piece.last, n0, n0 + group * a.value_dim,
+                          piece.low, piece.high)  # fmt: skip
+                    b, program = built[j]
+                    task = self._task(b, program, "attention", at, node.op)
+                    task.far, task.near, task.flops = piece.far, piece.near, piece.flops
+                    task.work = flash.as_work(self.gpu, a, engine, piece.work)
+                    task.engine, task.lead = engine, NONE
+                    task.pages = max(
+                        1, math.ceil(2 * flash.KEY_STEP * (a.dim + a.value_dim) * a.element / self.gpu.page)
+                    )
+                    if parts > 1:
+                        task.join = joins.setdefault((s, h, piece.first), len(joins))
+                    grid.tasks.append(task)
+        for (s, h, first), join in joins.items():
+            last = min(a.tokens, first + split.tokens)
+            n0 = h * group * a.value_dim
+            at = (s * a.tokens + first, s * a.tokens + last, n0, n0 + group * a.value_dim, 0, a.length)
+            assert merge is not None
+            task = self._task(merge, kept, "attention_merge", at, node.op)
+            task.lead, task.stage, task.join = MERGE, 1, join
+            task.near = float(sum(n for _, _, _, n in (*task.reads, *task.writes)))
+            grid.tasks.append(task)
+
+    # rows, heads, collectives --------------------------------------------------------------------
+
+    def _rows(self, grid: Grid, partial: str) -> None:
+        kernel = grid.kernel
+        b = self.builder("rows")
+        programs.run_nodes(b, kernel.nodes, "all")
+        for v in kernel.stores:
+            b.write(v, b.registers[f"={v}"], "m", "all")
+        program = self.keep(b)
+        nodes = self.section.nodes
+        rows = max(self.section.values[nodes[i].output].rows for i in kernel.nodes)
+        width = max(self.section.values[nodes[i].output].width for i in kernel.nodes)
+        for m0 in range(0, rows, kernel.rows):
+            at = (m0, min(rows, m0 + kernel.rows), 0, width, 0, width)
+            self._even(grid, self._task(b, program, "rows", at, nodes[kernel.nodes[0]].op), rows)
+
+    def _even(self, grid: Grid, task: Task, rows: int) -> None:
+        timed = grid.kernel.timed
+        share = (task.at[1] - task.at[0]) / rows
+        task.far, task.near, task.work = (share * v for v in (timed.far, timed.near, timed.work))
+        task.engine, task.lead = ENGINES.index("vector"), NONE
+        grid.tasks.append(task)
+
+    def _heads(self, grid: Grid, partial: str) -> None:
+        """Column-wise nodes with appends: a task per sequence and head, so that no two write the same rows
+        of a cache."""
+        kernel = grid.kernel
+        nodes = self.section.nodes
+        b = self.builder("heads")
+        programs.run_nodes(b, kernel.nodes, "n")
+        for v in kernel.stores:
+            if not v.endswith("@"):
+                b.write(v, b.registers[f"={v}"], "m", "n")
+        program = self.keep(b)
+        head = max(nodes[i].attr("head", 0) for i in kernel.nodes if nodes[i].kind in HEADS)
+        width = self.section.values[nodes[kernel.nodes[0]].inputs[0]].width
+        count = self.batch * (width // head)
+        for s in range(self.batch):
+            for n0 in range(0, width, head):
+                at = (s * self.tokens, (s + 1) * self.tokens, n0, n0 + head, 0, 0)
+                task = self._task(b, program, "heads", at, nodes[kernel.nodes[0]].op)
+                timed = kernel.timed
+                task.far, task.near, task.work = timed.far / count, timed.near / count, timed.work / count
+                task.engine, task.lead = ENGINES.index("vector"), NONE
+                grid.tasks.append(task)
+
+    def _collective(self, grid: Grid, partial: str) -> None:
+        kernel = grid.kernel
+        nodes, made = self.section.nodes, kernel.collective
+        assert made is not None
+        head, epilogue = nodes[kernel.nodes[0]], kernel.nodes[1:]
+        source, value = head.inputs[0], self.section.values[head.output]
+        at = (0, value.rows, 0, value.width, 0, 0)
+        if made.algorithm in (ONE_SHOT, GATHER):
+            b = self.builder("collective")
+            if made.algorithm == GATHER:
+                programs.gather_program(b, source, head.output, self.chips, epilogue, kernel.stores, 0)
+            else:
+                programs.reduce_program(b, source, head.output, self.chips, epilogue, kernel.stores, "all")
+            self._link(grid, b, self.keep(b), at, head.op, made.bytes, kernel.timed.far, 0)
+            return
+        share = value.width // self.chips
+        self.new(Storage(f"{partial}.share", value.rows, value.width, "f32", share))
+        first = self.builder("collective")
+        first.emit("sum", "sum", [first.read(source, "m", "n", chip=c) for c in range(self.chips)])
+        first.write(f"{partial}.share", "sum", "m", "n")
+        kept = self.keep(first)
+        for chip in range(self.chips):
+            mine = (0, value.rows, chip * share, (chip + 1) * share, 0, 0)
+            self._link(grid, first, kept, mine, head.op, made.bytes / 2, 0.0, 0, chip)
+        second = self.builder("collective")
+        programs.gather_program(
+            second, f"{partial}.share", head.output, self.chips, epilogue, kernel.stores, share
+        )
+        self._link(grid, second, self.keep(second), at, head.op, made.bytes / 2, kernel.timed.far, 1)
+
+    def _link(
+        self,
+        grid: Grid,
+        b: Builder,
+        program: int,
+        at: Coordinates,
+        op: int,
+        near: float,
+        far: float,
+        stage: int,
+        chip: int = -1,
+    ) -> None:
+        task = self._task(b, program, "collective", at, op)
+        task.near, task.far, task.lead, task.stage, task.chip = near, far, LINK, stage, chip
+        grid.tasks.append(task)
+
+    # slices --------------------------------------------------------------------------------------
+
+    def _task(self, b: Builder, program: int, kind: str, at: Coordinates, op: int) -> Task:
+        reads = [(s, chip, *run) for s, r, c, chip in b.sources for run in self._read(s, r, c, at)]
+        writes = [(s, -1, *run) for s, r, c in b.targets for run in self._write(s, r, c, at)]
+        return Task(OPCODES.index(kind), program, at, reads, writes, op, 0.0, 0.0, 0.0, 0, 0.0, NONE)
+
+    def _read(self, s: Storage, r: str, c: Columns, at: Coordinates) -> list[tuple[int, int]]:
+        if r == "cache":
+            return self._cache(s, c, at)
+        r0, r1 = {"m": at[:2], "n": at[2:4], "all": (0, s.rows)}[r]
+        c0, c1 = self._columns(s, c, at)
+        return [s.cover(r0, r1, c0, c1)]
+
+    def _write(self, s: Storage, r: str, c: Columns, at: Coordinates) -> list[tuple[int, int]]:
+        if r == "cache":
+            return self._cache(s, c, at)
+        c0, c1 = self._columns(s, c, at)
+        return s.runs(at[0], at[1], c0, c1)
+
+    def _columns(self, s: Storage, c: Columns, at: Coordinates) -> tuple[int, int]:
+        _, _, n0, n1, k0, k1 = at
+        if not isinstance(c, str):
+            return c[0], c[1]
+        node = next((n for n in self.section.nodes if n.kind == "attention"), None)
+        if c in ("q", "stats", "groups"):
+            assert node is not None
+            h, group = n0 // (n1 - n0), (n1 - n0) // node.attr("value_dim")
+            each = {"q": node.attr("dim") * group, "stats": 2 * group, "groups": group}[c]
+            return h * each, (h + 1) * each
+        return {"n": (n0, n1), "k": (k0, k1), "all": (0, s.width)}[c]
+
+    def _cache(self, s: Storage, c: Columns, at: Coordinates) -> list[tuple[int, int]]:
+        """Runs of a cache [heads, batch, positions, elements]: whole rows of the heads and sequences of a
+        tile, or a stretch of one."""
+        m0, m1, n0, n1, k0, k1 = at
+        head = next(v.head for v in self.section.values.values() if v.state == s.name.split("#")[0])
+        length = s.rows // self.batch
+        row = head * s.item
+        if c == "keys":
+            h, b = n0 // (n1 - n0), m0 // self.tokens
+            base = (h * self.batch + b) * length
+            return [((base + k0) * row, (k1 - k0) * row)]
+        b0, b1 = m0 // self.tokens, -(-m1 // self.tokens)
+        heads = range(n0 // head, -(-n1 // head))
+        if b0 == 0 and b1 == self.batch:
+            low = heads.start * self.batch * length
+            return [(low * row, len(heads) * self.batch * length * row)]
+        return [(((h * self.batch + b0) * length) * row, (b1 - b0) * length * row) for h in heads]
+
+
+def _walk(
+    rows: int, tile: Tile, lanes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """(m0, m1, lane, n0, n1) of all tiles: down a band of row tiles, then to the next column tile."""
+    starts = list(range(0, rows, tile.m))
+    for at in range(0, len(starts), tile.band):
+        band = starts[at : at + tile.band]
+        for lane, (n, width) in enumerate(lanes):
+            for n0 in range(0, n, width):
+                for m0 in band:
+                    yield m0, min(rows, m0 + tile.m), lane, n0, min(n, n0 + width)

@@ -1,0 +1,384 @@
+"""Lowering: serving graphs -> sections -> kernels -> storages -> grids -> blocks -> Schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from mapper.errors import CapacityError, UsageError
+from mapper.ir.graph import Graph
+from mapper.machine import Machine
+from mapper.schedule.tables import (
+    BINDING_SCHEMA,
+    BUFFER_SCHEMA,
+    OP_SCHEMA,
+    Block,
+    ModelRef,
+    Phase,
+    Port,
+    Program,
+    Request,
+    Schedule,
+)  # fmt: skip
+from mapper_gpu import extract as extraction
+from mapper_gpu.columns import between, block_of, columns_of, cycles
+from mapper_gpu.describe import describe
+from mapper_gpu.extract import Extracted
+from mapper_gpu.grid import OPCODES, Maker
+from mapper_gpu.hardware import Gpu, gpu
+from mapper_gpu.kernel import Kernel, kernels_of
+from mapper_gpu.partition import partition
+from mapper_gpu.product import lane_width
+from mapper_gpu.storage import NUMPY, Memory, Storage
+from mapper_gpu.weights import Weights
+
+
+@dataclass
+class Lowered:
+    """One phase: its sections with their kernels, and the storage of each value by name."""
+
+    phase: Phase
+    work: extraction.Program
+    kernels: list[tuple[Kernel, ...]]
+    storages: dict[str, Storage] = field(default_factory=dict)
+    programs: list[Any] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    described: list[Any] = field(default_factory=list)
+    cycles: int = 0
+    other: int = 0
+
+
+def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, request: Request, chips: int,
+          form: str) -> Schedule:  # fmt: skip
+    """The schedule of serving graphs on `chips` chips with weights in `form`. Raises LoweringError,
+    CapacityError."""
+    chip = gpu(machine)
+    memory = Memory(chips)
+    found: list[Lowered] = []
+    for phase, graph in graphs.items():
+        tokens = request.prompt if phase == "prefill" else 1
+        work = partition(
+            extraction.extract(graph, phase, request.batch, tokens, request.context, form), chips
+        )
+        work = replace(work, sections=tuple(_operands(e, form) for e in work.sections))
+        found.append(Lowered(phase, work, [kernels_of(chip, e.section, chips) for e in work.sections]))
+    weights = Weights(graphs, chips, form)
+    for item in found:
+        for e, kernels in zip(item.work.sections, item.kernels, strict=True):
+            weights.need(item.phase, e, kernels)
+    weights.allocate(memory)
+    states = _states(found[0], memory, form)
+    for item in found:
+        _values(item, memory, states)
+    for item in found:
+        _blocks(item, chip, memory, weights, states, chips)
+    _fits(chip, memory, request)
+    return _schedule(graphs, source, machine, chip, request, memory, found, weights, states, form)
+
+
+def _operands(e: Extracted, form: str) -> Extracted:
+    """Values that only products and attention read are stored in the format that these round them to."""
+    users: dict[str, set[str]] = {}
+    for node in e.section.nodes:
+        for i, v in enumerate(node.inputs):
+            users.setdefault(v, set()).add(
+                "product" if node.kind in ("linear", "attention") and i == 0 else "other"
+            )
+    made = {n.output for n in e.section.nodes}
+    values = {
+        name: replace(v, dtype=form)
+        if not v.state and name in made and users.get(name) == {"product"} and name not in e.section.outputs
+        else v
+        for name, v in e.section.values.items()
+    }
+    return replace(e, section=replace(e.section, values=values))
+
+
+def _states(item: Lowered, memory: Memory, form: str) -> dict[str, Storage]:
+    """A storage per cache: rows are batch x positions, the width its heads on one chip."""
+    found: dict[str, Storage] = {}
+    for e in item.work.sections:
+        names = {v: n for n in e.section.nodes if n.kind == "append" for v in [n.attr("cache")]}
+        for name in names:
+            value = e.section.values.get(f"{name}@") or e.section.values[name]
+            node = names[name]
+            width = e.section.values[node.inputs[0]].width
+            for slot in e.states.get(name, (name,)):
+                found[slot] = memory.add(Storage(slot, value.rows, width, form, node.attr("head")))
+    return found
+
+
+def _panels(item: Lowered) -> dict[str, int]:
+    """The panel width of each value: what all tiles that write it are multiples of. Values that take each
+    other's place from repetition to repetition have one layout."""
+    found: dict[str, int] = {}
+    for e, kernels in zip(item.work.sections, item.kernels, strict=True):
+        for k in kernels:
+            for b in k.branches:
+                assert k.tile is not None
+                for v in b.stores:
+                    if not v.endswith("@"):
+                        found[v] = math.gcd(lane_width(b.lane, k.tile.n), e.section.values[v].width)
+            if k.attention is not None:
+                for v in k.stores:
+                    found[v] = k.attention.group * k.attention.value_dim
+            if k.kind == "heads":
+                for v in k.stores:
+                    found[v] = max(1, e.section.values[v].head)
+        for c in e.carries:
+            whole = math.gcd(found.get(c.initial, 0), found.get(c.yielded, 0))
+            for v in (c.initial, c.argument, c.yielded, c.result):
+                if whole:
+                    found[v] = whole
+    return found
+
+
+def _values(item: Lowered, memory: Memory, states: Mapping[str, Storage]) -> None:
+    work, panels, here = item.work, _panels(item), item.storages
+    here["input_ids"] = memory.add(
+        Storage("input_ids", work.batch * work.tokens, 1, "i64", program=item.phase)
+    )
+    here["past_length"] = memory.add(Storage("past_length", 1, 1, "i64", program=item.phase))
+    for number, (e, kernels) in enumerate(zip(work.sections, item.kernels, strict=True)):
+        for c in e.carries:
+            a = here[c.initial]
+            b = memory.add(Storage(f"{c.argument}.next", a.rows, a.width, a.dtype, a.panel, item.phase))
+            here[c.argument], here[c.yielded] = a, b
+            here[c.result] = b if e.section.count % 2 else a
+        for k in kernels:
+            for v in k.stores:
+                if v in here or v.endswith("@"):
+                    continue
+                value = e.section.values[v]
+                name = f"{item.phase}.{number}.{v}"
+                made = Storage(name, value.rows, value.width, value.dtype, panels.get(v, 0), item.phase)
+                here[v] = memory.add(made)
+    here.update(states)
+
+
+def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: Mapping[str, Storage],
+            chips: int) -> None:  # fmt: skip
+    at, before = int(cycles(chip, chip.step)), -1
+    item.other = at
+    gap = between(chip, chip.megakernel)
+    for number, (e, kernels) in enumerate(zip(item.work.sections, item.kernels, strict=True)):
+        storage = {**item.storages, **weights.lookup(item.phase, e)}
+
+        def new(made: Storage, known: dict[str, Storage] = storage) -> None:
+            made.program = item.phase
+            known[made.name] = memory.add(made)
+
+        label = f"{item.phase}.{number}"
+        maker = Maker(
+            chip, e.section, storage, item.programs, item.work.batch, item.work.tokens, chips, label, new
+        )
+        grids = [maker.grid(k, i) for i, k in enumerate(kernels)]
+        counted = block_of(chip, e.section.name, grids, chips, at, e.section.count, before)
+        before = counted.last
+        block = replace(counted.block, bindings=_bindings(item, e, weights, states, chips))
+        item.blocks.append(block)
+        item.described.append({
+            "block": e.section.name, "counters": counted.counters,
+            "kernels": [describe(k, e.section, item.phase) for k in kernels],
+        })  # fmt: skip
+        other = columns_of(chip, grids, chips, not chip.megakernel, number == 0)
+        pause = between(chip, not chip.megakernel)
+        item.other += e.section.count * (other.end + pause) - (
+            pause if number + 1 == len(item.kernels) else 0
+        )
+        length = int((block.steps.column("start") + block.steps.column("duration")).max())
+        end = block.start + (block.repeat - 1) * block.period + length
+        at = end + gap
+        item.cycles = end
+
+
+def _bindings(item: Lowered, e: Extracted, weights: Weights, states: Mapping[str, Storage],
+              chips: int) -> pa.Table | None:  # fmt: skip
+    if e.section.count == 1:
+        return None
+    slots: list[tuple[Storage, list[Storage]]] = []
+    for c in e.carries:
+        a, b = item.storages[c.argument], item.storages[c.yielded]
+        turns = [(a, b)[r % 2] for r in range(e.section.count)]
+        slots += [(a, turns), (b, [b if t is a else a for t in turns])]
+    slots += [
+        (states[name], [states[n] for n in names]) for name, names in e.states.items() if name in states
+    ]
+    slots += weights.slots(item.phase, e)
+    rows = [
+        (slot.first + chip, r, other.first + chip)
+        for slot, others in slots
+        for r, other in enumerate(others)
+        for chip in range(chips)
+        if other is not slot
+    ]
+    columns = [pa.array([row[i] for row in rows], pa.int32()) for i in range(3)]
+    return pa.Table.from_arrays(columns, schema=BINDING_SCHEMA)
+
+
+def _fits(chip: Gpu, memory: Memory, request: Request) -> None:
+    room = int(chip.capacity * (1 - chip.reserved))
+    if memory.top > room:
+        raise CapacityError(
+            f"gpu: weights, caches and activations take {memory.top} bytes of each of {memory.chips} chips; "
+            f"{chip.name} has {room} for them"
+        )
+
+
+def _schedule(
+    graphs: Mapping[Phase, Graph],
+    source: Graph,
+    machine: Machine,
+    chip: Gpu,
+    request: Request,
+    memory: Memory,
+    found: list[Lowered],
+    weights: Weights,
+    states: Mapping[str, Storage],
+    form: str,
+) -> Schedule:
+    ops: list[dict[str, Any]] = []
+    fused: dict[str, int] = {}
+    programs: dict[str, Program] = {}
+    for item in found:
+        base = len(ops)
+        for row in item.work.ops:
+            operands = [o + base if o >= 0 else -1 for o in row["operands"]]
+            ops.append({**row, "id": len(ops), "operands": operands})
+        fused |= {str(k + base): v + base for k, v in _fused(item).items()}
+        blocks = tuple(_based(b, base) for b in item.blocks)
+        programs[item.phase] = Program(item.phase, blocks, item.cycles, item.work.tokens)
+    plan: dict[str, Any] = {
+        "style": "megakernel" if chip.megakernel else "graph",
+        "styles": {
+            item.phase: {
+                ("graph" if g else "megakernel"): (item.cycles if g != chip.megakernel else item.other)
+                / chip.clock
+                for g in (True, False)
+            }
+            for item in found
+        },
+        "gather": list(OPCODES),
+        "commutative": [],
+        "fused": fused,
+        "batch": request.batch,
+        "programs": {item.phase: item.programs for item in found},
+        "blocks": {item.phase: item.described for item in found},
+    }
+    if form != "f32":
+        kind = NUMPY[form]
+        plan["arithmetic"] = {"matmul": kind, "accumulate": "float32", "key_cache": kind, "value_cache": kind}
+    path = "" if source.path is None else str(source.path)
+    chips = memory.chips
+    return Schedule(
+        target="gpu",
+        machine=machine.name,
+        machine_toml=machine.text,
+        chips=chips,
+        request=request,
+        model=ModelRef(path, source.sha256, dict.fromkeys(source.files, ""), source.params, source.layers),
+        clock_hz=chip.clock,
+        units=tuple(
+            f"gpu{c}.{u}" for c in range(chips) for u in [*(f"sm{i}" for i in range(chip.sms)), "link"]
+        ),
+        memories=tuple((f"hbm.{c}", int(chip.capacity)) for c in range(chips)),
+        opcodes=OPCODES,
+        programs=programs,
+        buffers=pa.Table.from_pydict(memory.rows(), schema=BUFFER_SCHEMA),
+        ops=pa.Table.from_pylist(ops, schema=OP_SCHEMA),
+        ports=tuple(_ports(found, memory, weights, states, request)),
+        weights=weights.files(),
+        constants=weights.constants(),
+        roles=source.roles,
+        plan=plan,
+        provenance={"backend": "mapper_gpu"},
+    )
+
+
+def _based(block: Block, base: int) -> Block:
+    """The block with ops numbered in the schedule's table."""
+    if not base:
+        return block
+    table = block.steps.table
+    at = table.schema.get_field_index("op")
+    moved = [o + base if o >= 0 else -1 for o in block.steps.column("op").tolist()]
+    table = table.set_column(at, table.schema.field(at), pa.array(moved, pa.int32()))
+    return replace(block, steps=replace(block.steps, table=table))
+
+
+def _fused(item: Lowered) -> dict[int, int]:
+    """Op -> op whose steps do its work, for ops without steps of their own."""
+    own: set[int] = set()
+    pairs: list[tuple[int, int]] = []
+    for e, kernels in zip(item.work.sections, item.kernels, strict=True):
+        nodes = e.section.nodes
+        for k in kernels:
+            heads = [nodes[b.linears[0]].op for b in k.branches] or [_doer(nodes, k)]
+            own |= set(heads)
+            for b in k.branches:
+                pairs += [(nodes[i].op, nodes[b.linears[0]].op) for i in (*b.linears, *b.nodes)]
+            pairs += [(nodes[i].op, heads[0]) for i in k.nodes]
+    found: dict[int, int] = {}
+    for op, by in pairs:
+        if op not in own:
+            found.setdefault(op, by)
+    return found
+
+
+def _doer(nodes: Any, k: Kernel) -> int:
+    heavy = [i for i in k.nodes if nodes[i].kind in ("attention", "allreduce", "allgather")]
+    return int(nodes[heavy[0] if heavy else k.nodes[0]].op)
+
+
+def _ports(found: list[Lowered], memory: Memory, weights: Weights, states: Mapping[str, Storage],
+           request: Request) -> list[Port]:  # fmt: skip
+    chips = memory.chips
+    ports = weights.ports()
+    for name, s in sorted(states.items(), key=lambda p: p[1].first):
+        heads = chips * s.width // s.panel
+        shape = (request.batch, heads, s.rows // request.batch, s.panel)
+        layout = {"kind": "cache", "chips": chips}
+        ports.append(Port(name, "state", NUMPY[s.dtype], shape, _buffers(s, chips), layout,
+                          ["zeros", list(shape), NUMPY[s.dtype]]))  # fmt: skip
+    for item in found:
+        work, here = item.work, item.storages
+        ids, past, logits = here["input_ids"], here["past_length"], here[work.logits]
+        copies = {"kind": "copies"}
+        rows = (work.batch, work.tokens)
+        ports.append(
+            Port("input_ids", "input", "int64", rows, _buffers(ids, chips), copies, None, (item.phase,))
+        )
+        ports.append(
+            Port("past_length", "input", "int64", (), _buffers(past, chips), copies, None, (item.phase,))
+        )
+        layout = {"kind": "panels", "panel": logits.panel}
+        shape3 = (*rows, logits.width)
+        ports.append(
+            Port("logits", "output", "float32", shape3, (logits.first,), layout, None, (item.phase,))
+        )
+    return ports
+
+
+def _buffers(s: Storage, chips: int) -> tuple[int, ...]:
+    return tuple(range(s.first, s.first + chips))
+
+
+def format_of(graph: Graph, asked: str | None) -> str:
+    """The weight format: the one asked for, or that in which the model's file holds most of its elements.
+
+    Raises UsageError for a format that is not executed."""
+    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", None: None}
+    form = names.get(asked, asked)
+    if form is None:
+        sizes: dict[str, int] = {}
+        for w in graph.weights.values():
+            sizes[w.dtype] = sizes.get(w.dtype, 0) + w.elements
+        form = max(sorted(sizes), key=lambda d: sizes[d]) if sizes else "f32"
+        form = form if form in ("f32", "bf16", "f16") else "f32"
+    if form not in ("f32", "bf16", "f16"):
+        raise UsageError(f"gpu: weights {form!r} are not supported yet; it has f32, bf16 and f16")
+    return form

@@ -1,0 +1,88 @@
+"""The executable meaning of this target's schedules: layouts of ports, and tasks run one by one in time
+order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mapper.backend import Memories
+from mapper.errors import ExecutionFault
+from mapper.schedule.dtypes import dtype
+from mapper.schedule.tables import Phase, Port, Schedule
+from mapper_gpu import execute
+
+Array = npt.NDArray[Any]
+
+
+class GpuSemantics:
+    """See mapper.backend.Semantics.
+
+    Layouts: "copies" (the array in C order on every chip), "panels" ([rows, width] as width/panel blocks,
+    cut among chips along n or k, or copied), "cache" ([heads, batch, positions, elements], heads cut among
+    chips)."""
+
+    def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
+        """Write the array into the buffers of all chips."""
+        for part, (memory, low, high) in zip(_parts(port, array), _where(schedule, port), strict=True):
+            raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            if raw.size != high - low:
+                raise ExecutionFault(f"port {port.name}: {raw.size} bytes for a buffer of {high - low}")
+            memories.data(memory)[low:high] = raw
+            memories.written(memory)[low:high] = True
+
+    def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
+        """A copy of the port's array. Raises ExecutionFault on unwritten bytes."""
+        found = []
+        for memory, low, high in _where(schedule, port):
+            flags = memories.written(memory)[low:high]
+            if not flags.all():
+                at = low + int(np.argmin(flags))
+                raise ExecutionFault(
+                    f"port {port.name}: byte {at} of its memory is read and was never written"
+                )
+            found.append(memories.data(memory)[low:high].copy().view(dtype(port.dtype)))
+        kind, shape = port.layout["kind"], port.shape
+        if kind == "cache":
+            batch, heads, length, width = shape
+            part = (heads // len(found), batch, length, width)
+            return np.concatenate([f.reshape(part) for f in found]).transpose(1, 0, 2, 3)
+        if kind == "panels" and len(found) == 1:
+            panel = int(port.layout["panel"])
+            rows = int(np.prod(shape[:-1]))
+            return found[0].reshape(-1, rows, panel).transpose(1, 0, 2).reshape(shape)
+        raise ExecutionFault(f"port {port.name}: nothing is read back from the layout {kind!r}")
+
+    def run(self, schedule: Schedule, phase: Phase, memories: Memories) -> int:
+        """Execute a program, task by task. Raises ExecutionFault."""
+        return execute.run(schedule, phase, memories)
+
+
+def _parts(port: Port, array: Array) -> Iterator[Array]:
+    """The bytes of each chip's buffer, as arrays."""
+    layout, count = port.layout, len(port.buffers)
+    if layout["kind"] == "copies":
+        yield from [array] * count
+        return
+    if layout["kind"] == "cache":
+        yield from np.split(array.transpose(1, 0, 2, 3), count)
+        return
+    if layout["kind"] != "panels" or array.ndim != 2:
+        raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")
+    axis = {"n": 0, "k": 1, "": None}[layout["split"]]
+    if axis == 0 and array.shape[0] == 1:
+        axis = 1
+    pieces = [array] * count if axis is None else np.split(array, count, axis)
+    panel = int(layout["panel"])
+    for piece in pieces:
+        yield piece.reshape(piece.shape[0], -1, panel).transpose(1, 0, 2)
+
+
+def _where(schedule: Schedule, port: Port) -> Iterator[tuple[int, int, int]]:
+    for buffer in port.buffers:
+        row = schedule.buffers.slice(buffer, 1)
+        memory, offset, size = (int(row.column(c)[0].as_py()) for c in ("memory", "offset", "bytes"))
+        yield memory, offset, offset + size

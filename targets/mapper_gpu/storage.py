@@ -1,0 +1,91 @@
+"""Where values live: storages of one chip's memory, each with a layout of panels.
+
+A panel layout keeps a [rows, width] array as width/panel blocks of [rows, panel], so that a tile of whole
+panels and all rows is one run of bytes; panel = width is row-major. Weights [n, k] are the same with rows n
+and columns k. A cache is [heads, batch, positions, elements]."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mapper_gpu.hardware import element_bytes
+
+ALIGN = 256
+"""Bytes: every buffer starts at a multiple (cudaMalloc's own alignment)."""
+NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64"}
+"""Storage formats that can be executed, and their NumPy names."""
+
+
+@dataclass(eq=False)
+class Storage:
+    """One value on every chip: the same number of bytes at the same offset, one buffer per chip."""
+
+    name: str
+    rows: int
+    width: int
+    dtype: str
+    panel: int = 0
+    program: str = ""
+    first: int = -1
+    offset: int = -1
+
+    def __post_init__(self) -> None:
+        self.panel = self.panel or self.width
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return 8 if self.dtype == "i64" else int(element_bytes(self.dtype))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on one chip."""
+        return self.rows * self.width * self.item
+
+    def cover(self, r0: int, r1: int, c0: int, c1: int) -> tuple[int, int]:
+        """(offset, bytes) of the shortest run that holds rows r0..r1-1 of the panels with columns
+        c0..c1-1."""
+        low, high = c0 // self.panel, -(-c1 // self.panel)
+        begin = (low * self.rows + r0) * self.panel
+        end = ((high - 1) * self.rows + r1) * self.panel
+        return begin * self.item, (end - begin) * self.item
+
+    def runs(self, r0: int, r1: int, c0: int, c1: int) -> list[tuple[int, int]]:
+        """(offset, bytes) of the runs that hold exactly rows r0..r1-1 and columns c0..c1-1: whole panels,
+        or columns of a single row. Raises ValueError where the columns cut a panel."""
+        if self.rows == 1:
+            return [(c0 * self.item, (c1 - c0) * self.item)]
+        if c0 % self.panel or c1 % self.panel:
+            raise ValueError(f"{self.name}: columns {c0}..{c1} cut panels of {self.panel}")
+        if r0 == 0 and r1 == self.rows:
+            return [self.cover(r0, r1, c0, c1)]
+        return [self.cover(r0, r1, c, c + self.panel) for c in range(c0, c1, self.panel)]
+
+
+@dataclass(eq=False)
+class Memory:
+    """All storages in order of their addresses; the first row of the buffer table is number `next`."""
+
+    chips: int
+    storages: list[Storage] = field(default_factory=list)
+    top: int = 0
+
+    def add(self, storage: Storage) -> Storage:
+        """Give a storage its rows and its address."""
+        storage.first = len(self.storages) * self.chips
+        storage.offset = self.top
+        self.top += math.ceil(max(1, storage.bytes) / ALIGN) * ALIGN
+        self.storages.append(storage)
+        return storage
+
+    def rows(self) -> dict[str, list[Any]]:
+        """Columns of the buffer table."""
+        n = self.chips
+        flat = [s for s in self.storages for _ in range(n)]
+        return {
+            "memory": list(range(n)) * len(self.storages), "offset": [s.offset for s in flat],
+            "bytes": [s.bytes for s in flat], "value": [s.name for s in flat],
+            "first": [-1] * len(flat), "last": [-1] * len(flat), "program": [s.program for s in flat],
+        }  # fmt: skip

@@ -1,0 +1,187 @@
+"""Weights of a schedule: one storage per matrix, table and vector, the port that fills it, its parts per
+chip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mapper.backend import weight_source
+from mapper.ir.graph import Graph
+from mapper.ir.types import numpy_dtype
+from mapper.ir.weights import WeightSymbol
+from mapper.schedule.tables import Port
+from mapper_gpu.extract import Extracted
+from mapper_gpu.kernel import Kernel
+from mapper_gpu.nodes import Matrix, Node
+from mapper_gpu.programs import vector_name
+from mapper_gpu.storage import NUMPY, Memory, Storage
+
+Json = Any
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
+    [k, n]), and how chips share it. A vector has k = 0; a rope table keeps its shape."""
+
+    symbol: str
+    kind: str
+    n: int
+    k: int
+    first: int
+    turned: bool
+    split: str
+    dtype: str
+
+
+class Weights:
+    """All weights that any phase needs; phases share a storage where symbol and layout are the same."""
+
+    def __init__(self, graphs: Mapping[Any, Graph], chips: int, form: str) -> None:
+        self.graphs, self.chips, self.form = graphs, chips, form
+        self.symbols: dict[str, WeightSymbol] = {n: w for g in graphs.values() for n, w in g.weights.items()}
+        self.cuts: dict[Held, int] = {}
+        self.storages: dict[Held, Storage] = {}
+        self.users: dict[tuple[Any, int], list[tuple[str, list[Held]]]] = {}
+
+    def need(self, phase: Any, e: Extracted, kernels: Sequence[Kernel]) -> None:
+        """Take note of a section's weights, and in how many parts its kernels cut K."""
+        found: dict[str, list[Held]] = {}
+        for k in kernels:
+            splits = k.tile.splits if k.tile is not None else 1
+            for i in k.nodes:
+                for label, held in _of(e.section.nodes[i], self.form):
+                    for name in e.slots.get(held.symbol, (held.symbol,)):
+                        one = Held(name, *list(held.__dict__.values())[1:])
+                        self.cuts[one] = math.lcm(
+                            self.cuts.get(one, 1), splits if one.kind == "matrix" else 1
+                        )
+                    names = e.slots.get(held.symbol, (held.symbol,))
+                    found[label] = [Held(n, *list(held.__dict__.values())[1:]) for n in names]
+        self.users[phase, id(e)] = sorted(found.items())
+
+    def allocate(self, memory: Memory) -> None:
+        """Storages of all of them. A table that is laid out like a matrix is the same storage."""
+        layouts: dict[Key, Storage] = {}
+        for held, cuts in self.cuts.items():
+            rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
+            if held.kind == "vector" or held.kind == "rope":
+                rows, width, panel = 1, held.n, held.n
+            key = (held.symbol, held.first, rows, width, panel, held.turned, held.split, held.dtype)
+            if key not in layouts:
+                name = (
+                    held.symbol
+                    if not held.first and held.kind != "vector"
+                    else f"{held.symbol}[{held.first}:]"
+                )
+                taken = sum(k[0] == held.symbol and k[1] == held.first for k in layouts)
+                name += f"#{taken}" if taken else ""
+                layouts[key] = memory.add(Storage(name, rows, width, held.dtype, panel))
+            self.storages[held] = layouts[key]
+
+    def lookup(self, phase: Any, e: Extracted) -> dict[str, Storage]:
+        """The storages of a section's weights, of its first repetition, by the names that programs use."""
+        return {label: self.storages[held[0]] for label, held in self.users[phase, id(e)]}
+
+    def slots(self, phase: Any, e: Extracted) -> list[tuple[Storage, list[Storage]]]:
+        """(storage of the first repetition, storages of all) of the weights that change from layer to
+        layer."""
+        found: dict[Storage, list[Storage]] = {}
+        for _, held in self.users[phase, id(e)]:
+            if len(held) > 1:
+                found[self.storages[held[0]]] = [self.storages[h] for h in held]
+        return list(found.items())
+
+    def ports(self) -> list[Port]:
+        """A port per storage."""
+        seen: set[Storage] = set()
+        found: list[Port] = []
+        for held, s in self.storages.items():
+            if s in seen:
+                continue
+            seen.add(s)
+            shape = self._whole(held)
+            layout = {"kind": "panels", "panel": s.panel, "split": held.split, "chips": self.chips}
+            buffers = tuple(range(s.first, s.first + self.chips))
+            kind: Any = "weight"
+            found.append(
+                Port(
+                    f"weight:{s.name}",
+                    kind,
+                    NUMPY[held.dtype],
+                    shape,
+                    buffers,
+                    layout,
+                    self._source(held, shape),
+                )
+            )
+        return found
+
+    def _whole(self, held: Held) -> tuple[int, int]:
+        n = held.n * (self.chips if held.split == "n" else 1)
+        if held.kind in ("vector", "rope"):
+            return 1, n
+        return n, held.k * (self.chips if held.split == "k" else 1)
+
+    def _source(self, held: Held, shape: tuple[int, int]) -> Json:
+        symbol = self.symbols[held.symbol]
+        source: Json = weight_source(symbol).expression
+        if numpy_dtype(symbol.dtype).name != NUMPY[held.dtype]:
+            source = ["cast", source, NUMPY[held.dtype]]
+        if held.kind in ("vector", "rope"):
+            total = symbol.elements
+            source = ["reshape", source, [1, total]]
+            return source if shape[1] == total else ["slice", source, 1, held.first, held.first + shape[1]]
+        if held.turned:
+            source = ["transpose", source, [1, 0]]
+        rows = symbol.shape[1] if held.turned else symbol.shape[0]
+        return source if shape[0] == rows else ["slice", source, 0, held.first, held.first + shape[0]]
+
+    def files(self) -> dict[str, Any]:
+        """Schedule.weights."""
+        found = {n: w for h in self.storages for n, w in weight_source(self.symbols[h.symbol]).files.items()}
+        return {
+            n: {"file": w.file, "offset": w.offset, "bytes": w.bytes, "dtype": numpy_dtype(w.dtype).name,
+                "shape": list(w.shape)} for n, w in sorted(found.items())
+        }  # fmt: skip
+
+    def constants(self) -> dict[str, Any]:
+        """Schedule.constants."""
+        found = {
+            n: np.ascontiguousarray(a)
+            for h in self.storages for n, a in weight_source(self.symbols[h.symbol]).constants.items()
+        }  # fmt: skip
+        return dict(sorted(found.items()))
+
+
+def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
+    """(name in programs, what is held) of a node's weights."""
+    for w in node.weights:
+        if node.kind in ("embed", "positions"):
+            yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, False, "", form)
+        else:
+            yield w.label, _matrix(w, form)
+    if node.kind == "rope":
+        table = node.attr("table")
+        yield (
+            f"rope:{table['symbol']}",
+            Held(table["symbol"], "rope", math.prod(table["shape"]), 0, 0, False, "", "f32"),
+        )
+    for name in ("weight", "bias", "vector", "sinks"):
+        v = node.attr(name)
+        if isinstance(v, Mapping):
+            split = "n" if v.get("chips", 1) > 1 else ""
+            yield (
+                vector_name(v),
+                Held(v["symbol"], "vector", v["length"], 0, v.get("first", 0), False, split, "f32"),
+            )
+
+
+def _matrix(w: Matrix, form: str) -> Held:
+    return Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form)
