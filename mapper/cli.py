@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mapper import __version__
+from mapper.cli_quantise import quantise
+from mapper.cli_run import run
 from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
 from mapper.exits import run_app
@@ -35,6 +37,7 @@ app = typer.Typer(
 machines_app = typer.Typer(help="List, show and calibrate machine files.")
 app.add_typer(machines_app, name="machines")
 app.add_typer(zoo_app, name="zoo")
+app.command(epilog="Example: mapper quantise examples/tiny-llama-op18.onnx --weights int4,int8")(quantise)
 
 
 def _targets(incomplete: str) -> list[str]:
@@ -87,7 +90,9 @@ def compile_(
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     context: Annotated[int, typer.Option(help="Longest sequence, in tokens; the KV cache's length.")] = 128,
     prompt: Annotated[int, typer.Option(help="Tokens that the prefill program takes.")] = 16,
-    weights: Annotated[str | None, typer.Option(help="Weight format; default: the target's widest.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weight format, as int4; default: the target's own.")
+    ] = None,
     chips: Annotated[str, typer.Option(help="How many chips: a number, or auto.")] = "1",
     phase: Annotated[
         Literal["decode", "prefill", "both"], typer.Option(help="Which programs to make.")
@@ -193,46 +198,9 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
         console().print(fields(record, str(model)))
 
 
-@app.command(epilog='Example: mapper run examples/tiny-llama-op18.onnx --prompt "It was" --tokens 48')
-def run(
-    model: Model,
-    prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer.json beside the model.")] = None,
-    ids: Annotated[str | None, typer.Option(help="Token ids instead of text, separated by commas.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to decode.")] = 64,
-    external_root: External = None,
-    as_json: Json = False,
-) -> None:
-    """Decode greedily on this computer. Uses the host target's kernels; text streams to standard output."""
-    from mapper.decode import Tokens, stream
-
-    if (prompt is None) == (ids is None):
-        raise UsageError("give one of --prompt and --ids")
-    if tokens < 1:
-        raise UsageError(f"tokens must be at least 1, not {tokens}")
-    words = Tokens.beside(model) if ids is None else Tokens()
-    start = words.encode(prompt) if prompt is not None else _ids(ids or "")
-    with _working(f"compiling {model.name} for host"):
-        decoding = stream(model, start, tokens, external_root)
-    if not as_json:
-        sys.stdout.write(words.text(start))
-    shown = list(start)
-    for token in decoding:
-        before, shown = words.text(shown), [*shown, token]
-        if not as_json:
-            sys.stdout.write(words.text(shown).removeprefix(before))
-            sys.stdout.flush()
-    record = decoding.record() | {
-        "prompt_ids": list(start),
-        "ids": shown[len(start) :],
-        "text": words.text(shown),
-    }
-    if as_json:
-        _print_json(record)
-    else:
-        from mapper.report.terminal import decoded
-
-        print()
-        print(decoded(record), file=sys.stderr)
+app.command("run", epilog='Example: mapper run examples/tiny-llama-op18.onnx --prompt "It was" --tokens 48')(
+    run
+)
 
 
 @app.command(epilog="Example: mapper opt examples/tiny-llama-op18.onnx -p 'serve{phase=decode}'")
@@ -372,13 +340,6 @@ def _chips(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise UsageError(f"--chips takes a number or auto, not {text!r}") from None
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--ids takes whole numbers separated by commas, not {text!r}") from None
 
 
 def _print_json(record: Any) -> None:

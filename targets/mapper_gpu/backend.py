@@ -31,6 +31,7 @@ class GpuBackend:
     name: str = "gpu"
     summary: str = "GPUs and other HBM machines: fused kernels as tiles on SMs, tensor parallel over --chips"
     default_machine: str = "h100-sxm"
+    formats: tuple[str, ...] = ("f32", "bf16", "f16")
 
     def machine_files(self) -> Sequence[Path]:
         """The machine TOML files of this package."""

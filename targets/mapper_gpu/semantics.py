@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mapper.backend import Memories
 from mapper.errors import ExecutionFault
+from mapper.runtime.written import require_written
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Phase, Port, Schedule
 from mapper_gpu import execute
@@ -32,18 +33,13 @@ class GpuSemantics:
             if raw.size != high - low:
                 raise ExecutionFault(f"port {port.name}: {raw.size} bytes for a buffer of {high - low}")
             memories.data(memory)[low:high] = raw
-            memories.written(memory)[low:high] = True
+            memories.written(memory).add(low, high)
 
     def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
         """A copy of the port's array. Raises ExecutionFault on unwritten bytes."""
         found = []
         for memory, low, high in _where(schedule, port):
-            flags = memories.written(memory)[low:high]
-            if not flags.all():
-                at = low + int(np.argmin(flags))
-                raise ExecutionFault(
-                    f"port {port.name}: byte {at} of its memory is read and was never written"
-                )
+            require_written(memories.written(memory), low, high, f"port {port.name}")
             found.append(memories.data(memory)[low:high].copy().view(dtype(port.dtype)))
         kind, shape = port.layout["kind"], port.shape
         if kind == "cache":

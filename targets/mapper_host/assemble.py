@@ -90,7 +90,9 @@ def schedule_of(
         buffers.append(state.storage, "")
     programs: dict[str, Program] = {}
     ops: list[dict[str, Any]] = []
+    fused: dict[str, int] = {}
     for work in lowered:
+        fused |= {str(op + len(ops)): by + len(ops) for op, by in work.fused.items()}
         timed = _times(work, machine)
         for value in (*work.inputs.values(), *work.outputs.values()):
             if value.storage not in buffers.of:
@@ -122,7 +124,7 @@ def schedule_of(
         weights=_weight_files(weights),
         constants=dict(sorted(weights.arrays.items())),
         roles=graph.roles,
-        plan={"kind": "kernel steps", "serving": serving},
+        plan={"kind": "kernel steps", "serving": serving, "fused": fused},
         provenance={"backend": "mapper_host"},
     )
 

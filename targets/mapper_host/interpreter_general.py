@@ -228,7 +228,7 @@ def _alone(op: int, r: Any, a: Any, f: Any) -> int:
 
 @entry(*SOURCES)
 def interpret_general(
-    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
+    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any, scratch: int
 ) -> Any:
     """As `interpreter.interpret`, for the other opcodes."""
     arrivals = 0
@@ -262,7 +262,8 @@ def interpret_general(
         if parts > 1:
             arrivals += parts
             failed = meet(barrier, arrivals, 0 if fault == 0 else 8 * i + fault + 1)
-            if failed != 0:
+            # a faster thread may have failed in the next step already; it waits there for this one
+            if failed != 0 and (failed - 1) // 8 <= i:
                 return failed
         elif fault != 0:
             return 8 * i + fault + 1

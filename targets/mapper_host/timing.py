@@ -17,6 +17,7 @@ from mapper.machine import Machine
 from mapper.schedule.tables import Int
 from mapper_host.opcodes import (
     ACTIVATION,
+    ATTEND_AT,
     ATTENTION,
     CACHED_ATTENTION,
     CONV,
@@ -24,9 +25,11 @@ from mapper_host.opcodes import (
     LINEAR_KN,
     LINEAR_NK,
     MATMUL,
+    MERGE_SPLITS,
     MOE,
     NORM,
     OPCODES,
+    PROJECT,
     ROPE,
     ROPE_AT,
 )
@@ -34,8 +37,8 @@ from mapper_host.opcodes import (
 CLOCK_HZ = 1e9
 """The schedule counts nanoseconds: the host's cores have no common, constant clock."""
 
-VECTOR = (LINEAR_KN, LINEAR_NK, MATMUL, CONV, MOE, ATTENTION, CACHED_ATTENTION)
-ROWS = (NORM, ROPE, ROPE_AT, GATE, ACTIVATION)
+VECTOR = (LINEAR_KN, LINEAR_NK, PROJECT, MATMUL, CONV, MOE, ATTENTION, CACHED_ATTENTION, ATTEND_AT)
+ROWS = (NORM, ROPE, ROPE_AT, GATE, ACTIVATION, MERGE_SPLITS)
 
 
 def rates(machine: Machine) -> npt.NDArray[np.float64]:

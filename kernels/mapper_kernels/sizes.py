@@ -1,0 +1,29 @@
+"""Sizes of the scratch memory that kernels need, importable without the compiler."""
+
+from __future__ import annotations
+
+from mapper_kernels.formats import FORMATS
+
+ROWS_AT_ONCE = 64
+"""Most rows of x that are prepared at once for a product."""
+POSITIONS = 128
+"""Positions per step of the running softmax: their scores and values stay in the first-level cache."""
+SCORES = 4 * POSITIONS
+"""Bytes of the scores of as many positions."""
+
+
+def up(n: int) -> int:
+    """The next multiple of a cache line."""
+    return -(-n // 64) * 64
+
+
+def project_scratch(m: int, k: int, widest: int, matrices: int) -> int:
+    """Bytes that `fused.project` needs; `widest`: columns of the widest matrix."""
+    rows = min(m, ROWS_AT_ONCE)
+    prepared = max(f.prepared_bytes(k) for f in FORMATS.values())
+    return up(4 * k) + up((rows + 3) // 4 * 4 * prepared) + matrices * up(4 * rows * widest)
+
+
+def attend_scratch(d: int, dv: int) -> int:
+    """Bytes that `fused.attend_cached` needs."""
+    return SCORES + up(4 * d) + up(4 * (dv + 2))
