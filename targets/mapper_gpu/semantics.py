@@ -44,6 +44,7 @@ class GpuSemantics:
         kind, shape = port.layout["kind"], port.shape
         if kind == "cache":
             batch, heads, length, width = shape
+            found = found[:: int(port.layout["copies"])]
             part = (heads // len(found), batch, length, width)
             return np.concatenate([f.reshape(part) for f in found]).transpose(1, 0, 2, 3)
         if kind == "panels" and len(found) == 1:
@@ -64,14 +65,19 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
         yield from [array] * count
         return
     if layout["kind"] == "cache":
-        yield from np.split(array.transpose(1, 0, 2, 3), count)
+        copies = int(layout["copies"])
+        for part in np.split(array.transpose(1, 0, 2, 3), count // copies):
+            yield from [part] * copies
         return
     if layout["kind"] != "panels" or array.ndim != 2:
         raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")
     axis = {"n": 0, "k": 1, "": None}[layout["split"]]
     if axis == 0 and array.shape[0] == 1:
         axis = 1
-    pieces = [array] * count if axis is None else np.split(array, count, axis)
+    copies = int(layout.get("copies", 1))
+    pieces = [array] * count
+    if axis is not None:
+        pieces = [p for p in np.split(array, count // copies, axis) for _ in range(copies)]
     panel = int(layout["panel"])
     for piece in pieces:
         yield piece.reshape(piece.shape[0], -1, panel).transpose(1, 0, 2)
