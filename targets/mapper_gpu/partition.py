@@ -70,10 +70,8 @@ def _section(e: Extracted, chips: int, logits: str) -> Extracted:
     for name in sharded:
         v = values[name]
         values[name] = replace(v, width=v.width * (copies if name in cached else 1) // chips)
-    states = {n.attr("cache") for n in made if n.kind == "append"}
-    for n in made:
-        if n.kind == "attention":
-            states |= set(n.attr("caches"))
+    states = {m.attr("cache") for m in made if m.kind == "append"}
+    states |= {name for m in made if m.kind == "attention" for name in m.attr("caches")}
     for name in states:
         if name in values:
             values[name] = replace(values[name], width=values[name].width * copies // chips)
