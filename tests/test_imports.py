@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = tuple(
-    f"mapper/{name}.py" for name in ("cli", "cli_quantise", "cli_run", "cli_serving", "cli_zoo")
-)
+COMMANDS = tuple(f"mapper/{name}.py" for name in ("cli", "cli_quantise", "cli_run", "cli_serving", "cli_zoo"))
 ALLOWED = {
     "numba": ("kernels/", "targets/", "mapper/runtime/", "mapper/schedule/"),
     "llvmlite": ("kernels/", "targets/"),
