@@ -149,4 +149,5 @@ def product_bound(weight: Weight, x: F64) -> F64:
     roundings = 2 * -(-k // 128) + -(-k // 512) + 16
     taken = np.abs(x) + step
     rounded: F64 = ((0.5 + 65278 * ROUNDING) * step) @ np.abs(w).T
-    return np.add(rounded, roundings * ROUNDING * (taken @ size.T), dtype=np.float64)
+    rounded += roundings * ROUNDING * (taken @ size.T)
+    return rounded
