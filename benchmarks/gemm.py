@@ -1,10 +1,10 @@
 """Products with many rows of x (prefill) against NumPy's BLAS, in alternation: GFLOP/s and their ratio.
 
-    python -m benchmarks.gemm [--m 128] [--k 2048] [--n 2048] [--format f32] [--threads 1 2] [--rounds 15] [--json]
+    python -m benchmarks.gemm [--m 128] [--k 2048] [--n 2048] [--threads 1 2] [--json]
 
 BLAS takes its number of threads from the environment when it is loaded, so every number of threads runs in a
-process of its own. The ratio is the median over rounds; a round is disturbed, and left out, where BLAS was below
-0.85 of its best.
+process of its own. The ratio is the median over rounds; a round is disturbed, and left out, where BLAS was
+below 0.85 of its best.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def measure(m: int, k: int, n: int, name: str, threads: int, rounds: int) -> dic
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option, default in (("--m", 128), ("--k", 2048), ("--n", 2048), ("--rounds", 15)):
         parser.add_argument(option, type=int, default=default)
     parser.add_argument("--format", default="f32")
@@ -78,7 +80,16 @@ def main() -> None:
     for threads in given.threads:
         count = str(threads)
         names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-        command = [sys.executable, "-m", "benchmarks.gemm", "--here", "--threads", count, "--format", given.format]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gemm",
+            "--here",
+            "--threads",
+            count,
+            "--format",
+            given.format,
+        ]
         for option in ("m", "k", "n", "rounds"):
             command += [f"--{option}", str(getattr(given, option))]
         command += ["--json"] if given.json else []

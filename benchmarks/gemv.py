@@ -1,11 +1,11 @@
 """Matrix-vector products of every weight format against the rate at which this computer reads memory.
 
-    python -m benchmarks.gemv [--k 2048 4096] [--formats f32 int4] [--mb 1536] [--threads 2] [--rounds 11] [--json]
+    python -m benchmarks.gemv [--k 2048 4096] [--formats f32 int4] [--mb 1536] [--json]
 
-The product and a plain read of the same bytes (four streams per thread, prefetched) alternate. Rounds in which one
-of the two reads around a product was below 0.85 of the best were disturbed by other load, and are left out; the
-fraction is the median of (bytes / time) over the mean of the two reads. The bytes must be well beyond the last-level
-cache. GOALS: what the project aims at.
+The product and a plain read of the same bytes (four streams per thread, prefetched) alternate. Rounds in
+which one of the two reads around a product was below 0.85 of the best were disturbed by other load, and are
+left out; the fraction is the median of (bytes / time) over the mean of the two reads. The bytes must be well
+beyond the last-level cache. GOALS: what the project aims at.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def measure(name: str, k: int, space: Array, threads: Threads, rounds: int) -> d
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--k", type=int, nargs="*", default=[2048, 4096])
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--mb", type=int, default=1536)
@@ -92,11 +94,14 @@ def main() -> None:
             if given.json:
                 print(json.dumps(found), flush=True)
                 continue
-            fraction = "all rounds disturbed" if not found["kept"] else f"{found['fraction']:.2f} of the read rate"
+            fraction = (
+                "all rounds disturbed" if not found["kept"] else f"{found['fraction']:.2f} of the read rate"
+            )
             goal = f" (goal {found['goal']:.2f})" if found["goal"] else ""
             print(
                 f"{name:8} K {k:5}  {fraction}{goal}; read {found['read_gb_per_s']:.1f} GB/s, "
-                f"{found['kept']} of {given.rounds} rounds", flush=True,
+                f"{found['kept']} of {given.rounds} rounds",
+                flush=True,
             )  # fmt: skip
 
 

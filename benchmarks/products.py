@@ -1,4 +1,5 @@
-"""Products of the kernels on threads of one's own, weights on huge pages, and a plain read of the same bytes."""
+"""Products of the kernels on threads of one's own, weights on huge pages, and a plain read of the same
+bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ import numpy.typing as npt
 from numba import types
 
 from mapper_kernels import fused
-from mapper_kernels.api import project_arguments, project_parts, scratch_memory
 from mapper_kernels.formats import FORMATS
+from mapper_kernels.front_linear import project_arguments, project_parts
 from mapper_kernels.jit import entry, intrinsic
 from mapper_kernels.sizes import project_scratch
 from mapper_kernels.vec import I32, Emitter, vector
-from mapper_kernels.weight import Weight
+from mapper_kernels.weight import Weight, scratch_memory
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -43,7 +44,9 @@ def _read_lines(typingctx: Any, address: Any, lines: Any, step: Any) -> Any:
 
         sums = e.loop(e.number(0), count, [e.fill(I32, 16, 0)] * STREAMS, body)
         a, b, c, d = sums
-        return builder.sext(e.total(builder.add(builder.add(a, b), builder.add(c, d))), context.get_value_type(types.int64))
+        return builder.sext(
+            e.total(builder.add(builder.add(a, b), builder.add(c, d))), context.get_value_type(types.int64)
+        )
 
     return types.int64(types.int64, types.int64, types.int64), build
 
@@ -80,7 +83,9 @@ def random_weight(name: str, n: int, k: int, space: Array) -> Weight:
         rows: Array = rng.standard_normal((_ROWS, k), np.float32) / np.float32(k**0.5)
         rows = Weight.of(rows, name).values if name == "bf16" else rows.astype(plain[name])
     else:
-        rows = rng.integers(0, 0x7F if name == "f8e4m3" else 256, (_ROWS, layout.value_bytes(k))).astype(np.uint8)
+        rows = rng.integers(0, 0x7F if name == "f8e4m3" else 256, (_ROWS, layout.value_bytes(k))).astype(
+            np.uint8
+        )
     values = _repeat(rows, n, space)
     if not layout.scale:
         return Weight(name, values, (n, k))

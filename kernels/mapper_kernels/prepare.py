@@ -1,10 +1,11 @@
 """Rows of x in the form that the inner loops of `dot` take them in.
 
-Formats of floating-point weights: x itself in float32, in the order in which a chunk's weights unpack,
-padded with zeros. Integer formats: each block of 32 elements as integers of 16 bits times a scale, the
-largest magnitude becoming 32,639 (so that both planes, 256 high + low with low in -128..127, fit bytes);
-behind the planes of a chunk lie what the offset of its weights adds per lane, and the scales; behind all
-chunks, for formats that may have zero points, scale times sum per block. A block with anything that is not finite has the scale NaN.
+Formats of floating-point weights: x itself in float32, in the order in which a chunk's weights unpack, padded
+with zeros. Integer formats: each block of 32 elements as integers of 16 bits times a scale, the largest
+magnitude becoming 32,639 (so that both planes, 256 high + low with low in -128..127, fit bytes); behind the
+planes of a chunk lie what the offset of its weights adds per lane, and the scales; behind all chunks, for
+formats that may have zero points, scale times sum per block. A block with anything that is not finite has the
+scale NaN.
 """
 
 from __future__ import annotations

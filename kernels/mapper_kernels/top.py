@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from mapper_kernels.jit import inline, jit
 from mapper_kernels.linear import product
 from mapper_kernels.memory import f32, i64
@@ -30,7 +28,7 @@ def _before(a: Any, b: Any) -> bool:
 @jit
 def _insert(values: Any, indices: Any, held: int, value: Any, index: int) -> int:
     """Put one candidate in its place in the k best; how many are held now."""
-    k = values.shape[0]
+    k: int = values.shape[0]
     if held == k and not _before(value, values[k - 1]):
         return held
     place = min(held, k - 1)
@@ -43,7 +41,8 @@ def _insert(values: Any, indices: Any, held: int, value: Any, index: int) -> int
 
 @jit
 def top_of(y: int, low: int, high: int, k: int, held: int, values: int, indices: int) -> int:
-    """Add logits low..high - 1 of y (address, float32) to the k best, of which `held` are there; how many then.
+    """Add logits low..high - 1 of y (address, float32) to the k best, of which `held` are there; how many
+    then.
 
     Addresses of float32 [k] and int64 [k]. Calls must go by rising index.
     """
@@ -55,13 +54,13 @@ def top_of(y: int, low: int, high: int, k: int, held: int, values: int, indices:
 
 @jit
 def product_top(
-    code: int, w: int, s: int, z: int, x: int, k: int, n: int, y: int, best: int,
-    values: int, indices: int, part: int, parts: int,
+    code: int, w: int, s: int, z: int, x: int, k: int, n: int, y: int, best: int, values: int, indices: int,
+    part: int, parts: int,
 ) -> int:  # fmt: skip
     """This part's logits y = W x, and the `best` largest of them; how many there are (its rows may be fewer).
 
-    The first arguments are those of `linear.product`, x one prepared row; y [n] float32. values, indices: this
-    part's own [best].
+    The first arguments are those of `linear.product`, x one prepared row; y [n] float32. values, indices:
+    this part's own [best].
     """
     low, high = share(n, GRAIN, part, parts)
     held = 0
@@ -80,4 +79,4 @@ def merge_top(values: int, indices: int, held: Any, best: int, out_values: int, 
     for part in range(held.shape[0]):
         theirs, where = f32(values + 4 * part * best, best), i64(indices + 8 * part * best, best)
         for i in range(held[part]):
-            count = _insert(v, at, count, theirs[i], np.int64(where[i]))
+            count = _insert(v, at, count, theirs[i], where[i])

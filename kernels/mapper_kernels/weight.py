@@ -1,5 +1,5 @@
-"""Weights and norms as the NumPy front takes them: arrays that were checked once, so that compiled code may read
-them by address. Importable without the compiler."""
+"""Weights and norms as the NumPy front takes them: arrays that were checked once, so that compiled code may
+read them by address. Importable without the compiler."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from mapper_kernels.formats import FORMATS, Format
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
 _VALUES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}
 _VALUES |= {"f8e4m3": ("float8_e4m3fn", "uint8")}
 _SCALES = {0: (), 1: ("uint8",), 2: ("float16",), 4: ("float32",)}
 
 
 def checked(name: str, array: Array, kinds: tuple[str, ...], shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless an array is row-major, in this byte order, of one of the types and of the shape."""
+    """Raise ValueError unless an array is row-major, in this byte order, of one of the types and of the
+    shape."""
     if array.dtype.name not in kinds or not array.dtype.isnative:
         raise ValueError(f"{name} is {array.dtype}; wanted: {' or '.join(kinds)}")
     if array.shape != shape:
@@ -28,15 +30,28 @@ def checked(name: str, array: Array, kinds: tuple[str, ...], shape: tuple[int, .
         raise ValueError(f"{name} is not contiguous in row-major order")
 
 
+def positive(parts: int) -> int:
+    """A number of parts. Raises ValueError below 1."""
+    if parts < 1:
+        raise ValueError(f"{parts} parts")
+    return parts
+
+
+def scratch_memory(size: int) -> tuple[Array, int]:
+    """Memory and the address of its first cache line."""
+    memory = np.empty(size + 64, np.uint8)
+    return memory, -(-memory.ctypes.data // 64) * 64
+
+
 @dataclass(frozen=True)
 class Weight:
     """A weight [N, K] in one of `FORMATS`, as the kernels read it (see `formats`).
 
     values: [N, K] of the element type (bf16 also as its bits, uint16; f8e4m3 also uint8), or for formats of
-    blocks, uint8 [N, bytes of a padded row] or, as in MatMulNBits, [N, blocks, bytes of a block]. scales: [N],
-    or [N, blocks], of float16, float32 or (mxfp4) uint8, also flat. zeros: uint8 [N, ceil(blocks / 2)], also
-    flat. Raises ValueError where they do not fit, and for codes that no kernel reads: NaN in f8e4m3 and in the
-    scales of mxfp4.
+    blocks, uint8 [N, bytes of a padded row] or, as in MatMulNBits, [N, blocks, bytes of a block]. scales:
+    [N], or [N, blocks], of float16, float32 or (mxfp4) uint8, also flat. zeros: uint8 [N, ceil(blocks / 2)],
+    also flat. Raises ValueError where they do not fit, and for codes that no kernel reads: NaN in f8e4m3 and
+    in the scales of mxfp4.
     """
 
     format: str
@@ -80,8 +95,8 @@ class Weight:
 
     @staticmethod
     def of(w: F32, name: str = "f32") -> Weight:
-        """A float32 array [N, K] in a plain format: f32, f16 or bf16, rounded to nearest even. Raises ValueError
-        for another format: those are given as arrays."""
+        """A float32 array [N, K] in a plain format: f32, f16 or bf16, rounded to nearest even. Raises
+        ValueError for another format: those are given as arrays."""
         import ml_dtypes
 
         kinds: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -29,8 +29,8 @@ def _portable(name: str) -> Any:
 
     @jit
     def _rows(
-        w: int, s: int, z: int, w_row: int, s_row: int, z_row: int, x: int, x_row: int, m: int, k: int, y: int,
-        y_row: int,
+        w: int, s: int, z: int, w_row: int, s_row: int, z_row: int, x: int, x_row: int, m: int, k: int,
+        y: int, y_row: int,
     ) -> None:  # fmt: skip
         if m == 1:
             one(w, w_row, s, s_row, z, z_row, x, x_row, k, y, 4, y_row, _ONE)
@@ -76,8 +76,8 @@ def attend_pieces(
     for p in range(pieces):
         to = partial + p * step
         top, total = attend(
-            code, q, k, k_step, k_scales, v, v_step, v_scales, bounds[p], bounds[p + 1], d, dv, scale, softcap,
-            slope, last, scratch, to + 8,
+            code, q, k, k_step, k_scales, v, v_step, v_scales, bounds[p], bounds[p + 1], d, dv, scale,
+            softcap, slope, last, scratch, to + 8,
         )  # fmt: skip
         state = f32(to, 2)
         state[0], state[1] = top, total

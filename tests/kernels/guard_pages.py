@@ -2,7 +2,8 @@
 
     python -m tests.kernels.guard_pages [overread]
 
-A kernel that reads or writes one byte too many kills the process (SIGSEGV). With `overread`, does so on purpose.
+A kernel that reads or writes one byte too many kills the process (SIGSEGV). With `overread`, does so on
+purpose.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper_kernels import fused
-from mapper_kernels.api import project_arguments, project_parts
 from mapper_kernels.flash import KV_FORMATS
 from mapper_kernels.formats import FORMATS
+from mapper_kernels.front_linear import project_arguments, project_parts
 from mapper_kernels.sizes import SCORES, attend_scratch, project_scratch
 from tests.kernels.compiled import attend_pieces, cached_parts
 from tests.kernels.operands import random_weight
@@ -73,8 +74,9 @@ def attentions(code: int, at_end: bool) -> None:
             q, y = rng.standard_normal(d).astype(np.float32), np.zeros(dv, np.float32)
             a = [guarded(part, at_end) for part in (q, k, ks, v, vs, y)]
             attend_pieces(
-                code, a[0], a[1], k.strides[0], a[2], a[3], v.strides[0], a[4], np.array([0, rows // 2, rows]), d, dv,
-                one, none, none, rows, none, False, aligned(SCORES), aligned(8 * (dv + 2)), a[5],
+                code, a[0], a[1], k.strides[0], a[2], a[3], v.strides[0], a[4],
+                np.array([0, rows // 2, rows]), d, dv, one, none, none, rows, none, False, aligned(SCORES),
+                aligned(8 * (dv + 2)), a[5],
             )  # fmt: skip
             _HELD.clear()
             if code < 3:
@@ -89,7 +91,13 @@ def cached(code: int, d: int, dv: int, rows: int, at_end: bool) -> None:
     new = [rng.standard_normal(n).astype(np.float32) for n in (d, d, dv)]
     table, y = np.ones((2, rows, rotary // 2), np.float32), np.zeros(dv, np.float32)
     caches = [guarded(part, at_end) for part in (k, v)]
-    r = [*(guarded(part, at_end) for part in new), *caches, 0, *([guarded(table, at_end)] if rotary else []), *caches]
+    r = [
+        *(guarded(part, at_end) for part in new),
+        *caches,
+        0,
+        *([guarded(table, at_end)] if rotary else []),
+        *caches,
+    ]
     a = [1, 1, d, 1, rows, dv, 0, 0, 0, 0, 0, rotary, 0, rows, 1, code, 0, 0]
     scratch = aligned(attend_scratch(d, dv))
     cached_parts(np.array([*r, guarded(y, at_end)]), np.array(a), np.ones(18), rows - 1, scratch, 1)

@@ -18,7 +18,8 @@ F64 = npt.NDArray[np.float64]
 ROUNDING = 2.0**-24
 """Largest relative error of one float32 operation."""
 MARGIN = 256
-"""Bytes before and behind an operand; 0xFF is NaN in every float format and the largest code in the others."""
+"""Bytes before and behind an operand; 0xFF is NaN in every float format and the largest code in the
+others."""
 
 
 @dataclass
@@ -51,8 +52,7 @@ class Arena:
         start = MARGIN + -(whole.ctypes.data + MARGIN) % 64 + shift
         part = whole[start : start + array.nbytes]
         part[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._held.append((whole, part if written else part.copy(), written))
-        self._held[-1] = (whole, part, written) if written else (whole, whole.copy(), False)
+        self._held.append((whole, part if written else whole.copy(), written))
         return part.view(array.dtype).reshape(array.shape)
 
     def check(self) -> None:
@@ -95,10 +95,9 @@ def _nibbles(packed: Array) -> Array:
 
 
 def decoded(weight: Weight) -> tuple[F64, F64]:
-    """W [N, K] in float64, and the magnitudes |q - middle| + |zero - middle|, scaled, that its sums are made of
-    (|W| but for zero points)."""
-    n, k = weight.shape
-    name = weight.format
+    """W [N, K] in float64, and the magnitudes |q - middle| + |zero - middle|, scaled, that its sums are made
+    of (|W| but for zero points)."""
+    k, name = weight.shape[1], weight.format
     if weight.scales is None:
         plain = weight.values.astype(np.float64)
         return plain, np.abs(plain)
@@ -127,16 +126,16 @@ def decoded(weight: Weight) -> tuple[F64, F64]:
 def product_bound(weight: Weight, x: F64) -> F64:
     """How far y [M, N] may be from x W^T, x [M, K] in float64.
 
-    Floating-point weights are widened exactly; K products are added in float32, each step rounded once: with u =
-    2^-24, at most (K + 2) u sum |x||w|; a row's factor and scale add two.
+    Floating-point weights are widened exactly; K products are added in float32, each step rounded once: with
+    u = 2^-24, at most (K + 2) u sum |x||w|; a row's factor and scale add two.
 
-    Integer weights: x is taken as round(x / step) with step = largest magnitude of its block of 32 / 32,639. The
-    quotient is off by two roundings of at most 32,639 u each, so the error of an element is at most (1/2 +
-    65,278 u) step, times |w|. Sums inside a block are exact. Behind them every lane is converted, scaled by a product
-    of two float32 numbers, and added: 2 ceil(K / 128) steps; zero points take ceil(K / 512) more with three
-    roundings in each term; the lanes are added in 4 steps each; row scales and the step itself round too: all in
-    all at most 2 ceil(K/128) + ceil(K/512) + 16 roundings of magnitudes not above sum |x||q - middle| scale +
-    |x||zero - middle| scale.
+    Integer weights: x is taken as round(x / step) with step = largest magnitude of its block of 32 / 32,639.
+    The quotient is off by two roundings of at most 32,639 u each, so the error of an element is at most (1/2
+    + 65,278 u) step, times |w|. Sums inside a block are exact. Behind them every lane is converted, scaled by
+    a product of two float32 numbers, and added: 2 ceil(K / 128) steps; zero points take ceil(K / 512) more
+    with three roundings in each term; the lanes are added in 4 steps each; row scales and the step itself
+    round too: all in all at most 2 ceil(K/128) + ceil(K/512) + 16 roundings of magnitudes not above sum |x||q
+    - middle| scale + |x||zero - middle| scale.
     """
     k = weight.shape[1]
     w, size = decoded(weight)
@@ -149,4 +148,6 @@ def product_bound(weight: Weight, x: F64) -> F64:
     step = np.repeat(padded.reshape(len(x), blocks, 32).max(-1) / 32639, 32, 1)[:, :k]
     roundings = 2 * -(-k // 128) + -(-k // 512) + 16
     taken = np.abs(x) + step
-    return ((0.5 + 65278 * ROUNDING) * step) @ np.abs(w).T + roundings * ROUNDING * (taken @ size.T)
+    rounded: F64 = ((0.5 + 65278 * ROUNDING) * step) @ np.abs(w).T
+    rounded += roundings * ROUNDING * (taken @ size.T)
+    return rounded

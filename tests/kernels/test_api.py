@@ -1,4 +1,5 @@
-"""The NumPy front: weights are checked, products take everything around them, the largest logits are found."""
+"""The NumPy front: weights are checked, products take everything around them, the largest logits are
+found."""
 
 from __future__ import annotations
 
@@ -26,6 +27,10 @@ def zeros(*shape: int, dtype: Any = np.float32) -> Any:
     return np.zeros(shape, dtype)
 
 
+def bytes_(*shape: int) -> Any:
+    return zeros(*shape, dtype=U8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
@@ -42,8 +47,8 @@ def zeros(*shape: int, dtype: Any = np.float32) -> Any:
         (("int8", zeros(2, 64, dtype=U8), (2, 33), zeros(2, 2)), "scales is float32"),
         (("int8f", zeros(2, 64, dtype=U8), (2, 33), zeros(2, 2, dtype=F16)), "scales is float16"),
         (("int4", zeros(2, 32, dtype=U8), (2, 33), zeros(2, 3, dtype=F16)), "scales has shape"),
-        (("int4", zeros(2, 32, dtype=U8), (2, 33), zeros(2, 2, dtype=F16), zeros(2, 2, dtype=U8)), "zeros has shape"),
-        (("int8", zeros(2, 32, dtype=U8), (2, 32), zeros(2, 1, dtype=F16), zeros(2, 1, dtype=U8)), "has no zeros"),
+        (("int4", bytes_(2, 32), (2, 33), zeros(2, 2, dtype=F16), bytes_(2, 2)), "zeros has shape"),
+        (("int8", bytes_(2, 32), (2, 32), zeros(2, 1, dtype=F16), bytes_(2, 1)), "has no zeros"),
         (("mxfp4", zeros(1, 16, dtype=U8), (1, 32), np.full((1, 1), 255, U8)), "scales of mxfp4 hold NaN"),
         (("f8e4m3", np.full((1, 3), 0xFF, U8), (1, 3), zeros(1)), "values of f8e4m3 hold NaN"),
     ],
@@ -57,7 +62,9 @@ def test_weights_as_matmulnbits_has_them() -> None:
     rng = np.random.default_rng(0)
     flat = random_weight(rng, "int4", 3, 70, True)
     assert flat.scales is not None and flat.zeros is not None
-    packed = Weight("int4", flat.values.reshape(3, 3, 16), (3, 70), flat.scales.reshape(-1), flat.zeros.reshape(-1))
+    packed = Weight(
+        "int4", flat.values.reshape(3, 3, 16), (3, 70), flat.scales.reshape(-1), flat.zeros.reshape(-1)
+    )
     x = rng.standard_normal((2, 70)).astype(np.float32)
     np.testing.assert_array_equal(linear(x, packed), linear(x, flat))
 
@@ -87,9 +94,13 @@ def test_linear_and_gated(name: str) -> None:
     assert (np.abs(y - (exact + bias + residual)) <= allowed).all()
     assert (np.abs(linear(x, weight, bias, activation="relu") - np.maximum(exact + bias, 0)) <= allowed).all()
     z = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
-    np.testing.assert_array_less(np.abs(linear(x, weight, norm=Norm()) - z @ decoded(weight)[0].T), 2 * allowed)
+    np.testing.assert_array_less(
+        np.abs(linear(x, weight, norm=Norm()) - z @ decoded(weight)[0].T), 2 * allowed
+    )
     g = gated(x, weight, weight, "relu", bias, None)
-    np.testing.assert_allclose(g, np.maximum(exact + bias, 0) * exact, rtol=1e-3, atol=float(allowed.max()) * 100)
+    np.testing.assert_allclose(
+        g, np.maximum(exact + bias, 0) * exact, rtol=1e-3, atol=float(allowed.max()) * 100
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,6 +168,8 @@ def test_what_top_refuses() -> None:
 
 
 def test_formats_and_weights_need_no_compiler() -> None:
-    code = "import sys, mapper_kernels.weight as w; sys.exit('numba' in sys.modules or 'mapper' in sys.modules)"
+    code = (
+        "import sys, mapper_kernels.weight as w; sys.exit('numba' in sys.modules or 'mapper' in sys.modules)"
+    )
     where = str(Path(__file__).resolve().parents[2] / "kernels")
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": where})

@@ -1,7 +1,9 @@
-"""Attention over ranges that are cut and merged, and with the step's own rotation and cache, against float64."""
+"""Attention over ranges that are cut and merged, and with the step's own rotation and cache, against
+float64."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapper_kernels.api import attention
@@ -60,8 +62,8 @@ def softmax(s: F64, sink: float | None) -> F64:
 def score_error(d: int, magnitude: F64, capped: bool, s: F64) -> float:
     """How far a float32 score may be off: D products added one by one, scaled (int8 twice), capped, biased.
 
-    (D + 2) u sum |q||k| scale, u = 2^-24, and four roundings of what is made of it; the cap's tanh adds 3e-7 of the
-    cap (see `scalar.tanh32`), which is not below the score.
+    (D + 2) u sum |q||k| scale, u = 2^-24, and four roundings of what is made of it; the cap's tanh adds 3e-7
+    of the cap (see `scalar.tanh32`), which is not below the score.
     """
     own = (d + 2) * ROUNDING * float(magnitude.max())
     return own + (4 * ROUNDING + (3e-7 if capped else 0)) * float(np.abs(s).max() if s.size else 0)
@@ -70,11 +72,11 @@ def score_error(d: int, magnitude: F64, capped: bool, s: F64) -> float:
 def output_error(rows: int, error: float, spread: float) -> float:
     """Relative error of the weighted sum of values, given the scores'.
 
-    A score that is off by e changes its weight by a factor e^e, the largest score likewise; the difference of the
-    two rounds once more (spread u); exp32 is right to 2e-7, twice where parts are merged; `rows` terms are added, in
-    the sum and in the output, with a rescaling per block of 128.
+    A score that is off by e changes its weight by a factor e^e, the largest score likewise; the difference of
+    the two rounds once more (spread u); exp32 is right to 2e-7, twice where parts are merged; `rows` terms
+    are added, in the sum and in the output, with a rescaling per block of 128.
     """
-    return 2 * (np.expm1(2 * error + spread * ROUNDING) + 6e-7 + (rows + rows / 64 + 8) * ROUNDING)
+    return 2 * (math.expm1(2 * error + spread * ROUNDING) + 6e-7 + (rows + rows / 64 + 8) * ROUNDING)
 
 
 def run(case: Case, bounds: list[int], offset: int = 0) -> tuple[Array, F64, F64]:
@@ -93,10 +95,11 @@ def run(case: Case, bounds: list[int], offset: int = 0) -> tuple[Array, F64, F64
     y = arena.result((case.dv,))
     pieces = len(bounds) - 1
     attend_pieces(
-        KV_FORMATS.index(case.kind), arena.put(q), arena.put(k), k.strides[0], arena.put(k_scales), arena.put(v),
-        v.strides[0], arena.put(v_scales), np.array(bounds), case.d, case.dv, scale, np.float32(case.softcap),
-        np.float32(case.slope), last, np.float32(case.sink or 0), case.sink is not None, arena.scratch(SCORES),
-        arena.scratch(4 * pieces * (case.dv + 2)), y.ctypes.data,
+        KV_FORMATS.index(case.kind), arena.put(q), arena.put(k), k.strides[0], arena.put(k_scales),
+        arena.put(v), v.strides[0], arena.put(v_scales), np.array(bounds), case.d, case.dv, scale,
+        np.float32(case.softcap), np.float32(case.slope), last, np.float32(case.sink or 0),
+        case.sink is not None, arena.scratch(SCORES), arena.scratch(4 * pieces * (case.dv + 2)),
+        y.ctypes.data,
     )  # fmt: skip
     arena.check()
     seen = slice(low, high)
@@ -106,7 +109,9 @@ def run(case: Case, bounds: list[int], offset: int = 0) -> tuple[Array, F64, F64
         s = float(np.float32(case.softcap)) * np.tanh(s / float(np.float32(case.softcap)))
     # the bias rounds with its own size
     bias = float(np.float32(case.slope)) * (np.arange(low, high) - last)
-    error = score_error(case.d, magnitude, case.softcap > 0, np.array([case.softcap, np.abs(bias).max(initial=0)]))
+    error = score_error(
+        case.d, magnitude, case.softcap > 0, np.array([case.softcap, np.abs(bias).max(initial=0)])
+    )
     error += 4 * ROUNDING * float(np.abs(s).max(initial=0))
     s = s + bias
     share = softmax(s, None if case.sink is None else float(np.float32(case.sink)))
@@ -190,7 +195,7 @@ def test_front(kind: str, seq: int, window: int, causal: bool, splits: int, part
     v, v_scales, v64 = cache(rng, kind, batch, kv, rows, dv)
     sinks = rng.standard_normal(heads).astype(np.float32)
     slopes = rng.uniform(0, 1, heads).astype(np.float32)
-    scales = {"k_scales": k_scales, "v_scales": v_scales} if kind == "int8" else {}
+    scales: dict[str, Any] = {"k_scales": k_scales, "v_scales": v_scales} if kind == "int8" else {}
     y = attention(
         q, k, v, used, window=window, causal=causal, softcap=5.0, slopes=slopes, sinks=sinks, splits=splits,
         parts=parts, **scales,

@@ -1,7 +1,9 @@
-"""The fused steps against float64: norms, epilogues, matrices of different formats in one step, cached attention."""
+"""The fused steps against float64: norms, epilogues, matrices of different formats in one step, cached
+attention."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapper_kernels import fused
-from mapper_kernels.api import project_arguments, project_parts
 from mapper_kernels.formats import FORMATS
+from mapper_kernels.front_linear import project_arguments, project_parts
 from mapper_kernels.sizes import attend_scratch, project_scratch
 from mapper_kernels.weight import Norm, Weight
 from tests.kernels.compiled import cached_parts, merged_parts
@@ -27,8 +29,9 @@ NAMES = st.sampled_from(sorted(FORMATS))
 
 
 def normalised(x: F32, norm: Norm | None) -> tuple[F64, float]:
-    """The norm in float64, and its relative error in float32: sums are in float64; the factor, the difference to the
-    mean, the products with factor and weight (a sum itself) and the bias round, seven times; the mean itself too."""
+    """The norm in float64, and its relative error in float32: sums are in float64; the factor, the difference
+    to the mean, the products with factor and weight (a sum itself) and the bias round, seven times; the mean
+    itself too."""
     z = x.astype(np.float64)
     if norm is None:
         return z, 0.0
@@ -39,8 +42,8 @@ def normalised(x: F32, norm: Norm | None) -> tuple[F64, float]:
 
 
 def project(
-    x: F32, matrices: list[tuple[Weight, F32 | None]], norm: Norm | None, kind: int, activation: str, parts: int,
-    residual: F32 | None = None, in_place: bool = False, offset: int = 0,
+    x: F32, matrices: list[tuple[Weight, F32 | None]], norm: Norm | None, kind: int, activation: str,
+    parts: int, residual: F32 | None = None, in_place: bool = False, offset: int = 0,
 ) -> list[Array]:  # fmt: skip
     """`fused.project` with every operand in an arena; matrices may differ in N where nothing joins them."""
     arena = Arena(offset)
@@ -77,7 +80,11 @@ def products(x: F64, error: float, matrices: list[tuple[Weight, F32 | None]]) ->
         w, size = decoded(weight)
         add = np.zeros(len(w)) if bias is None else bias.astype(np.float64)
         y = x @ w.T + add
-        allowed = product_bound(weight, x) * (1 + error) + error * (np.abs(x) + 1) @ size.T + 2 * ROUNDING * np.abs(y)
+        allowed = (
+            product_bound(weight, x) * (1 + error)
+            + error * (np.abs(x) + 1) @ size.T
+            + 2 * ROUNDING * np.abs(y)
+        )
         found.append((y, allowed + ROUNDING * np.abs(add)))
     return found
 
@@ -95,12 +102,21 @@ def draw_norm(rng: np.random.Generator, which: int, k: int) -> Norm | None:
 
 @settings(max_examples=120, deadline=None)
 @given(
-    names=st.lists(NAMES, min_size=1, max_size=3), ns=st.lists(st.sampled_from([1, 5, 16, 37]), min_size=3, max_size=3),
-    m=st.sampled_from([1, 2, 5, 65]), k=st.sampled_from([33, 64, 96, 544]), which=st.integers(0, 3), bias=st.booleans(),
+    names=st.lists(NAMES, min_size=1, max_size=3),
+    ns=st.lists(st.sampled_from([1, 5, 16, 37]), min_size=3, max_size=3), m=st.sampled_from([1, 2, 5, 65]),
+    k=st.sampled_from([33, 64, 96, 544]), which=st.integers(0, 3), bias=st.booleans(),
     parts=st.integers(1, 3), offset=st.integers(0, 15), seed=st.integers(0, 1 << 30),
 )  # fmt: skip
 def test_several_products(
-    names: list[str], ns: list[int], m: int, k: int, which: int, bias: bool, parts: int, offset: int, seed: int
+    names: list[str],
+    ns: list[int],
+    m: int,
+    k: int,
+    which: int,
+    bias: bool,
+    parts: int,
+    offset: int,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((m, k)).astype(np.float32)
@@ -118,7 +134,8 @@ def test_several_products(
 def test_residual(in_place: bool, name: str, m: int, parts: int) -> None:
     rng = np.random.default_rng(m)
     k, n = 96, 37
-    x, residual = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((m, n)).astype(np.float32)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    residual = rng.standard_normal((m, n)).astype(np.float32)
     matrices = [draw_matrix(rng, name, n, k, True)]
     norm = draw_norm(rng, 2, k)
     y = project(x, matrices, norm, fused.RESIDUAL, "identity", parts, residual, in_place)[0]
@@ -131,7 +148,7 @@ def sigmoid(x: F64) -> F64:
 
 
 # activation -> its value, and a bound of its slope (GELU's is 1.13, SiLU's 1.10: at x near 2.4)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[[F64], F64], float]] = {
     "silu": (lambda x: x * sigmoid(x), 1.1),
     "gelu_tanh": (lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), 1.13),
     "relu": (lambda x: np.maximum(x, 0), 1.0),
@@ -139,7 +156,9 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("first", "second"), [("f32", "f32"), ("int4", "int4"), ("int8", "mxfp4"), ("f16", "f8e4m3")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("f32", "f32"), ("int4", "int4"), ("int8", "mxfp4"), ("f16", "f8e4m3")]
+)
 @pytest.mark.parametrize("m", [1, 3, 65])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_gate_and_activation(activation: str, first: str, second: str, m: int, parts: int) -> None:
@@ -158,7 +177,7 @@ def test_gate_and_activation(activation: str, first: str, second: str, m: int, p
     assert (np.abs(y - a) <= a_error).all()
 
 
-# cached attention ----------------------------------------------------------------------------------------------
+# cached attention --------------------------------------------------------------------------------------
 
 _KINDS: dict[int, Any] = {0: np.float32, 1: np.float16, 2: ml_dtypes.bfloat16}
 
@@ -179,12 +198,12 @@ def rotated(x: F64, angle: F64, rotary: int, interleaved: bool) -> F64:
     code=st.integers(0, 2), group=st.sampled_from([1, 3, 4]), kv=st.integers(1, 2),
     size=st.sampled_from([(8, 8), (20, 13), (64, 64), (31, 5)]), past=st.sampled_from([0, 1, 16, 140]),
     rotary=st.sampled_from([0, 4, 6, 8]), interleaved=st.booleans(), window=st.sampled_from([0, 1, 5, 500]),
-    extras=st.booleans(), splits=st.sampled_from([1, 2, 5]), parts=st.integers(1, 3), offset=st.integers(0, 15),
-    seed=st.integers(0, 1 << 30),
+    extras=st.booleans(), splits=st.sampled_from([1, 2, 5]), parts=st.integers(1, 3),
+    offset=st.integers(0, 15), seed=st.integers(0, 1 << 30),
 )  # fmt: skip
 def test_cached(
-    code: int, group: int, kv: int, size: tuple[int, int], past: int, rotary: int, interleaved: bool, window: int,
-    extras: bool, splits: int, parts: int, offset: int, seed: int,
+    code: int, group: int, kv: int, size: tuple[int, int], past: int, rotary: int, interleaved: bool,
+    window: int, extras: bool, splits: int, parts: int, offset: int, seed: int,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     (d, dv), batch, heads, length = size, 2, group * kv, past + 3
@@ -206,8 +225,23 @@ def test_cached(
     scale = float(np.float32(d**-0.5))
     f = np.zeros(fused.ATTEND_HEAD + heads)
     f[9], f[10], f[fused.ATTEND_HEAD :] = scale, softcap, slopes
-    a = [batch, heads, d, kv, length, dv, window, extras, extras * heads, 0, 0, rotary, interleaved, length, splits]
-    a = np.array([*a, code, 0, *[0] * heads])
+    head = [
+        batch,
+        heads,
+        d,
+        kv,
+        length,
+        dv,
+        window,
+        extras,
+        extras * heads,
+        0,
+        0,
+        rotary,
+        interleaved,
+        length,
+    ]
+    a = np.array([*head, splits, code, 0, *[0] * heads])
     partial = arena.result((batch, heads, splits, dv + 2)) if splits > 1 else y
     cached_parts(np.array([*r, partial.ctypes.data]), a, f, past, arena.scratch(attend_scratch(d, dv)), parts)
     if splits > 1:
@@ -219,7 +253,8 @@ def test_cached(
     for c, old, new in zip(caches, olds, (exact_k, new_v.astype(np.float64)), strict=True):
         np.testing.assert_array_equal(c[:, :, :past].view(np.uint8), old.view(np.uint8))
         assert (c[:, :, past + 1 :].view(np.uint8) == 0xFF).all()
-        step = {0: 2.0**-22, 1: 2.0**-11, 2: 2.0**-8}[code]  # half a unit in the last place, or of the rotation
+        # half a unit in the last place, or the rotation's error
+        step = (2.0**-22, 2.0**-11, 2.0**-8)[code]
         np.testing.assert_allclose(c[:, :, past].astype(np.float64), new, rtol=step * 1.01, atol=1e-6)
     np.testing.assert_array_equal(caches[1][:, :, past], new_v.astype(caches[1].dtype))
     if not rotary:

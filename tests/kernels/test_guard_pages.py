@@ -1,4 +1,5 @@
-"""Kernels touch no byte outside of their operands: every operand lies next to a page that may not be touched."""
+"""Kernels touch no byte outside of their operands: every operand lies next to a page that may not be
+touched."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mapper_kernels import fused
-from mapper_kernels.api import project_arguments, project_parts
 from mapper_kernels.formats import FORMATS
+from mapper_kernels.front_linear import project_arguments, project_parts
 from mapper_kernels.sizes import project_scratch
 from mapper_kernels.weight import Weight
 from tests.kernels.compiled import portable_rows, prepared_rows
@@ -77,10 +77,11 @@ def test_portable_code_gives_the_same_bits(name: str, m: int, k: int) -> None:
     addresses = [0 if a is None else arena.put(a) for a in (weight.values, weight.scales, weight.zeros)]
     steps = [layout.value_bytes(k), layout.scale_bytes(k), layout.zero_bytes(k)]
     for low in range(0, n, 4):
-        at = [a + low * s if a else 0 for a, s in zip(addresses, steps, strict=True)]
+        w, s, z = (a + low * step if a else 0 for a, step in zip(addresses, steps, strict=True))
         portable_rows(
-            layout.code, *at, *steps, prepared, layout.prepared_bytes(k), m, k, found.ctypes.data + 4 * low, 4 * n
-        )
+            layout.code, w, s, z, steps[0], steps[1], steps[2], prepared, layout.prepared_bytes(k), m, k,
+            found.ctypes.data + 4 * low, 4 * n,
+        )  # fmt: skip
     arena.check()
     np.testing.assert_array_equal(y.view(np.uint32), found.view(np.uint32))
 
