@@ -52,11 +52,13 @@ class Images:
 
     @staticmethod
     def default() -> Images:
-        """$MAPPER_WEIGHT_IMAGES: a folder, or "off"; else `weights` in the cache folder."""
+        """$MAPPER_WEIGHT_IMAGES: a folder, or "off"; else `weights` in the cache folder. $MAPPER_WEIGHTS:
+        "mapped" leaves all weights in files."""
         own = os.environ.get("MAPPER_WEIGHT_IMAGES")
+        share = 0.0 if os.environ.get("MAPPER_WEIGHTS") == "mapped" else Images.share
         if own == "off":
-            return Images(None)
-        return Images(Path(own) if own else cache_folder() / "weights")
+            return Images(None, share=share)
+        return Images(Path(own) if own else cache_folder() / "weights", share=share)
 
 
 def mapped_weights(
