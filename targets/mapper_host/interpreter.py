@@ -22,6 +22,8 @@ from mapper_host.opcodes import (
     CACHED_ATTENTION,
     COPY,
     EMBED_AT,
+    EXPERTS_DOWN,
+    EXPERTS_UP,
     GATE,
     GATHER,
     LINEAR_KN,
@@ -30,9 +32,10 @@ from mapper_host.opcodes import (
     NORM,
     PROJECT,
     ROPE_AT,
+    ROUTE,
     VECTOR,
 )
-from mapper_kernels import attention, elementwise, fused, gemm, index, norm, product, rope
+from mapper_kernels import attention, elementwise, experts, fused, gemm, index, norm, product, rope
 from mapper_kernels.jit import entry, jit
 from mapper_kernels.memory import atomic_add, atomic_load, atomic_max, f32, f32_2d, f32_3d, f32_4d, i64
 from mapper_kernels.split import SPINS, give_way, relax, share
@@ -47,7 +50,7 @@ FAULTS = {
 SERVING = (
     ACTIVATION, CACHE_APPEND, CACHED_ATTENTION, COPY, EMBED_AT, GATE, GATHER, LINEAR_KN, LINEAR_NK, NORM,
     ROPE_AT,
-    VECTOR, PROJECT, ATTEND_AT, MERGE_SPLITS,
+    VECTOR, PROJECT, ATTEND_AT, MERGE_SPLITS, ROUTE, EXPERTS_UP, EXPERTS_DOWN,
 )  # fmt: skip
 """Opcodes that `interpret` runs."""
 SOURCES = [
@@ -134,6 +137,17 @@ def _attend_at(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> i
 
 
 @jit
+def _experts(op: int, r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> int:
+    if not experts.known_experts(r[1], a[0] * a[1], a[2]):
+        return BAD_INDEX
+    if op == EXPERTS_UP:
+        experts.experts_up(r, a, f, scratch, part, parts)
+    else:
+        experts.experts_down(r, a, f, scratch, part, parts)
+    return 0
+
+
+@jit
 def _embed_at(r: Any, a: Any) -> int:
     rows, d, batch, seq, offset = a[0], a[1], a[2], a[3], a[4]
     first = i64(r[1], 1)[0] + offset
@@ -208,6 +222,10 @@ def _run(
             elementwise.vector(a[0], r[0], r[1], r[2], a[1], a[2] != 0, part, parts)
         elif op == COPY:
             _copy(r, a, part, parts)
+        elif op in (EXPERTS_UP, EXPERTS_DOWN):
+            fault = _experts(op, r, a, f, scratch, part, parts)
+        elif op == ROUTE:
+            experts.route_rows(r, a, f, part, parts)
         elif part == 0:
             fault = _lookup(op, r, a)
         if parts > 1:

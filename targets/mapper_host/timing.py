@@ -21,6 +21,8 @@ from mapper_host.opcodes import (
     ATTENTION,
     CACHED_ATTENTION,
     CONV,
+    EXPERTS_DOWN,
+    EXPERTS_UP,
     GATE,
     LINEAR_KN,
     LINEAR_NK,
@@ -37,7 +39,10 @@ from mapper_host.opcodes import (
 CLOCK_HZ = 1e9
 """The schedule counts nanoseconds: the host's cores have no common, constant clock."""
 
-VECTOR = (LINEAR_KN, LINEAR_NK, PROJECT, MATMUL, CONV, MOE, ATTENTION, CACHED_ATTENTION, ATTEND_AT)
+VECTOR = (
+    LINEAR_KN, LINEAR_NK, PROJECT, MATMUL, CONV, MOE, EXPERTS_UP, EXPERTS_DOWN, ATTENTION, CACHED_ATTENTION,
+    ATTEND_AT,
+)  # fmt: skip
 ROWS = (NORM, ROPE, ROPE_AT, GATE, ACTIVATION, MERGE_SPLITS)
 
 
