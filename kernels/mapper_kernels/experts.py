@@ -1,7 +1,7 @@
 """Routed experts in the stored format of their weights: only the chosen experts' rows are read.
 
-    experts_up    for each token and chosen expert: act(gate) (up + offset), with biases and clamping
-    experts_down  per token the sum of its experts' outputs, each times its share
+    up    for each token and chosen expert: act(gate) (up + offset), with biases and clamping
+    down  per token the sum of its experts' outputs, each times its share
 
 A stack of experts is [E, N, K], each expert as a weight of `formats`. Pairs of a token and an expert are taken
 expert by expert, so that a step reads each chosen expert once, whatever the number of tokens (64 at a time).
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mapper_kernels.fused import GRAIN
-from mapper_kernels.jit import fast, jit
+from mapper_kernels.jit import fast, jit, splice
 from mapper_kernels.linear import prepare_rows, prepared_bytes, product, row_bytes
 from mapper_kernels.memory import f32, i64
 from mapper_kernels.moe import HALVES, INTERLEAVED, SPLIT, route
@@ -24,12 +24,12 @@ from mapper_kernels.scalar import activate
 from mapper_kernels.sizes import ROWS_AT_ONCE
 from mapper_kernels.split import share
 
+HEAD = 6
+"""Arguments of both steps: tokens, experts per token, E, elements of a row that enters and of one that leaves,
+whether the share multiplies what enters (up) or what leaves (down)."""
 UP_HEAD = 11
-"""Arguments of `experts_up` before those of its matrices: tokens, experts per token, E, D, F, packing, whether
-there is a gate, activation, limit, offset (float64 bits), whether the share multiplies x."""
-DOWN_HEAD = 6
-"""Arguments of `experts_down` before those of its matrix: tokens, experts per token, E, F, D, whether the share
-multiplies what an expert makes."""
+"""Arguments of `up` before those of its matrices: HEAD, packing, whether there is a gate, activation, limit,
+offset (float64 bits)."""
 EACH = 3
 """Arguments of a matrix: format, whether it has zeros, and a bias."""
 _NONE: Any = np.int64(0)
@@ -56,27 +56,20 @@ def route_rows(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
 
 
 @jit
-def known_experts(index: int, pairs: int, experts: int) -> bool:
-    """Whether all of `pairs` chosen experts are 0..experts - 1."""
-    chosen = i64(index, pairs)
-    for i in range(pairs):
-        if chosen[i] < 0 or chosen[i] >= experts:
-            return False
-    return True
-
-
-@jit
 def _up(n: int) -> int:
     return (n + 63) // 64 * 64
 
 
 @jit
-def _by_expert(index: int, pairs: int, experts: int, scratch: int) -> None:
-    """The ends of the experts' pairs [E] and the pairs in the order of their experts, at `scratch`."""
+def _by_expert(index: int, pairs: int, experts: int, scratch: int) -> bool:
+    """The ends of the experts' pairs [E + 1] and the pairs in the order of their experts, at `scratch`; False
+    where a chosen expert is not 0..experts - 1."""
     chosen = i64(index, pairs)
     ends, order = i64(scratch, experts + 1), i64(scratch + 8 * (experts + 1), pairs)
     ends[:] = 0
     for i in range(pairs):
+        if chosen[i] < 0 or chosen[i] >= experts:
+            return False
         ends[chosen[i] + 1] += 1
     for e in range(experts):
         ends[e + 1] += ends[e]
@@ -84,6 +77,7 @@ def _by_expert(index: int, pairs: int, experts: int, scratch: int) -> None:
         e = chosen[i]
         order[ends[e]] = i
         ends[e] += 1
+    return True
 
 
 @fast
@@ -132,88 +126,8 @@ def _joined(
 
 
 @jit
-def _multiply(
-    code: int, zeros: int, bias: int, r: Any, at: int, e: int, n: int, k: int,
-    x: int, rows: int, y: int, y_row: int, low: int, high: int,
-) -> None:  # fmt: skip
-    """Columns low..high - 1 of the products with expert e of the stack at operand `at`, and its bias."""
-    values, scales, packed = row_bytes(code, k)
-    scaled = 1 if scales > 0 else 0
-    s = r[at + 1] + e * n * scales if scaled else 0
-    z = r[at + 1 + scaled] + e * n * packed if zeros else 0
-    product(code, r[at] + e * n * values, s, z, x, rows, k, y, y_row, low, high)
-    if bias:
-        _added(r[at + 1 + scaled + zeros] + 4 * e * n, y, y_row, rows, low, high)
-
-
-@jit
 def _operands(code: int, zeros: int, bias: int) -> int:
     return 1 + (1 if row_bytes(code, _ONE)[1] > 0 else 0) + zeros + bias
-
-
-@jit
-def experts_up(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None:
-    """h [tokens, experts per token, F] = act(gate x) (up x + offset) for the chosen experts, or act(up x).
-
-    a, f: arguments (see UP_HEAD and EACH; the gate's matrix first) as int64 and as float64. r: addresses of
-    x [tokens, D], index (int64) and, where it multiplies x, share [tokens, experts per token]; of the matrices
-    their elements, scales, zeros and bias [E, N], as far as they have them; and h. Shares columns of h.
-    """
-    k, experts, d, inner, packing, gated, shared = a[1], a[2], a[3], a[4], a[5], a[6], a[10]
-    pairs = a[0] * k
-    low, high = share(inner, GRAIN, part, parts)
-    wide = inner if packing == SPLIT and gated == 0 else 2 * inner
-    n = inner if packing == SPLIT else wide
-    begins, width = low, high
-    if packing == INTERLEAVED:
-        begins, width = 2 * low, 2 * high
-    ends, order = i64(scratch, experts + 1), i64(scratch + 8 * (experts + 1), pairs)
-    row_at = scratch + _up(8 * (experts + 1 + pairs))
-    prepared = row_at + _up(4 * d)
-    each = prepared_bytes(a[UP_HEAD], d)
-    at_up = 2 + shared
-    h = at_up + _operands(a[UP_HEAD], a[UP_HEAD + 1], a[UP_HEAD + 2])
-    if gated:
-        each = max(each, prepared_bytes(a[UP_HEAD + EACH], d))
-        at_up = h
-        h += _operands(a[UP_HEAD + EACH], a[UP_HEAD + EACH + 1], a[UP_HEAD + EACH + 2])
-    products = prepared + _up((min(pairs, ROWS_AT_ONCE) + 3) // 4 * 4 * each)
-    limit, offset = np.float32(f[8]), np.float32(f[9])
-    _by_expert(r[1], pairs, experts, scratch)
-    held, held_code = -1, -1
-    for e in range(experts):
-        for first in range(ends[e - 1] if e > 0 else 0, ends[e], ROWS_AT_ONCE):
-            rows = min(ROWS_AT_ONCE, ends[e] - first)
-            for turn in range(2 if n < wide or packing == HALVES else 1):
-                second = turn == 1 and gated != 0
-                m = a[UP_HEAD + EACH * (1 if second else 0) :]
-                token = order[first] // k
-                alone = rows == 1 and shared == 0 and held == token
-                if held_code != m[0] or (turn == 0 and not alone):
-                    _entered(r, shared, m[0], k, d, order[first : first + rows], row_at, prepared)
-                    held, held_code = token if rows == 1 else -1, m[0]
-                # the second half of a packed matrix is as far behind the first as gate and up lie apart
-                c = inner if turn == 1 and not second else 0
-                to = products + (4 * inner if second else 0)
-                _multiply(
-                    m[0], m[1], m[2], r, at_up if second else 2 + shared, e, n, d, prepared, rows, to, 4 * wide,
-                    begins + c, width + c,
-                )  # fmt: skip
-            for i in range(rows):
-                to = r[h] + 4 * inner * order[first + i]
-                _joined(packing, gated, a[7], limit, offset, products + 4 * wide * i, inner, to, low, high)
-
-
-@jit
-def _entered(r: Any, shared: int, code: int, k: int, d: int, order: Any, row: int, prepared: int) -> None:
-    """Prepare the rows of x of some pairs, times their shares where that is asked for."""
-    step = prepared_bytes(code, d)
-    for i in range(order.shape[0]):
-        x = r[0] + 4 * d * (order[i] // k)
-        if shared:
-            _scaled(x, f32(r[2] + 4 * order[i], 1)[0], row, d)
-            x = row
-        prepare_rows(code, x, 4 * d, _ONE, d, prepared + i * step)
 
 
 @fast
@@ -224,38 +138,100 @@ def _summed(factor: Any, z: int, y: int, n: int) -> None:
 
 
 @jit
-def experts_down(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None:
-    """y [tokens, D] = sum of share (down h) over each token's experts.
+def _left(
+    up: bool, r: Any, a: Any, f: Any, order: Any, products: int, wide: int, y: int, low: int, high: int
+) -> None:  # fmt: skip
+    """Bring the products of some pairs to where they belong."""
+    k, out, shared = a[1], a[4], a[5]
+    for i in range(order.shape[0]):
+        made = products + 4 * wide * i
+        if up:
+            limit, offset = np.float32(f[9]), np.float32(f[10])
+            to = y + 4 * out * order[i]
+            _joined(a[6], a[7], a[8], limit, offset, made, out, to, low, high)
+        else:
+            factor = f32(r[2] + 4 * order[i], 1)[0] if shared else np.float32(1)
+            _summed(factor, made + 4 * low, y + 4 * (out * (order[i] // k) + low), high - low)
 
-    a: arguments (see DOWN_HEAD and EACH). r: addresses of h [tokens, experts per token, F], index (int64) and,
-    where it counts here, share [tokens, experts per token]; of the matrix its elements, scales, zeros and bias
-    [E, D], as far as it has them; and y. Shares columns of y.
+
+@splice
+def _entered(up: bool, r: Any, a: Any, code: int, order: Any, row: int, prepared: int) -> None:
+    """Prepare the rows of some pairs, times their shares where that is asked for."""
+    k, d = a[1], a[3]
+    for i in range(order.shape[0]):
+        source = r[0] + 4 * d * (order[i] // k if up else order[i])
+        if up and a[5]:
+            _scaled(source, f32(r[2] + 4 * order[i], 1)[0], row, d)
+            source = row
+        prepare_rows(code, source, 4 * d, _ONE, d, prepared + i * prepared_bytes(code, d))
+
+
+@splice
+def _multiplied(
+    m: Any, r: Any, at: int, e: int, n: int, k: int, x: int, rows: int, y: int, y_row: int, low: int, high: int
+) -> None:  # fmt: skip
+    """Columns low..high - 1 of the products with expert e of the stack at operand `at`, and its bias."""
+    values, scales, packed = row_bytes(m[0], k)
+    scaled = 1 if scales > 0 else 0
+    s = r[at + 1] + e * n * scales if scaled else 0
+    z = r[at + 1 + scaled] + e * n * packed if m[1] else 0
+    product(m[0], r[at] + e * n * values, s, z, x, rows, k, y, y_row, low, high)
+    if m[2]:
+        _added(r[at + 1 + scaled + m[1]] + 4 * e * n, y, y_row, rows, low, high)
+
+
+@splice
+def experts(up: bool, r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> bool:
+    """One of the two steps of routed experts; False where a chosen expert is not 0..E - 1. Shares columns.
+
+    up: h [tokens, experts per token, F] = act(gate x) (up x + offset), or act(up x); x [tokens, D].
+    Else y [tokens, D] = the sum of share (down h) over each token's experts; h [tokens, experts per token, F].
+    a, f: arguments (see HEAD, UP_HEAD and EACH; the gate's matrix before up's) as int64 and as float64.
+    r: addresses of x or h, index (int64) and, where it counts, share [tokens, experts per token]; of each matrix
+    its elements, scales, zeros and bias [E, N], as far as it has them; and the result.
     """
-    k, experts, inner, out, shared = a[1], a[2], a[3], a[4], a[5]
-    pairs = a[0] * k
-    m = a[DOWN_HEAD:]
+    count, d, out = a[2], a[3], a[4]
+    pairs = a[0] * a[1]
+    if not _by_expert(r[1], pairs, count, scratch):
+        return False
+    packing, gated = (a[6], a[7]) if up else (_NONE, _NONE)
+    head = UP_HEAD if up else HEAD
     low, high = share(out, GRAIN, part, parts)
-    ends, order = i64(scratch, experts + 1), i64(scratch + 8 * (experts + 1), pairs)
-    prepared = scratch + _up(8 * (experts + 1 + pairs))
-    step = prepared_bytes(m[0], inner)
-    products = prepared + _up((min(pairs, ROWS_AT_ONCE) + 3) // 4 * 4 * step)
-    y = r[2 + shared + _operands(m[0], m[1], m[2])]
-    for token in range(a[0]):
-        f32(y + 4 * (out * token + low), high - low)[:] = 0
-    _by_expert(r[1], pairs, experts, scratch)
-    for e in range(experts):
+    wide = out if packing == SPLIT and gated == 0 else 2 * out
+    n = out if packing == SPLIT else wide
+    turns = 2 if n < wide or packing == HALVES else 1
+    ends, order = i64(scratch, count + 1), i64(scratch + 8 * (count + 1), pairs)
+    row_at = scratch + _up(8 * (count + 1 + pairs))
+    prepared = row_at + _up(4 * d)
+    firsts = 2 + a[5]
+    seconds = firsts + _operands(a[head], a[head + 1], a[head + 2])
+    last, each = seconds, prepared_bytes(a[head], d)
+    if gated:
+        last += _operands(a[head + EACH], a[head + EACH + 1], a[head + EACH + 2])
+        each = max(each, prepared_bytes(a[head + EACH], d))
+    products = prepared + _up((min(pairs, ROWS_AT_ONCE) + 3) // 4 * 4 * each)
+    if not up:
+        for token in range(a[0]):
+            f32(r[last] + 4 * (out * token + low), high - low)[:] = 0
+    held, held_code = -1, -1
+    for e in range(count):
         for first in range(ends[e - 1] if e > 0 else 0, ends[e], ROWS_AT_ONCE):
-            rows = min(ROWS_AT_ONCE, ends[e] - first)
-            for i in range(rows):
-                prepare_rows(
-                    m[0], r[0] + 4 * inner * order[first + i], 4 * inner, _ONE, inner, prepared + i * step
-                )
-            _multiply(
-                m[0], m[1], m[2], r, 2 + shared, e, out, inner, prepared, rows, products, 4 * out, low, high
-            )
-            for i in range(rows):
-                pair = order[first + i]
-                factor = f32(r[2] + 4 * pair, 1)[0] if shared else np.float32(1)
-                _summed(
-                    factor, products + 4 * (out * i + low), y + 4 * (out * (pair // k) + low), high - low
-                )
+            some = order[first : min(first + ROWS_AT_ONCE, ends[e])]
+            token = some[0] // a[1] if up and a[5] == 0 and some.shape[0] == 1 else -2
+            for turn in range(turns):
+                second = turn * gated
+                m = a[head + EACH * second :]
+                if held_code != m[0] or (turn == 0 and (token < 0 or held != token)):
+                    _entered(up, r, a, m[0], some, row_at, prepared)
+                    held, held_code = token, m[0]
+                begin, end = low, high
+                if packing == INTERLEAVED:
+                    begin, end = 2 * low, 2 * high
+                elif turn > second:
+                    begin, end = out + low, out + high
+                _multiplied(
+                    m, r, seconds if second else firsts, e, n, d, prepared, some.shape[0],
+                    products + 4 * out * second, 4 * wide, begin, end,
+                )  # fmt: skip
+            _left(up, r, a, f, some, products, wide, r[last], low, high)
+    return True

@@ -36,7 +36,7 @@ from mapper_host.opcodes import (
     VECTOR,
 )
 from mapper_kernels import attention, elementwise, experts, fused, gemm, index, norm, product, rope
-from mapper_kernels.jit import entry, jit
+from mapper_kernels.jit import entry, jit, splice
 from mapper_kernels.memory import atomic_add, atomic_load, atomic_max, f32, f32_2d, f32_3d, f32_4d, i64
 from mapper_kernels.split import SPINS, give_way, relax, share
 
@@ -137,17 +137,6 @@ def _attend_at(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> i
 
 
 @jit
-def _experts(op: int, r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> int:
-    if not experts.known_experts(r[1], a[0] * a[1], a[2]):
-        return BAD_INDEX
-    if op == EXPERTS_UP:
-        experts.experts_up(r, a, f, scratch, part, parts)
-    else:
-        experts.experts_down(r, a, f, scratch, part, parts)
-    return 0
-
-
-@jit
 def _embed_at(r: Any, a: Any) -> int:
     rows, d, batch, seq, offset = a[0], a[1], a[2], a[3], a[4]
     first = i64(r[1], 1)[0] + offset
@@ -189,7 +178,7 @@ def meet(barrier: Any, arrivals: int, fault: int) -> Any:
     return atomic_load(barrier, 1)
 
 
-@jit
+@splice
 def _run(
     rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any, scratch: int
 ) -> Any:
@@ -223,7 +212,8 @@ def _run(
         elif op == COPY:
             _copy(r, a, part, parts)
         elif op in (EXPERTS_UP, EXPERTS_DOWN):
-            fault = _experts(op, r, a, f, scratch, part, parts)
+            known = experts.experts(op == EXPERTS_UP, r, a, f, scratch, part, parts)
+            fault = 0 if known else BAD_INDEX
         elif op == ROUTE:
             experts.route_rows(r, a, f, part, parts)
         elif part == 0:

@@ -229,7 +229,7 @@ def _stack(e: int, n: int, k: int, a: Args) -> list[int]:
 
 
 def _experts_up(a: Args) -> list[int]:
-    rows, k, e, d, f, packing, gated, _, _, _, shared, *rest = a
+    rows, k, e, d, f, shared, packing, gated, _, _, _, *rest = a
     odd = packing not in range(3) or gated not in (0, 1) or (packing and gated) or shared not in (0, 1)
     if odd or min(a[:5]) < 0 or len(rest) != STACK * (1 + gated):
         raise ValueError("no such experts")

@@ -49,8 +49,8 @@ def _stacks(c: Context, op: DataflowOp) -> None:
     h, y = c.temporary((rows, k, inner), "f32"), c.f32_out()
     chosen = min(rows * k, experts)
     args = [
-        *head, d, inner, PACKINGS.index(op.attr("packing")), len(stacks) - 1, ACTIVATIONS[op.attr("act")],
-        bits(op.attr("limit")), bits(op.attr("up_offset")), shared,
+        *head, d, inner, shared, PACKINGS.index(op.attr("packing")), len(stacks) - 1,
+        ACTIVATIONS[op.attr("act")], bits(op.attr("limit")), bits(op.attr("up_offset")),
     ]  # fmt: skip
     first = [x, index, *([share] if shared else [])]
     _emit(c, EXPERTS_UP, args, first, stacks, h, chosen, rows * k * 6 * inner)
