@@ -3,8 +3,8 @@
     up    for each token and chosen expert: act(gate) (up + offset), with biases and clamping
     down  per token the sum of its experts' outputs, each times its share
 
-A stack of experts is [E, N, K], each expert as a weight of `formats`. Pairs of a token and an expert are taken
-expert by expert, so that a step reads each chosen expert once, whatever the number of tokens (64 at a time).
+A stack of experts is [E, N, K], each expert as a weight of `formats`. Pairs of a token and an expert are
+taken expert by expert, so that a step reads each chosen expert once for every 64 tokens that chose it.
 All take addresses and share columns: `part` of `parts`; see `fused` for what threads do alike.
 """
 
@@ -25,8 +25,8 @@ from mapper_kernels.sizes import ROWS_AT_ONCE
 from mapper_kernels.split import share
 
 HEAD = 6
-"""Arguments of both steps: tokens, experts per token, E, elements of a row that enters and of one that leaves,
-whether the share multiplies what enters (up) or what leaves (down)."""
+"""Arguments of both steps: tokens, experts per token, E, elements of a row that enters and of one that
+leaves, whether the share multiplies what enters (up) or what leaves (down)."""
 UP_HEAD = 11
 """Arguments of `up` before those of its matrices: HEAD, packing, whether there is a gate, activation, limit,
 offset (float64 bits)."""
@@ -40,8 +40,9 @@ _ONE: Any = np.int64(1)
 def route_rows(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
     """`moe.route` of each row of logits; shares rows.
 
-    a, f: tokens, E, experts per token, whether there is a correction, then what `route` takes after its arrays.
-    r: addresses of logits [tokens, E], the correction [E], index (int64) and share [tokens, experts per token].
+    a, f: tokens, E, experts per token, whether there is a correction, then what `route` takes after its
+    arrays. r: addresses of logits [tokens, E], the correction [E], index (int64) and share [tokens, experts
+    per token].
     """
     rows, e, k, corrected = a[0], a[1], a[2], a[3]
     low, high = share(rows, 1, part, parts)
@@ -98,7 +99,8 @@ def _added(bias: int, y: int, y_row: int, rows: int, low: int, high: int) -> Non
 
 @fast
 def _joined(
-    packing: int, gated: int, act: int, limit: Any, offset: Any, u: int, inner: int, out: int, low: int, high: int
+    packing: int, gated: int, act: int, limit: Any, offset: Any, u: int, inner: int, out: int,
+    low: int, high: int,
 ) -> None:  # fmt: skip
     """Columns low..high - 1 of an expert's inner row [F] from its products: gate and up as two runs of F, or
     alternating; or up alone."""
@@ -168,7 +170,8 @@ def _entered(up: bool, r: Any, a: Any, code: int, order: Any, row: int, prepared
 
 @splice
 def _multiplied(
-    m: Any, r: Any, at: int, e: int, n: int, k: int, x: int, rows: int, y: int, y_row: int, low: int, high: int
+    m: Any, r: Any, at: int, e: int, n: int, k: int, x: int, rows: int, y: int, y_row: int,
+    low: int, high: int,
 ) -> None:  # fmt: skip
     """Columns low..high - 1 of the products with expert e of the stack at operand `at`, and its bias."""
     values, scales, packed = row_bytes(m[0], k)
@@ -185,10 +188,10 @@ def experts(up: bool, r: Any, a: Any, f: Any, scratch: int, part: int, parts: in
     """One of the two steps of routed experts; False where a chosen expert is not 0..E - 1. Shares columns.
 
     up: h [tokens, experts per token, F] = act(gate x) (up x + offset), or act(up x); x [tokens, D].
-    Else y [tokens, D] = the sum of share (down h) over each token's experts; h [tokens, experts per token, F].
+    Else y [tokens, D] = the sum of share (down h) over each token's experts.
     a, f: arguments (see HEAD, UP_HEAD and EACH; the gate's matrix before up's) as int64 and as float64.
-    r: addresses of x or h, index (int64) and, where it counts, share [tokens, experts per token]; of each matrix
-    its elements, scales, zeros and bias [E, N], as far as it has them; and the result.
+    r: addresses of x or h, index (int64) and, where it counts, share [tokens, experts per token]; of each
+    matrix its elements, scales, zeros and bias [E, N], as far as it has them; and the result.
     """
     count, d, out = a[2], a[3], a[4]
     pairs = a[0] * a[1]

@@ -40,9 +40,9 @@ class Quantise:
     A quantised weight is held by output rows, [N, K] with its blocks along K; where a product has it as
     [K, N], the product is turned. Embeddings, norms, biases and tables stay, and so does a weight that the
     model stores packed, and, unless the format is a mere cast, the product that chooses experts: it is small,
-    and an error there changes which experts run. What is both embedding and product gets a second, quantised symbol. No weight is
-    read: a new symbol says what it is made from, and is made when it is loaded. Raises UsageError for an
-    unknown format.
+    and an error there changes which experts run. What is both embedding and product gets a second, quantised
+    symbol. No weight is read: a new symbol says what it is made from, and is made when it is loaded. Raises
+    UsageError for an unknown format.
     """
 
     format: str = "int4"
@@ -156,7 +156,7 @@ class _Rewriting:
 
 
 _CARRIED = ("cast", "reshape", "squeeze", "unsqueeze", "add", "mul", "div", "round_blocks")
-"""Ops between a router's product and the choice that leave its logits what they are, but for form or scale."""
+"""Ops between a router's product and the choice that change its logits' form or scale alone."""
 
 
 def _is_router(op: DataflowOp) -> bool:

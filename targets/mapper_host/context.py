@@ -166,7 +166,8 @@ class Context:
         return value, transposed
 
     def product(self, attribute: str, transposed: bool) -> Matrix:
-        """The matrix that an attribute names as [N, K] or [E, N, K], in its stored format where the kernels have it."""
+        """The matrix that an attribute names as [N, K] or [E, N, K], in its stored format where the kernels
+        have it."""
         assert self.op is not None
         name = self.op.attr(attribute)
         if name is None:

@@ -37,8 +37,8 @@ from mapper_host.opcodes import (
 )
 
 CLOCK_HZ = 1e9
-"""The schedule counts nanoseconds: the host's cores have no common, constant clock. One with a step that lasts
-longer than MOST of them counts microseconds, or milliseconds."""
+"""The schedule counts nanoseconds: the host's cores have no common, constant clock. One with a step of
+more than MOST of them counts microseconds, or milliseconds."""
 MOST = 2**31 - 1
 """Most cycles of a step: see STEP_SCHEMA."""
 

@@ -21,8 +21,8 @@ from mapper_kernels.names import ACTIVATIONS, PACKINGS
 
 Array = npt.NDArray[Any]
 ERROR = {"f32": 1e-6, "f16": 1e-6, "bf16": 1e-6, "f8e4m3": 1e-6}
-"""Bound on the error over the sum of magnitudes: float32 sums; where x is taken as integers of 16 bits, half a
-step of it besides."""
+"""Bound on the error over the sum of magnitudes: float32 sums; where x is taken as integers of 16 bits,
+half a step of it besides."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def routed(through: str, other: bool = False) -> Graph:
     x = b.input("x", TensorType.of([2, 3, 40], "f32"))
     w = WeightSymbol.of("w", np.random.default_rng(1).standard_normal((40, 4)).astype(np.float32))
     logits = b.add("linear", [x], {"weight": b.weight(w)})
-    attrs = {"cast": {"dtype": "f16"}, "reshape": {"dims": [6, 4]}, "softmax": {"axis": -1}}
+    attrs: dict[str, Any] = {"cast": {"dtype": "f16"}, "reshape": {"dims": [6, 4]}, "softmax": {"axis": -1}}
     ready = b.add(through, [logits], attrs[through]) if through else logits
     index, share = b.add_op("route", [ready], {"top_k": 2, "scoring": "none"}).results
     return b.finish({"index": index, "share": share} | ({"logits": logits} if other else {}))
