@@ -35,6 +35,8 @@ from mapper_host.program import MEMORIES, BlockSteps, Slice, Step, Storage, Valu
 from mapper_host.timing import CLOCK_HZ, MOST, durations
 
 Span = tuple[int, int]
+_COMMUTATIVE = ("vector 0", "vector 2")
+"""Sums and products of two vectors: see mapper.schedule.equivalence.commutes."""
 
 
 @dataclass(eq=False)
@@ -125,7 +127,7 @@ def schedule_of(
         weights=_weight_files(weights),
         constants=dict(sorted(weights.arrays.items())),
         roles=graph.roles,
-        plan={"kind": "kernel steps", "serving": serving, "fused": fused},
+        plan={"kind": "kernel steps", "serving": serving, "fused": fused, "commutative": list(_COMMUTATIVE)},
         provenance={"backend": "mapper_host"},
     )
 
