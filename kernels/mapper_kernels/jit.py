@@ -95,3 +95,10 @@ def _separate(compiled: Any, stamp: tuple[str, ...]) -> None:
 def inline(function: F) -> F:
     """Compile and always inline into the caller: for tiny functions in hot loops."""
     return _compiled(function, fastmath=SAFE, forceinline=True)
+
+
+def splice(function: F) -> F:
+    """Put the function's code into its callers before types are known. A function that calls large ones costs
+    the compiler another pass over all of them; this one does not."""
+    compiler: Any = numba.njit
+    return cast(F, compiler(inline="always", error_model="numpy")(function))

@@ -95,6 +95,14 @@ def prepared_bytes(code: int, k: int) -> int:
 
 
 @jit
+def row_bytes(code: int, k: int) -> tuple[int, int, int]:
+    """Bytes of the elements, the scales and the zero points of a row of K (see `formats.Format`)."""
+    blocks = (k + 31) // 32
+    values = (blocks * 32 if _BLOCKED[code] else k) * _WIDTH[code] // 8
+    return values, _SCALE[code] * (blocks if _BLOCKED[code] else 1), (blocks + 1) // 2
+
+
+@jit
 def prepare_rows(code: int, x: int, x_row: int, m: int, k: int, out: int) -> None:
     """Prepare m rows of x [K] float32, `x_row` bytes apart, at `out`, `prepared_bytes` apart."""
     step = prepared_bytes(code, k)
@@ -130,10 +138,7 @@ def product(
 
     Addresses of the elements, the scales and the zeros (0: none) of W.
     """
-    blocks = (k + 31) // 32
-    w_row = (blocks * 32 if _BLOCKED[code] else k) * _WIDTH[code] // 8
-    s_row = _SCALE[code] * (blocks if _BLOCKED[code] else 1)
-    z_row = (blocks + 1) // 2
+    w_row, s_row, z_row = row_bytes(code, k)
     x_row = prepared_bytes(code, k)
     if code == 0:
         _rows_f32(w, w_row, s, s_row, z, z_row, x, x_row, m, k, y, y_row, low, high)

@@ -27,3 +27,12 @@ def project_scratch(m: int, k: int, widest: int, matrices: int) -> int:
 def attend_scratch(d: int, dv: int) -> int:
     """Bytes that `fused.attend_cached` needs."""
     return SCORES + up(4 * d) + up(4 * (dv + 2))
+
+
+def experts_scratch(pairs: int, experts: int, k: int, wide: int) -> int:
+    """Bytes that `experts.experts` needs for `pairs` of a token and an expert; k: elements of a row that
+    enters, wide: columns of all its products."""
+    rows = min(pairs, ROWS_AT_ONCE)
+    prepared = max(f.prepared_bytes(k) for f in FORMATS.values())
+    sizes = (8 * (experts + 1 + pairs), 4 * k, (rows + 3) // 4 * 4 * prepared, 4 * rows * wide)
+    return sum(map(up, sizes))

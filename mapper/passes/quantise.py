@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from xdsl.ir import SSAValue
+from xdsl.ir import Operation, SSAValue
 
 from mapper.errors import UsageError
 from mapper.ir.builder import BlockBuilder, GraphBuilder
+from mapper.ir.experts import RouteOp
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp
 from mapper.ir.structure import RepeatOp
@@ -38,9 +39,10 @@ class Quantise:
 
     A quantised weight is held by output rows, [N, K] with its blocks along K; where a product has it as
     [K, N], the product is turned. Embeddings, norms, biases and tables stay, and so does a weight that the
-    model stores packed. What is both embedding and product gets a second, quantised symbol. No weight is
-    read: a new symbol says what it is made from, and is made when it is loaded. Raises UsageError for an
-    unknown format.
+    model stores packed, and, unless the format is a mere cast, the product that chooses experts: it is small,
+    and an error there changes which experts run. What is both embedding and product gets a second, quantised
+    symbol. No weight is read: a new symbol says what it is made from, and is made when it is loaded. Raises
+    UsageError for an unknown format.
     """
 
     format: str = "int4"
@@ -113,6 +115,8 @@ class _Rewriting:
     ) -> dict[str, str]:
         """Attribute -> new symbol or slot; new slots are added to the table."""
         found: dict[str, str] = {}
+        if isinstance(FORMATS[self.format], Scheme) and _is_router(op):
+            return found
         for attribute, flag in PRODUCTS.get(op.mnemonic, {}).items():
             name = op.attr(attribute)
             if name is None:
@@ -149,6 +153,28 @@ class _Rewriting:
         if isinstance(how, str):
             return _symbol(name, old.shape, how, Derivation(old))
         return _quantised(name, old, how, turned)
+
+
+_CARRIED = ("cast", "reshape", "squeeze", "unsqueeze", "add", "mul", "div", "round_blocks")
+"""Ops between a router's product and the choice that change its logits' form or scale alone."""
+
+
+def _is_router(op: DataflowOp) -> bool:
+    """Whether a product makes nothing but logits by which experts are chosen."""
+    if op.mnemonic != "linear":
+        return False
+    users: list[Operation] = [op]
+    routes = 0
+    while users:
+        for use in users.pop().results[0].uses:
+            user = use.operation
+            if isinstance(user, RouteOp):
+                routes += 1
+            elif isinstance(user, DataflowOp) and user.mnemonic in _CARRIED:
+                users.append(user)
+            else:
+                return False
+    return routes > 0
 
 
 def _symbol(name: str, shape: tuple[int, ...], dtype: str, derivation: Derivation) -> WeightSymbol:

@@ -25,7 +25,7 @@ from mapper_kernels.names import ELEMENTWISE as ELEMENTWISE_NUMBERS
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is held: element type, and whether its two dimensions are exchanged; or the part of a
+    """How a weight is held: element type, and whether its last two dimensions are exchanged; or the part of a
     packed one."""
 
     dtype: str
@@ -35,7 +35,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [N, K] in the format in which the kernels read it."""
+    """A weight [N, K], or a stack [E, N, K], in the format in which the kernels read it."""
 
     format: Format
     n: int
@@ -75,9 +75,11 @@ class Weights:
             if weight.dtype != form.dtype:
                 source = ["cast", source, np.dtype(_numpy(form.dtype)).name]
             if form.turned:
-                source = ["transpose", source, [1, 0]]
+                rank = len(weight.shape)
+                source = ["transpose", source, [*range(rank - 2), rank - 1, rank - 2]]
             shape = tuple(weight.shape)
-            self._add(key, shape[::-1] if form.turned else shape, form.dtype, source)
+            turned = (*shape[:-2], *shape[:-3:-1])
+            self._add(key, turned if form.turned else shape, form.dtype, source)
         return self.values[key]
 
     def constant(self, array: npt.NDArray[Any], dtype: str) -> Value:
@@ -164,14 +166,15 @@ class Context:
         return value, transposed
 
     def product(self, attribute: str, transposed: bool) -> Matrix:
-        """The matrix that an attribute names as [N, K], in its stored format where the kernels have it."""
+        """The matrix that an attribute names as [N, K] or [E, N, K], in its stored format where the kernels
+        have it."""
         assert self.op is not None
         name = self.op.attr(attribute)
         if name is None:
             self.fail(f"has no {attribute}")
         symbol = self.graph.weights[self.slots.get(name, name)]
         held = native(symbol, transposed)
-        n, k = symbol.shape if transposed else symbol.shape[::-1]
+        n, k = symbol.shape[-2:] if transposed else symbol.shape[:-3:-1]
         if not held.blocked and not held.scale:
             value = self.weight(attribute, held.name, not transposed)
             assert value is not None

@@ -11,9 +11,10 @@ _PLAIN = ("f16", "bf16")
 
 
 def native(symbol: WeightSymbol, transposed: bool) -> Format:
-    """The format of a matrix of a serving program; `transposed` says that it is [N, K]."""
+    """The format of a matrix of a serving program; `transposed` says that it is [N, K], or a
+    stack [E, N, K] of them."""
     if symbol.packing is not None:
-        name = _packed(symbol.packing) if transposed and len(symbol.shape) == 2 else None
+        name = _packed(symbol.packing) if transposed and len(symbol.shape) in (2, 3) else None
         return FORMATS[name or "f32"]
     return FORMATS[symbol.dtype if symbol.dtype in _PLAIN else "f32"]
 
@@ -36,8 +37,8 @@ def _packed(packing: Packing) -> str | None:
 
 
 def row_bytes(symbol: WeightSymbol, transposed: bool) -> int:
-    """Bytes of such a matrix, scales and zero points included."""
-    n, k = symbol.shape if transposed else symbol.shape[::-1]
+    """Bytes of such a matrix, or of one of a stack, scales and zero points included."""
+    n, k = symbol.shape[-2:] if transposed else symbol.shape[:-3:-1]
     held = native(symbol, transposed)
     given = symbol.packing is not None and symbol.packing.zeros is not None
     return n * (held.value_bytes(k) + held.scale_bytes(k) + (held.zero_bytes(k) if given else 0))

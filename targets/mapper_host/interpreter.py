@@ -22,6 +22,8 @@ from mapper_host.opcodes import (
     CACHED_ATTENTION,
     COPY,
     EMBED_AT,
+    EXPERTS_DOWN,
+    EXPERTS_UP,
     GATE,
     GATHER,
     LINEAR_KN,
@@ -30,10 +32,11 @@ from mapper_host.opcodes import (
     NORM,
     PROJECT,
     ROPE_AT,
+    ROUTE,
     VECTOR,
 )
-from mapper_kernels import attention, elementwise, fused, gemm, index, norm, product, rope
-from mapper_kernels.jit import entry, jit
+from mapper_kernels import attention, elementwise, experts, fused, gemm, index, norm, product, rope
+from mapper_kernels.jit import entry, jit, splice
 from mapper_kernels.memory import atomic_add, atomic_load, atomic_max, f32, f32_2d, f32_3d, f32_4d, i64
 from mapper_kernels.split import SPINS, give_way, relax, share
 
@@ -47,7 +50,7 @@ FAULTS = {
 SERVING = (
     ACTIVATION, CACHE_APPEND, CACHED_ATTENTION, COPY, EMBED_AT, GATE, GATHER, LINEAR_KN, LINEAR_NK, NORM,
     ROPE_AT,
-    VECTOR, PROJECT, ATTEND_AT, MERGE_SPLITS,
+    VECTOR, PROJECT, ATTEND_AT, MERGE_SPLITS, ROUTE, EXPERTS_UP, EXPERTS_DOWN,
 )  # fmt: skip
 """Opcodes that `interpret` runs."""
 SOURCES = [
@@ -175,7 +178,7 @@ def meet(barrier: Any, arrivals: int, fault: int) -> Any:
     return atomic_load(barrier, 1)
 
 
-@jit
+@splice
 def _run(
     rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any, scratch: int
 ) -> Any:
@@ -208,6 +211,11 @@ def _run(
             elementwise.vector(a[0], r[0], r[1], r[2], a[1], a[2] != 0, part, parts)
         elif op == COPY:
             _copy(r, a, part, parts)
+        elif op in (EXPERTS_UP, EXPERTS_DOWN):
+            known = experts.experts(op == EXPERTS_UP, r, a, f, scratch, part, parts)
+            fault = 0 if known else BAD_INDEX
+        elif op == ROUTE:
+            experts.route_rows(r, a, f, part, parts)
         elif part == 0:
             fault = _lookup(op, r, a)
         if parts > 1:

@@ -21,6 +21,7 @@ OPCODES = (
     "gather_nd", "scatter_nd", "scatter_elements", "reduce", "softmax", "cumsum", "topk", "argmax",
     "matmul", "conv",
     "moe", "vector", "route", "round_blocks", "project", "attend_at", "merge_splits",
+    "experts_up", "experts_down",
 )  # fmt: skip
 """Opcode names; the position is the opcode."""
 (
@@ -28,6 +29,7 @@ OPCODES = (
     GATE, ACTIVATION, ELEMENTWISE, COPY, FILL, ARANGE, ONE_HOT, TRILU, GATHER, GATHER_ELEMENTS,
     GATHER_ND, SCATTER_ND, SCATTER_ELEMENTS, REDUCE, SOFTMAX, CUMSUM, TOPK, ARGMAX, MATMUL, CONV,
     MOE, VECTOR, ROUTE, ROUND_BLOCKS, PROJECT, ATTEND_AT, MERGE_SPLITS,
+    EXPERTS_UP, EXPERTS_DOWN,
 ) = range(len(OPCODES))  # fmt: skip
 
 SIZES = (4, 8, 2, 2, 1, 1, 8, 4, 2, 1, 8, 4, 2, 1, 1)
@@ -213,6 +215,38 @@ def _moe(a: Args) -> list[int]:
     return [*found, 4 * rows * out]
 
 
+def _stack(e: int, n: int, k: int, a: Args) -> list[int]:
+    """Operands of a stack [E, N, K]; a: format, whether it has zeros, and a bias."""
+    code, zeros, bias = a
+    if code < 0 or zeros not in (0, 1) or bias not in (0, 1):
+        raise ValueError("no such matrix")
+    kind = _FORMATS[code]
+    if zeros and not kind.zeros:
+        raise ValueError("no zero points in this format")
+    rows = [kind.value_bytes(k), *([kind.scale_bytes(k)] if kind.scale else [])]
+    rows += [kind.zero_bytes(k)] if zeros else []
+    return [*(e * n * size for size in rows), *([4 * e * n] if bias else [])]
+
+
+def _experts_up(a: Args) -> list[int]:
+    rows, k, e, d, f, shared, packing, gated, _, _, _, *rest = a
+    odd = packing not in range(3) or gated not in (0, 1) or (packing and gated) or shared not in (0, 1)
+    if odd or min(a[:5]) < 0 or len(rest) != STACK * (1 + gated):
+        raise ValueError("no such experts")
+    found = [4 * rows * d, 8 * rows * k, *([4 * rows * k] if shared else [])]
+    for i in range(1 + gated):
+        found += _stack(e, 2 * f if packing else f, d, rest[STACK * i : STACK * (i + 1)])
+    return [*found, 4 * rows * k * f]
+
+
+def _experts_down(a: Args) -> list[int]:
+    rows, k, e, f, d, shared, *rest = a
+    if shared not in (0, 1) or min(a[:5]) < 0:
+        raise ValueError("no such experts")
+    share = [4 * rows * k] if shared else []
+    return [4 * rows * k * f, 8 * rows * k, *share, *_stack(e, d, f, rest), 4 * rows * d]
+
+
 def _project(a: Args) -> list[int]:
     m, k, norm, weighted, biased, _, _, epilogue, _, count, *rest = a
     if epilogue not in range(4) or count not in (1, 2, 3) or len(rest) != MATRIX * count or m < 0:
@@ -261,6 +295,8 @@ def _merge_splits(a: Args) -> list[int]:
 
 
 _FORMATS = sorted(FORMATS.values(), key=lambda f: f.code)
+STACK = 3
+"""Arguments of a stack of experts: format, whether it has zeros, and a bias."""
 MATRIX = 4
 """Arguments of a matrix of `project`: n, format, whether it has zeros, and a bias."""
 EPILOGUES = ("plain", "residual", "gate", "activation")
@@ -306,6 +342,8 @@ _EXTENTS: dict[int, Callable[[Args], list[int]]] = {
     PROJECT: _project,
     ATTEND_AT: _attend_at,
     MERGE_SPLITS: _merge_splits,
+    EXPERTS_UP: _experts_up,
+    EXPERTS_DOWN: _experts_down,
 }
 
 

@@ -52,7 +52,7 @@ def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
     if op.mnemonic == "moe":
         # all tokens may choose the same experts
         used = op.operand_shape(1)[-1]
-        return _ELEMENT * used * sum(_one_expert(graph, op, n) for n in op.weights())
+        return used * sum(_bytes(graph, op, n) // _symbol(graph, op, n).shape[0] for n in op.weights())
     if op.mnemonic in ("constant", "load"):
         return 0
     return sum(_bytes(graph, op, name) for name in op.weights())
@@ -61,6 +61,8 @@ def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
 def _bytes(graph: Graph, op: DataflowOp, name: str) -> int:
     """Bytes of a weight as it is held: see `held`."""
     symbol = _symbol(graph, op, name)
+    if op.mnemonic == "moe" and name in _MATRICES and is_serving(graph) and not op.attr("round_block"):
+        return int(symbol.shape[0]) * row_bytes(symbol, op.attr(f"{name}_transposed"))
     if not is_serving(graph) or name not in _PRODUCTS.get(
         op.mnemonic, ("weight",) if op.mnemonic == "latent_attention" else ()
     ):

@@ -53,14 +53,14 @@ def experts() -> Graph:
 
 
 def substituted(graph: Graph, name: str) -> Graph:
-    """The graph with each product's weight replaced in place by what the format makes of it, found apart from
-    the pass: rows are output rows, whichever way the product has the matrix."""
+    """The graph with each product's weight but a router's replaced in place by what the format makes of it,
+    found apart from the pass: rows are output rows, whichever way the product has the matrix."""
     how = FORMATS[name]
     made = dict(graph.weights)
     for op in graph.ops():
         for attribute, flag in PRODUCTS.get(op.mnemonic, {}).items():
             symbol = op.attr(attribute)
-            if symbol is None:
+            if symbol is None or (symbol == "router" and not isinstance(how, str)):
                 continue
             array = graph.weights[symbol].load()
             if isinstance(how, str):
@@ -106,6 +106,50 @@ def test_experts(name: str) -> None:
     got = evaluate(Quantise(name).apply(graph), {"x": x}, precision="f64")["y"]
     want = evaluate(substituted(graph, name), {"x": x}, precision="f64")["y"]
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def routed(through: str, other: bool = False) -> Graph:
+    """Logits that an op leads to the choice of experts; `other`: which are a result besides."""
+    b = GraphBuilder("routed")
+    x = b.input("x", TensorType.of([2, 3, 40], "f32"))
+    w = WeightSymbol.of("w", np.random.default_rng(1).standard_normal((40, 4)).astype(np.float32))
+    logits = b.add("linear", [x], {"weight": b.weight(w)})
+    attrs: dict[str, Any] = {"cast": {"dtype": "f16"}, "reshape": {"dims": [6, 4]}, "softmax": {"axis": -1}}
+    ready = b.add(through, [logits], attrs[through]) if through else logits
+    index, share = b.add_op("route", [ready], {"top_k": 2, "scoring": "none"}).results
+    return b.finish({"index": index, "share": share} | ({"logits": logits} if other else {}))
+
+
+@pytest.mark.parametrize(
+    ("through", "other", "stays"),
+    [
+        ("", False, True),
+        ("reshape", False, True),
+        ("cast", False, True),
+        ("", True, False),
+        ("softmax", False, False),
+    ],
+)
+def test_what_only_chooses_experts_stays(through: str, other: bool, stays: bool) -> None:
+    graph = routed(through, other)
+    made = Quantise("int4").apply(graph)
+    assert (made.print() == graph.print()) == stays
+    cast = Quantise("bf16").apply(graph)
+    assert [op.attr("weight") for op in cast.ops() if op.mnemonic == "linear"] == ["w:bf16"]
+
+
+def test_routers_of_a_model_stay(tmp_path: Path) -> None:
+    from tests.zoo.test_zoo import small
+
+    graph = run(load(small("qwen3-30b-a3b", tmp_path)), "repeat")
+    made = Quantise("int4").apply(graph)
+    formats = {
+        (op.mnemonic, made.weight(op, a).format)  # type: ignore[union-attr]
+        for op in made.ops()
+        for a in PRODUCTS.get(op.mnemonic, {})
+        if op.attr(a) is not None
+    }
+    assert formats == {("linear", "f32"), ("linear", "int4b32"), ("lm_head", "int4b32"), ("moe", "int4b32")}
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
