@@ -120,7 +120,7 @@ def _step(
     integer = name in OFFSET
     part = left
     if integer and left is not None:
-        part = left if chunk.bytes == chunk.values else e.b.lshr(left, e.number(1))
+        part = left if chunk.bytes == chunk.values else e.b.lshr(e.b.add(left, e.number(1)), e.number(1))
     blocks = None if left is None else e.b.lshr(e.b.add(left, e.number(31)), e.number(5))
     xs = [e.at(o.x, (i, o.x_step), (chunk.x_bytes, c)) for i in range(m)]
     out: list[Value] = []

@@ -6,6 +6,8 @@ from mapper_kernels.formats import FORMATS
 
 ROWS_AT_ONCE = 64
 """Most rows of x that are prepared at once for a product."""
+STRETCH = 2048
+"""Elements of K that a product in tiles does at a time."""
 POSITIONS = 128
 """Positions per step of the running softmax: their scores and values stay in the first-level cache."""
 SCORES = 4 * POSITIONS
