@@ -1,26 +1,24 @@
-"""Products with many rows of x: `linear` where there are few of them or no AMX, else tiles.
+"""Products with many rows of x in the tiles of AMX, where `in_tiles` says that they win; `linear` does the
+others.
 
-The preparation of x and the product choose alike: by format and number of rows. What is prepared lies in one
-region of `prepared_size` bytes, whichever way is chosen; behind x there is room for 32 packed weight rows.
-K is done in stretches of `STRETCH`, so that the tiles of x stay in the second-level cache; sums of later
+What is prepared lies in one region of `tiled_size` bytes; behind x there is room for 32 packed weight rows. K
+is done in stretches of `STRETCH`, so that the tiles of x stay in the second-level cache; sums of later
 stretches are added to y.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from mapper_kernels import linear
 from mapper_kernels.amx import PLANES, TILE, floats, integers, usable
 from mapper_kernels.dot import OFFSET
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.jit import jit
 from mapper_kernels.memory import f32
 from mapper_kernels.sizes import STRETCH
-from mapper_kernels.tiles import WEIGHT_PLANES, pack, row, turn, write
+from mapper_kernels.tiles import WEIGHT_PLANES, pack, pack_scales, row, turn, write
 
 _NAMES = sorted(FORMATS, key=lambda name: FORMATS[name].code)
 LEAST = {name: 16 for name in FORMATS}
@@ -40,26 +38,6 @@ _ROWS: Any = 32
 """Weight rows, and rows of x, at a time."""
 
 
-def _packer(name: str) -> Callable[..., None]:
-    emitted = pack(name)
-
-    @jit
-    def _pack(
-        w: int, w_row: int, s: int, s_row: int, z: int, z_row: int, rows: int, k: int, out: int, scales: int
-    ) -> None:
-        for r in range(rows):
-            at_z = z + r * z_row if z != 0 else 0
-            to = out + (r // 16) * TILE + r % 16 * 64
-            emitted(w + r * w_row, s + r * s_row, at_z, k, to, scales + 4 * r)
-
-    made: Callable[..., None] = _pack
-    return made
-
-
-(
-    _pack_f32, _pack_f16, _pack_bf16, _pack_f8e4m3, _pack_int8, _pack_int4, _pack_mxfp4, _pack_int8row,
-    _pack_int8f, _pack_int4f,
-) = tuple(_packer(name) for name in _NAMES)  # fmt: skip
 _floats1, _floats2, _floats3 = (floats(planes) for planes in (1, 2, 3))
 _row_floats, _row_integers = row(False), row(True)
 
@@ -69,26 +47,14 @@ def _pack_rows(
     code: int, w: int, w_row: int, s: int, s_row: int, z: int, z_row: int, rows: int, k: int, out: int,
     scales: int,
 ) -> None:  # fmt: skip
-    if code == 0:
-        _pack_f32(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 1:
-        _pack_f16(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 2:
-        _pack_bf16(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 3:
-        _pack_f8e4m3(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 4:
-        _pack_int8(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 5:
-        _pack_int4(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 6:
-        _pack_mxfp4(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 7:
-        _pack_int8row(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    elif code == 8:
-        _pack_int8f(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
-    else:
-        _pack_int4f(w, w_row, s, s_row, z, z_row, rows, k, out, scales)
+    pack(code, w, w_row, z, z_row, rows, k, out)
+    if _INTEGER[code]:
+        pack_scales(code, s, s_row, rows, k, scales)
+
+
+@jit
+def _turn(at: int, tiles: int) -> None:
+    turn(at, tiles)
 
 
 @jit
@@ -123,10 +89,8 @@ def _room_at(code: int, m: int, k: int) -> int:
 
 
 @jit
-def prepared_size(code: int, m: int, k: int) -> int:
+def tiled_size(code: int, m: int, k: int) -> int:
     """Bytes of m prepared rows of x [K], with the room that the product needs."""
-    if not in_tiles(code, m):
-        return (m + 3) // 4 * 4 * linear.prepared_bytes(code, k)
     stretch = min((k + 63) // 64 * 64, STRETCH)
     weights = 32 * stretch * 2 * _W_PLANES[code]
     size: int = _room_at(code, m, k) + weights + 4 * stretch + 128 + 8 * TILE
@@ -134,12 +98,8 @@ def prepared_size(code: int, m: int, k: int) -> int:
 
 
 @jit
-def prepare_row(code: int, x: int, r: int, m: int, k: int, out: int) -> None:
-    """Prepare row r of m, x [K] float32. After the last one call `prepare_end`."""
-    if not in_tiles(code, m):
-        one = np.int64(1)
-        linear.prepare_rows(code, x, 4 * k, one, k, out + r * linear.prepared_bytes(code, k))
-        return
+def tile_row(code: int, x: int, r: int, m: int, k: int, out: int) -> None:
+    """Prepare row r of m, x [K] float32. `tile_end` must follow the last one."""
     to = out + r // 16 * _tile_bytes(code, k) + r % 16 * 64
     if _INTEGER[code]:
         scales = out + _scales_at(code, m, k) + r // 16 * ((k + 63) // 64 * 128) + r % 16 * 4
@@ -149,25 +109,24 @@ def prepare_row(code: int, x: int, r: int, m: int, k: int, out: int) -> None:
 
 
 @jit
-def prepare_end(code: int, m: int, k: int, out: int) -> None:
-    """All m rows are prepared."""
-    if in_tiles(code, m):
-        turn(out, (m + 15) // 16 * _tile_bytes(code, k) // TILE)
+def tile_end(code: int, m: int, k: int, out: int) -> None:
+    """All m rows are there: make them what the product takes."""
+    _turn(out, (m + 15) // 16 * _tile_bytes(code, k) // TILE)
 
 
 @jit
-def prepare_rows(code: int, x: int, x_row: int, m: int, k: int, out: int) -> None:
-    """Prepare m rows of x [K] float32, `x_row` bytes apart, in `prepared_size` bytes at `out`."""
+def tile_rows(code: int, x: int, x_row: int, m: int, k: int, out: int) -> None:
+    """Prepare m rows of x [K] float32, `x_row` bytes apart, in `tiled_size` bytes at `out`."""
     for r in range(m):
-        prepare_row(code, x + r * x_row, r, m, k, out)
-    prepare_end(code, m, k, out)
+        tile_row(code, x + r * x_row, r, m, k, out)
+    tile_end(code, m, k, out)
 
 
 @jit
-def _write(
-    sums: int, factors: int, y: int, y_row: int, rows: int, columns: int, more: int
-) -> None:  # one copy of its code
-    write(sums, factors, y, y_row, rows, columns, more)
+def _write(sums: int, factors: int, y: int, y_row: int, rows: int, columns: int, more: int) -> None:
+    if rows > 0 and columns > 0:
+        _turn(sums, np.int64(1))
+        write(sums, factors, y, y_row, rows, columns, more)
 
 
 @jit
@@ -203,10 +162,14 @@ def _integers_group(
 
 
 @jit
-def _tiles(
-    code: int, w: int, w_row: int, s: int, s_row: int, z: int, z_row: int, x: int, m: int, k: int,
-    y: int, y_row: int, low: int, high: int,
-) -> None:  # fmt: skip
+def tiled(
+    code: int, w: int, s: int, z: int, x: int, m: int, k: int, y: int, y_row: int, low: int, high: int
+) -> None:
+    """As `linear.product`, from m rows of x prepared here."""
+    blocks = (k + 31) // 32
+    w_row = (blocks * 32 if _BLOCKED[code] else k) * _BITS[code] // 8
+    s_row = _SCALE[code] * (blocks if _BLOCKED[code] else 1)
+    z_row = (blocks + 1) // 2
     x_step, xs_step = _tile_bytes(code, k), (k + 63) // 64 * 128
     room = x + _room_at(code, m, k)
     stretch = min((k + 63) // 64 * 64, STRETCH)
@@ -239,17 +202,3 @@ def _tiles(
                 _floats_group(
                     code, room, x + at_x, x_step, chunks, sums, factors, to, y_row, m, rows, first
                 )  # fmt: skip
-
-
-@jit
-def product(
-    code: int, w: int, s: int, z: int, x: int, m: int, k: int, y: int, y_row: int, low: int, high: int
-) -> None:
-    """As `linear.product`, from m rows of x prepared here."""
-    if not in_tiles(code, m):
-        linear.product(code, w, s, z, x, m, k, y, y_row, low, high)
-        return
-    blocks = (k + 31) // 32
-    w_row = (blocks * 32 if _BLOCKED[code] else k) * _BITS[code] // 8
-    s_row = _SCALE[code] * (blocks if _BLOCKED[code] else 1)
-    _tiles(code, w, w_row, s, s_row, z, (blocks + 1) // 2, x, m, k, y, y_row, low, high)

@@ -12,13 +12,14 @@ first; `turn` then exchanges rows and groups of 4 bytes in place. Scales of inte
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
 from mapper_kernels.amx import PLANES, TILE
-from mapper_kernels.dot import OFFSET, weights_f
+from mapper_kernels.dot import AHEAD, OFFSET, weights_f
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.jit import intrinsic
 from mapper_kernels.prepare import LARGEST
@@ -38,32 +39,36 @@ def _rest(e: Emitter, left: Value | None, n: int) -> Value | None:
     return None if left is None else e.b.sub(left, e.number(n))
 
 
-def _upper(e: Emitter, v: Value) -> tuple[Value, Value]:
-    """The bits of the nearest bfloat16 in the upper half of each lane, and what it leaves of v."""
-    b = e.b
-    bits = b.bitcast(v, _BITS)
-    odd = b.and_(b.lshr(bits, e.fill(I32, 16, 16)), e.fill(I32, 16, 1))
-    near = b.add(bits, b.add(odd, e.fill(I32, 16, 0x7FFF)))
-    # what would round to infinity, and what is infinite or no number, is cut off instead
-    magnitude = b.and_(bits, e.fill(I32, 16, 0x7FFFFFFF))
-    large = b.icmp_unsigned(">=", magnitude, e.fill(I32, 16, 0x7F7F8000))
-    nan = b.icmp_unsigned(">", magnitude, e.fill(I32, 16, 0x7F800000))
-    cut = b.select(nan, b.or_(bits, e.fill(I32, 16, 0x400000)), bits)
-    top = b.and_(b.select(large, cut, near), e.fill(I32, 16, 0xFFFF0000))
-    left = b.fsub(v, b.bitcast(top, _WIDE))
-    infinite = b.icmp_unsigned(">=", magnitude, e.fill(I32, 16, 0x7F800000))
-    return top, b.select(infinite, e.fill(F32, 16, 0.0), left)
+class _Bfloat(ir.types.HalfType):  # llvmlite has no name for it
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_Bfloat._create_instance()
+_NARROW = vector(_Bfloat(), 16)
+_LARGEST16 = 3.3895313892515355e38
+"""The largest finite bfloat16."""
 
 
 def _planes(e: Emitter, pair: list[Value], planes: int) -> list[Value]:
-    """32 elements as `planes` vectors of 64 bytes, bfloat16, in order."""
+    """32 elements as `planes` vectors of 32 bfloat16: each the nearest to what the ones before leave."""
     b = e.b
-    even, odd = (e.pick(pair[0], range(i, 32, 2), pair[1]) for i in range(2))
-    found = []
-    for _ in range(planes):
-        (low, even), (high, odd) = _upper(e, even), _upper(e, odd)
-        found.append(b.or_(b.lshr(low, e.fill(I32, 16, 16)), high))
-    return found
+    found: list[list[Value]] = [[] for _ in range(planes)]
+    for v in pair:
+        finite = b.fcmp_ordered("<", e.unary("fabs", v), e.fill(F32, 16, float("inf")))
+        bound, other = e.fill(F32, 16, _LARGEST16), e.fill(F32, 16, -_LARGEST16)
+        below = b.select(b.fcmp_ordered("<", v, bound), v, bound)
+        near = b.select(b.fcmp_ordered(">", below, other), below, other)
+        first = b.select(finite, near, v)  # a finite number is not rounded to infinity
+        top = b.fptrunc(first, _NARROW)
+        left = b.select(finite, b.fsub(v, b.fpext(top, _WIDE)), e.fill(F32, 16, 0.0))
+        found[0].append(top)
+        for p in range(1, planes):
+            top = b.fptrunc(left, _NARROW)
+            left = b.fsub(left, b.fpext(top, _WIDE))
+            found[p].append(top)
+    words = [[b.bitcast(v, vector(I16, 16)) for v in both] for both in found]
+    return [e.pick(both[0], range(32), both[1]) for both in words]
 
 
 def _floats(e: Emitter, name: str, at: Value, left: Value | None) -> list[Value]:
@@ -94,31 +99,51 @@ def _integers(e: Emitter, name: str, at: Value, z: Value, left: Value | None) ->
     return b.sub(nibbles, e.pick(zero, [n // 32 for n in range(64)]))
 
 
-def _scale(e: Emitter, name: str, s: Value, block: Value) -> Value:
+def _scale(e: Emitter, kind: str, s: Value, block: Value) -> Value:
     """A weight's scale as float32."""
     b = e.b
-    if name == "mxfp4":
+    if kind == "e8m0":
         exponent = b.zext(e.load(b.add(s, block), I8), I32)
         tiny = b.icmp_unsigned("==", exponent, ir.Constant(I32, 0))
         power = b.select(tiny, ir.Constant(I32, 1 << 22), b.shl(exponent, ir.Constant(I32, 23)))
-        return b.fmul(b.bitcast(power, F32), ir.Constant(F32, 0.5))
-    if name == "int8row":
+        return b.fmul(b.bitcast(power, F32), ir.Constant(F32, 0.5))  # weights are multiples of a half
+    if kind == "row":
         return e.load(s, F32)
-    half = not name.endswith("f")
-    found = e.load(e.at(s, (2 if half else 4, block)), F16 if half else F32)
-    return b.fpext(found, F32) if half else found
+    if kind == "f32":
+        return e.load(e.at(s, (4, block)), F32)
+    return b.fpext(e.load(e.at(s, (2, block)), F16), F32)
 
 
-def _pack(e: Emitter, name: str, args: Any) -> None:
-    w, s, z, k, out, scales = args
+_KINDS = (("f32",), ("f16",), ("bf16",), ("f8e4m3",), ("int8", "int8row", "int8f"), ("int4", "int4f"), ("mxfp4",))
+"""Formats whose elements are alike."""
+_SCALES = {"f16": ("int8", "int4"), "f32": ("int8f", "int4f"), "e8m0": ("mxfp4",), "row": ("int8row",)}
+"""Kind of scales -> formats."""
+
+
+def _cases(e: Emitter, code: Value, bodies: list[tuple[tuple[str, ...], Callable[[], None]]]) -> None:
+    """Do what belongs to the format of a code."""
+    after = e.b.append_basic_block("after")
+    choice = e.b.switch(code, after)
+    for names, body in bodies:
+        block = e.b.append_basic_block(names[0])
+        for name in names:
+            choice.add_case(e.number(FORMATS[name].code), block)
+        e.b.position_at_end(block)
+        body()
+        e.b.branch(after)
+    e.b.position_at_end(after)
+
+
+def _pack_row(e: Emitter, name: str, w: Value, z: Value, k: Value, out: Value) -> None:
     b, integer = e.b, name in OFFSET
-    size = 64 if integer else 32
-    planes = WEIGHT_PLANES.get(name, 1)
-    blocks = b.sub(b.lshr(b.add(k, e.number(31)), e.number(5)), e.number(1))
+    size, planes = 64 if integer else 32, WEIGHT_PLANES.get(name, 1)
     stored = size * FORMATS[name].bits // 8
 
     def one(c: Value, left: Value | None) -> list[Value]:
         at, to = e.at(w, (stored, c)), e.at(out, (2 * planes * TILE, c))
+        if left is None:
+            for line in range(-(-stored // 64)):
+                e.prefetch(b.add(at, e.number(AHEAD + 64 * line)))
         if not integer:
             for p, v in enumerate(_floats(e, name, at, left)):
                 e.store(v, b.add(to, e.number(2 * TILE * p)))
@@ -128,15 +153,47 @@ def _pack(e: Emitter, name: str, args: Any) -> None:
             given = b.icmp_signed("!=", z, e.number(0))
             zero = e.when(given, [zero], lambda _: [e.load(b.add(z, c), I8)])[0]
         e.store(_integers(e, name, at, zero, left), to)
-        for i in range(2):
-            block = b.add(b.shl(c, e.number(1)), e.number(i))
-            there = b.select(b.icmp_signed("<", block, blocks), block, blocks)  # x is zero beyond the last
-            e.store(_scale(e, name, s, there), e.at(scales, (128, block)))
         return []
 
     full, rest = b.sdiv(k, e.number(size)), b.srem(k, e.number(size))
     e.loop(e.number(0), full, [], lambda c, _: one(c, None))
     e.when(b.icmp_signed(">", rest, e.number(0)), [], lambda _: one(full, rest))
+
+
+def _pack(e: Emitter, args: Any) -> None:
+    code, w, w_row, z, z_row, rows, k, out = args
+    b = e.b
+
+    def rows_of(name: str) -> None:
+        def body(r: Value, _: list[Value]) -> list[Value]:
+            to = e.at(out, (TILE, b.lshr(r, e.number(4))), (64, b.and_(r, e.number(15))))
+            at_z = b.select(b.icmp_signed("!=", z, e.number(0)), e.at(z, (r, z_row)), z)
+            _pack_row(e, name, e.at(w, (r, w_row)), at_z, k, to)
+            return []
+
+        e.loop(e.number(0), rows, [], body)
+
+    _cases(e, code, [(names, partial(rows_of, names[0])) for names in _KINDS])
+
+
+def _pack_scales(e: Emitter, args: Any) -> None:
+    code, s, s_row, rows, k, out = args
+    b = e.b
+    last = b.sub(b.lshr(b.add(k, e.number(31)), e.number(5)), e.number(1))
+    whole = b.shl(b.lshr(b.add(k, e.number(63)), e.number(6)), e.number(1))
+
+    def scales_of(kind: str) -> None:
+        def one(r: Value, block: Value) -> list[Value]:
+            there = b.select(b.icmp_signed("<", block, last), block, last)  # x is zero beyond the last
+            e.store(_scale(e, kind, e.at(s, (r, s_row)), there), e.at(out, (128, block), (4, r)))
+            return []
+
+        def body(r: Value, _: list[Value]) -> list[Value]:
+            return e.loop(e.number(0), whole, [], lambda block, _: one(r, block))
+
+        e.loop(e.number(0), rows, [], body)
+
+    _cases(e, code, [(names, partial(scales_of, kind)) for kind, names in _SCALES.items()])
 
 
 def _row_floats(e: Emitter, x: Value, left: Value | None) -> list[Value]:
@@ -212,20 +269,19 @@ def _turn(e: Emitter, args: Any) -> None:
 def _write(e: Emitter, args: Any) -> None:
     tile, factors, y, y_row, rows, columns, more = args
     b = e.b
-    scale = e.load(factors, _WIDE)
-    mask = e.mask(16, columns)
-    turned = _transposed(e, [e.load(b.add(tile, e.number(64 * r)), _WIDE) for r in range(16)])
+    scale, mask = e.load(factors, _WIDE), e.mask(16, columns)
     adds = b.icmp_signed("!=", more, e.number(0))
-    for r, v in enumerate(turned):
+    sixteen = e.number(16)
+    count = b.select(b.icmp_signed("<", rows, sixteen), rows, sixteen)
+
+    def body(r: Value, _: list[Value]) -> list[Value]:
         at = e.at(y, (r, y_row))
+        new = b.fmul(e.load(e.at(tile, (64, r)), _WIDE), scale)
+        sums = e.when(adds, [new], lambda now: [b.fadd(now[0], e.load_part(at, _WIDE, mask))])
+        e.store_part(sums[0], at, mask)
+        return []
 
-        def put(_: list[Value], at: Value = at, v: Value = v) -> list[Value]:
-            new = b.fmul(v, scale)
-            sums = e.when(adds, [new], lambda now: [b.fadd(now[0], e.load_part(at, _WIDE, mask))])
-            e.store_part(sums[0], at, mask)
-            return []
-
-        e.when(b.icmp_signed("<", e.number(r), rows), [], put)
+    e.loop(e.number(0), count, [], body)
 
 
 def _made(count: int, emit: Callable[[Emitter, Any], None]) -> Any:
@@ -238,15 +294,19 @@ def _made(count: int, emit: Callable[[Emitter, Any], None]) -> Any:
     return types.void(*[types.int64] * count), build
 
 
-def pack(name: str) -> Callable[..., None]:
-    """An intrinsic for one weight row of a format: (elements, scales, zeros (0: none), K, its place in the
-    first tile, its place in the scales), addresses; elements..zeros where the stretch of K begins."""
+@intrinsic
+def pack(
+    typingctx: Any, code: Any, w: Any, w_row: Any, z: Any, z_row: Any, rows: Any, k: Any, out: Any
+) -> Any:
+    """Weight rows (at most 32) of a format as tiles. Addresses, steps between rows in bytes; w and z (0: none)
+    where the stretch of K begins."""
+    return _made(8, _pack)
 
-    def typed(typingctx: Any, w: Any, s: Any, z: Any, k: Any, out: Any, scales: Any) -> Any:
-        return _made(6, lambda e, args: _pack(e, name, args))
 
-    made: Callable[..., None] = intrinsic(typed)
-    return made
+@intrinsic
+def pack_scales(typingctx: Any, code: Any, s: Any, s_row: Any, rows: Any, k: Any, out: Any) -> Any:
+    """Their scales, for integer formats, as float32 [blocks, 32]."""
+    return _made(6, _pack_scales)
 
 
 def row(integer: bool) -> Callable[..., None]:
@@ -270,6 +330,6 @@ def turn(typingctx: Any, at: Any, tiles: Any) -> Any:
 def write(
     typingctx: Any, tile: Any, factors: Any, y: Any, y_row: Any, rows: Any, columns: Any, more: Any
 ) -> Any:
-    """y [rows, columns] (at most 16 each), rows `y_row` bytes apart, = (more: +=) the transpose of a tile
-    of sums times a factor [16] per column."""
+    """y [rows, columns], of both at most 16, rows `y_row` bytes apart, = (more: +=) a turned tile of sums times a
+    factor [16] per column."""
     return _made(7, _write)
