@@ -1,11 +1,12 @@
 """Products of tiles with AMX: y^T = W x^T for 32 weight rows and 32 rows of x at a time.
 
-Both operands lie in tiles of 1 KiB (see `tiles`): weights as 16 rows of 64 bytes, x as 16 groups of 4 bytes of
-16 rows. Floating-point formats are sums of bfloat16 planes, 8 bits of the significand each: three of x, and
+Both operands lie in tiles of 1 KiB (see `tiles`): weights as 16 rows of 64 bytes, x as 16 groups of 4 bytes
+of 16 rows. Floating-point formats are sums of bfloat16 planes, 8 bits of the significand each: three of x, and
 one (bf16, fp8), two (f16) or three (f32) of the weights. Of the nine products of planes those whose factors
 are at least 2^-16 together are taken: what is left out is below 2^-26 of the product of the magnitudes, less
-than the rounding of one float32 product. Values below 2^-110 lose their last planes, because AMX takes
-subnormal numbers as zero.
+than the rounding of one float32 product. Values and products below 2^-108 lose their last planes, because AMX
+takes subnormal numbers as zero; infinite x gives NaN where weights are in several planes, some of which are
+zero.
 
 Integer formats multiply signed bytes of weights with both byte planes of x (256 high + low, as in `dot`): the
 sums of a block of 32 are exact in int32, and are scaled and added in float32.
@@ -27,13 +28,17 @@ from numba.core import cgutils
 from mapper_kernels.jit import intrinsic, jit
 from mapper_kernels.vec import F32, I8, I32, I64, Emitter, Value, features, vector
 
-THERE = sys.platform == "linux" and features() >= {"amx-tile", "amx-int8", "amx-bf16", "avx512f"}
+THERE = sys.platform == "linux" and features() >= {"amx-tile", "amx-int8", "amx-bf16", "avx512bf16"}
 """Whether this processor has the tiles; whether the process may use them says `usable`."""
 TILE = 1024
 """Bytes of a tile: 16 rows of 64."""
 PLANES = 3
 """Planes of x for floating-point weights."""
-_ARCH_PRCTL, _REQUEST, _TILES = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h: ARCH_REQ_XCOMP_PERM, XTILEDATA
+_ARCH_PRCTL, _REQUEST, _TILES = (
+    158,
+    0x1023,
+    18,
+)  # asm/unistd_64.h, asm/prctl.h: ARCH_REQ_XCOMP_PERM, XTILEDATA
 _PAIRS = {1: ((0, 2), (0, 1), (0, 0)), 2: ((0, 2), (0, 1), (1, 1), (1, 0), (0, 0))}
 _PAIRS[3] = ((0, 2), (0, 1), (1, 1), (1, 0), (2, 0), (0, 0))
 """Planes of (weights, x) whose products are taken, by planes of the weights; neighbours share a plane."""
@@ -146,14 +151,16 @@ def _integers(e: Emitter, args: Any) -> None:
 
 def _ask(e: Emitter) -> Value:
     """1 where the environment does not forbid the tiles and the system grants them, else 2."""
-    b, declare = e.b, cgutils.get_or_insert_function
-    find: Any = declare(b.module, ir.FunctionType(I8.as_pointer(), [I8.as_pointer()]), "getenv")
+    b = e.b
+    tools: Any = cgutils
+    declare = tools.get_or_insert_function
+    find = declare(b.module, ir.FunctionType(I8.as_pointer(), [I8.as_pointer()]), "getenv")
     value = b.call(find, [_constant(e, "name", b"MAPPER_AMX\0")])
-    state = cgutils.alloca_once_value(b, ir.Constant(I32, 2))
+    state = tools.alloca_once_value(b, ir.Constant(I32, 2))
     given = b.icmp_unsigned("!=", b.ptrtoint(value, I64), e.number(0))
     first = b.load(b.select(given, value, _constant(e, "one", b"1")))
     with b.if_then(b.icmp_unsigned("!=", first, ir.Constant(I8, ord("0")))):
-        call: Any = declare(b.module, ir.FunctionType(I64, [I64] * 3), "syscall")
+        call = declare(b.module, ir.FunctionType(I64, [I64] * 3), "syscall")
         failed = b.call(call, [e.number(n) for n in (_ARCH_PRCTL, _REQUEST, _TILES)])
         granted = b.icmp_signed("==", failed, e.number(0))
         b.store(b.select(granted, ir.Constant(I32, 1), ir.Constant(I32, 2)), state)
@@ -207,8 +214,8 @@ def floats(planes: int) -> Callable[..., None]:
 
 @intrinsic
 def integers(typingctx: Any, w: Any, ws: Any, x: Any, xs: Any, chunks: Any, out: Any, space: Any) -> Any:
-    """For integer weights: weights, their scales, x, its scales, chunks of 64 elements, out (one tile float32),
-    four tiles of space. Addresses."""
+    """For integer weights: weights, their scales, x, its scales, chunks of 64 elements, out (one tile
+    float32), four tiles of space. Addresses."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if THERE:

@@ -34,6 +34,7 @@ _BLOCKED = np.array([FORMATS[name].blocked for name in _NAMES])
 _FACTOR = np.array([256.0 if name == "f8e4m3" else 1.0 for name in _NAMES], np.float32)
 """What the sums of weights are multiplied by: see `dot.weights_f`."""
 _F8: Any = FORMATS["f8e4m3"].code
+_ONE: Any = np.int64(1)
 _ROWS: Any = 32
 """Weight rows, and rows of x, at a time."""
 
@@ -125,7 +126,7 @@ def tile_rows(code: int, x: int, x_row: int, m: int, k: int, out: int) -> None:
 @jit
 def _write(sums: int, factors: int, y: int, y_row: int, rows: int, columns: int, more: int) -> None:
     if rows > 0 and columns > 0:
-        _turn(sums, np.int64(1))
+        _turn(sums, _ONE)
         write(sums, factors, y, y_row, rows, columns, more)
 
 
@@ -190,7 +191,8 @@ def tiled(
                     factor[r] *= f32(s + (j + r) * s_row, 1)[0]
             at_z = z + j * z_row + first // 64 if z != 0 else 0
             _pack_rows(
-                code, w + j * w_row + at_w, w_row, s + j * s_row + at_s, s_row, at_z, z_row, rows, some, room, ws
+                code, w + j * w_row + at_w, w_row, s + j * s_row + at_s, s_row, at_z, z_row, rows, some,
+                room, ws,
             )  # fmt: skip
             to = y + 4 * j
             if _INTEGER[code]:

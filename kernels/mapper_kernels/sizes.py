@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mapper_kernels.formats import FORMATS
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 128
 """Most rows of x that are prepared at once for a product."""
 FEWEST = 16
 """Fewest rows of x for which a product may take tiles."""

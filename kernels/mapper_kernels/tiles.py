@@ -1,7 +1,7 @@
 """Operands of products with many rows of x, laid out in tiles of 1 KiB as `amx` takes them.
 
-Weights, 32 rows at a time: for every chunk of K (64 bytes of a row in a tile), plane by plane, two tiles of 16
-rows of 64 bytes. Floating-point formats are split into planes of bfloat16, 32 elements a chunk; integer
+Weights, 32 rows at a time: for every chunk of K (64 bytes of a row in a tile), plane by plane, two tiles of
+16 rows of 64 bytes. Floating-point formats are split into planes of bfloat16, 32 elements a chunk; integer
 formats become signed bytes, zero points subtracted, 64 elements a chunk, and their scales go apart, [blocks,
 32] float32.
 
@@ -18,7 +18,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from mapper_kernels.amx import PLANES, TILE
+from mapper_kernels.amx import PLANES, THERE, TILE
 from mapper_kernels.dot import AHEAD, OFFSET, weights_f
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.jit import intrinsic
@@ -39,7 +39,10 @@ def _rest(e: Emitter, left: Value | None, n: int) -> Value | None:
     return None if left is None else e.b.sub(left, e.number(n))
 
 
-class _Bfloat(ir.types.HalfType):  # llvmlite has no name for it
+_Half: Any = ir.types.HalfType
+
+
+class _Bfloat(_Half):  # type: ignore[misc]  # llvmlite has no name for it
     def __str__(self) -> str:
         return "bfloat"
 
@@ -114,7 +117,15 @@ def _scale(e: Emitter, kind: str, s: Value, block: Value) -> Value:
     return b.fpext(e.load(e.at(s, (2, block)), F16), F32)
 
 
-_KINDS = (("f32",), ("f16",), ("bf16",), ("f8e4m3",), ("int8", "int8row", "int8f"), ("int4", "int4f"), ("mxfp4",))
+_KINDS = (
+    ("f32",),
+    ("f16",),
+    ("bf16",),
+    ("f8e4m3",),
+    ("int8", "int8row", "int8f"),
+    ("int4", "int4f"),
+    ("mxfp4",),
+)
 """Formats whose elements are alike."""
 _SCALES = {"f16": ("int8", "int4"), "f32": ("int8f", "int4f"), "e8m0": ("mxfp4",), "row": ("int8row",)}
 """Kind of scales -> formats."""
@@ -231,9 +242,7 @@ def _row(e: Emitter, integer: bool, args: Any) -> None:
 
     def one(c: Value, left: Value | None) -> list[Value]:
         at = e.at(x, (4 * size, c))
-        found = (
-            _row_integers(e, at, e.at(scales, (128, c)), left) if integer else _row_floats(e, at, left)
-        )
+        found = _row_integers(e, at, e.at(scales, (128, c)), left) if integer else _row_floats(e, at, left)
         for p, v in enumerate(found):
             e.store(v, e.at(out, (planes * TILE, c), (TILE, p)))
         return []
@@ -288,7 +297,8 @@ def _made(count: int, emit: Callable[[Emitter, Any], None]) -> Any:
     """An intrinsic of `count` int64 arguments."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit(Emitter(builder, "avx512vnni" in features()), args)
+        if THERE:
+            emit(Emitter(builder, "avx512vnni" in features()), args)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * count), build
@@ -298,8 +308,8 @@ def _made(count: int, emit: Callable[[Emitter, Any], None]) -> Any:
 def pack(
     typingctx: Any, code: Any, w: Any, w_row: Any, z: Any, z_row: Any, rows: Any, k: Any, out: Any
 ) -> Any:
-    """Weight rows (at most 32) of a format as tiles. Addresses, steps between rows in bytes; w and z (0: none)
-    where the stretch of K begins."""
+    """Weight rows (at most 32) of a format as tiles. Addresses, steps between rows in bytes; w and z (0:
+    none) where the stretch of K begins."""
     return _made(8, _pack)
 
 
@@ -330,6 +340,6 @@ def turn(typingctx: Any, at: Any, tiles: Any) -> Any:
 def write(
     typingctx: Any, tile: Any, factors: Any, y: Any, y_row: Any, rows: Any, columns: Any, more: Any
 ) -> Any:
-    """y [rows, columns], of both at most 16, rows `y_row` bytes apart, = (more: +=) a turned tile of sums times a
-    factor [16] per column."""
+    """y [rows, columns], of both at most 16, rows `y_row` bytes apart, = (more: +=) a turned tile of sums
+    times a factor [16] per column."""
     return _made(7, _write)
