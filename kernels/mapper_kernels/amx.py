@@ -1,8 +1,8 @@
 """Products of tiles with AMX: y^T = W x^T for 32 weight rows and 32 rows of x at a time.
 
 Both operands lie in tiles of 1 KiB (see `tiles`): weights as 16 rows of 64 bytes, x as 16 groups of 4 bytes
-of 16 rows. Floating-point formats are sums of bfloat16 planes, 8 bits of the significand each: three of x, and
-one (bf16, fp8), two (f16) or three (f32) of the weights. Of the nine products of planes those whose factors
+of 16 rows. Floating-point formats are sums of bfloat16 planes, 8 bits of the significand each: three of x,
+and one (bf16, fp8), two (f16) or three (f32) of the weights. Of the products of planes those whose factors
 are at least 2^-16 together are taken: what is left out is below 2^-26 of the product of the magnitudes, less
 than the rounding of one float32 product. Values and products below 2^-108 lose their last planes, because AMX
 takes subnormal numbers as zero; infinite x gives NaN where weights are in several planes, some of which are

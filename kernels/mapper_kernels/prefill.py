@@ -17,12 +17,13 @@ from mapper_kernels.dot import OFFSET
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.jit import jit
 from mapper_kernels.memory import f32
-from mapper_kernels.sizes import STRETCH
+from mapper_kernels.sizes import FEWEST, STRETCH
 from mapper_kernels.tiles import WEIGHT_PLANES, pack, pack_scales, row, turn, write
 
 _NAMES = sorted(FORMATS, key=lambda name: FORMATS[name].code)
-LEAST = {name: 16 for name in FORMATS}
-"""Fewest rows of x for which the tiles win, by format (python -m benchmarks.prefill --rows 8 16 32)."""
+LEAST = dict.fromkeys(FORMATS, FEWEST) | {"f32": 48, "f16": 32}
+"""Fewest rows of x for which tiles win, by format (python -m benchmarks.prefill --threads 1 --rows 16 32 48
+64): weights in several planes take longest to pack."""
 _LEAST = np.array([LEAST[name] for name in _NAMES])
 _INTEGER = np.array([name in OFFSET for name in _NAMES])
 _W_PLANES = np.array([WEIGHT_PLANES.get(name, 1) for name in _NAMES])
