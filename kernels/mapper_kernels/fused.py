@@ -21,6 +21,7 @@ from mapper_kernels.jit import fast, jit
 from mapper_kernels.linear import prepare_rows, prepared_bytes, product
 from mapper_kernels.memory import f32, f32_2d, f64_to_small, u16
 from mapper_kernels.norm import norm
+from mapper_kernels.prefill import in_tiles, tile_end, tile_row, tiled, tiled_size
 from mapper_kernels.product import gate
 from mapper_kernels.rope import rotate
 from mapper_kernels.scalar import activate
@@ -84,18 +85,22 @@ def _add_bias(y: int, y_row: int, bias: int, rows: int, low: int, high: int) -> 
 @jit
 def _enter(r: Any, a: Any, f: Any, code: int, first: int, rows: int, scratch: int, prepared: int) -> None:
     """Normalise and prepare rows first.. of x for a format."""
-    k = a[1]
-    x = r[0] + 4 * k * first
-    if a[2] == NO_NORM:
-        prepare_rows(code, x, 4 * k, rows, k, prepared)
-        return
+    k, normed, tiles = a[1], a[2] != NO_NORM, in_tiles(code, rows)
     weight = f32(r[1], k if a[3] else 0)
     bias = f32(r[1 + a[3]], k if a[4] else 0)
-    y = f32_2d(scratch, 1, k)
     step = prepared_bytes(code, k)
     for i in range(rows):
-        norm(f32_2d(x + 4 * k * i, 1, k), weight, bias, y, a[2] == LAYER_NORM, f[5], f[6], _NONE, _ONE)
-        prepare_rows(code, scratch, 4 * k, _ONE, k, prepared + i * step)
+        x = r[0] + 4 * k * (first + i)
+        if normed:
+            y = f32_2d(scratch, 1, k)
+            norm(f32_2d(x, 1, k), weight, bias, y, a[2] == LAYER_NORM, f[5], f[6], _NONE, _ONE)
+            x = scratch
+        if tiles:
+            tile_row(code, x, i, rows, k, prepared)
+        else:
+            prepare_rows(code, x, 4 * k, _ONE, k, prepared + i * step)
+    if tiles:
+        tile_end(code, rows, k, prepared)
 
 
 @jit
@@ -117,7 +122,10 @@ def project(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None
         for i in range(count):
             e = a[HEAD + EACH * i :]
             outs += 1 + (_scaled(e[1]) > 0) + e[2] + e[3]
-            products = max(products, prepared + (rows + 3) // 4 * 4 * prepared_bytes(e[1], k))
+            if in_tiles(e[1], rows):
+                products = max(products, prepared + tiled_size(e[1], rows, k))
+            else:
+                products = max(products, prepared + (rows + 3) // 4 * 4 * prepared_bytes(e[1], k))
         products = (products + 63) // 64 * 64
         residual = r[outs] if kind == RESIDUAL else 0
         outs += kind == RESIDUAL
@@ -133,7 +141,10 @@ def project(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None
             s = r[at + 1] if scaled else 0
             z = r[at + 1 + scaled] if e[2] else 0
             y = r[outs + i] + 4 * n * first if kind == PLAIN else made
-            product(code, r[at], s, z, prepared, rows, k, y, 4 * n, low, high)
+            if in_tiles(code, rows):
+                tiled(code, r[at], s, z, prepared, rows, k, y, 4 * n, low, high)
+            else:
+                product(code, r[at], s, z, prepared, rows, k, y, 4 * n, low, high)
             if e[3]:
                 _add_bias(y, 4 * n, r[at + 1 + scaled + e[2]], rows, low, high)
             at += 1 + scaled + e[2] + e[3]
