@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="side by side with the peers, in turns")
+    parser.add_argument("--only", nargs="*", metavar="PEER", help="with --peers: these peers alone")
     parser.add_argument("--peers-python", default=os.environ.get("MAPPER_PEERS_PYTHON") or sys.executable)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each that must count")
     parser.add_argument(

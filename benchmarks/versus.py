@@ -120,6 +120,9 @@ def present(given: argparse.Namespace) -> tuple[list[Contender], dict[str, str]]
     """The peers that have the format and can be imported, and why each other one is left out."""
     found, skipped = [], {}
     for peer in PEERS:
+        if given.only and peer.name not in given.only:
+            skipped[peer.name] = "not asked for"
+            continue
         code = "\n".join(f"import {name}" for name in peer.needs)
         if given.weights not in peer.variants:
             skipped[peer.name] = f"has no {given.weights} products on the CPU"
