@@ -3,8 +3,12 @@ written."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -141,6 +145,17 @@ def _plain(name: str, w: _Weights, x: F32) -> F32:
 
 def _random(m: int, k: int) -> F32:
     return np.random.default_rng(m * k).standard_normal((m, k)).astype(np.float32)
+
+
+def test_the_environment_forbids_them() -> None:
+    run = "from mapper_kernels.amx import usable; print(usable())"
+    path = Path(amx.__file__).parent.parent
+    for value, there in (("0", "False"), ("1", "True")):
+        around = {**os.environ, "MAPPER_AMX": value, "PYTHONPATH": str(path)}
+        found = subprocess.run(
+            [sys.executable, "-c", run], env=around, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == there
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
