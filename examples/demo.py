@@ -46,7 +46,7 @@ def main() -> int:
     screen = console()
     screen.print(*results([c.result for c in compiled.values()]), verified(found), sep="\n")
     entries = [Entry(c, found[t].record()) for t, c in compiled.items()]
-    write(prompt, tokenizer)
+    show_text(prompt, tokenizer)
     for target in TARGETS:
         print(f"trace of {target} (open it in https://ui.perfetto.dev): {OUT / target / 'trace.json'}")
     print(f"report: {write(entries, OUT / 'report.html')}")
@@ -70,7 +70,7 @@ def demonstrate(target: str) -> tuple[driver.Compiled, Verification]:
     return compiled, found
 
 
-def write(prompt: list[int], tokenizer: Tokenizer) -> None:
+def show_text(prompt: list[int], tokenizer: Tokenizer) -> None:
     """Print what the model makes of the prompt on this computer, and its speed beside the prediction."""
     decoding = stream(MODEL, prompt, TOKENS)
     print(tokenizer.decode([*prompt, *decoding]))
