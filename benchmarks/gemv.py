@@ -26,6 +26,8 @@ GOALS = {"f32": 0.85, "bf16": 0.80, "int8": 0.85, "int4": 0.70}
 """Format -> fraction of the read rate."""
 DISTURBED = 0.85
 """A read below this part of the best one was disturbed."""
+LEAST = 3
+"""Rounds without disturbance that a median needs; with fewer none is given."""
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -58,6 +60,7 @@ def measure(name: str, k: int, space: Array, threads: Threads, rounds: int) -> d
         reads.append(seconds(read))
     best = min(reads)
     kept = [i for i in range(rounds) if max(reads[i], reads[i + 1]) <= best / DISTURBED]
+    kept = kept if len(kept) >= LEAST else []
     fractions = [(reads[i] + reads[i + 1]) / 2 / products[i] for i in kept]
     return {
         "format": name,
@@ -95,7 +98,9 @@ def main() -> None:
                 print(json.dumps(found), flush=True)
                 continue
             fraction = (
-                "all rounds disturbed" if not found["kept"] else f"{found['fraction']:.2f} of the read rate"
+                "too many rounds disturbed"
+                if not found["kept"]
+                else f"{found['fraction']:.2f} of the read rate"
             )
             goal = f" (goal {found['goal']:.2f})" if found["goal"] else ""
             print(
