@@ -4,7 +4,8 @@
     down  per token the sum of its experts' outputs, each times its share
 
 A stack of experts is [E, N, K], each expert as a weight of `formats`. Pairs of a token and an expert are
-taken expert by expert, so that a step reads each chosen expert once for every 64 tokens that chose it.
+taken expert by expert, so that a step reads each chosen expert once for every ROWS_AT_ONCE tokens that
+chose it.
 All take addresses and share columns: `part` of `parts`; see `fused` for what threads do alike.
 """
 

@@ -20,6 +20,7 @@ from mapper_kernels.formats import FORMATS
 from mapper_kernels.jit import fast, jit
 from mapper_kernels.linear import prepare_rows, prepared_bytes, product
 from mapper_kernels.memory import f32, f32_2d, f64_to_small, u16
+from mapper_kernels.names import ATTEND_HEAD, EPILOGUES, NORMS, PROJECT_EACH, PROJECT_HEAD
 from mapper_kernels.norm import norm
 from mapper_kernels.prefill import in_tiles, tile_end, tile_row, tiled, tiled_size
 from mapper_kernels.product import gate
@@ -30,16 +31,8 @@ from mapper_kernels.split import share
 
 GRAIN = 16
 """Columns of y are shared in whole cache lines."""
-PLAIN, RESIDUAL, GATE, ACTIVATION = range(4)
-"""What follows the products of `project`: nothing but the biases; y += residual; y = act(first) second;
-y = act(first)."""
-NO_NORM, RMS_NORM, LAYER_NORM = range(3)
-"""What comes before them."""
-HEAD = 10
-"""Arguments of `project` before those of its matrices: m, k, norm, whether it has a weight, and a bias,
-epsilon, offset (float64 bits), epilogue, activation, number of matrices."""
-EACH = 4
-"""Arguments of a matrix: n, format, whether it has zeros, and a bias."""
+PLAIN, RESIDUAL, GATE, ACTIVATION = range(len(EPILOGUES))
+NO_NORM, RMS_NORM, LAYER_NORM = range(len(NORMS))
 _ONE: Any = np.int64(1)
 _NONE: Any = np.int64(0)
 
@@ -107,9 +100,9 @@ def _enter(r: Any, a: Any, f: Any, code: int, first: int, rows: int, scratch: in
 def project(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None:
     """y_i = (norm of x) W_i^T + b_i, then the epilogue; shares the columns of every y.
 
-    a, f: arguments (see HEAD and EACH) as int64 and as float64. r: addresses of x [m, k], the norm's weight
-    and bias [k]; of every matrix its elements, scales, zeros and bias [n], as far as it has them; the
-    residual [m, n]; and the results: [m, n] for each matrix (PLAIN), else one.
+    a, f: arguments (see PROJECT_HEAD and PROJECT_EACH) as int64 and as float64. r: addresses of x [m, k],
+    the norm's weight and bias [k]; of every matrix its elements, scales, zeros and bias [n], as far as it
+    has them; the residual [m, n]; and the results: [m, n] for each matrix (PLAIN), else one.
     """
     m, k, kind, count = a[0], a[1], a[7], a[9]
     for first in range(0, m, ROWS_AT_ONCE):
@@ -120,7 +113,7 @@ def project(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None
         products = prepared
         known = -1
         for i in range(count):
-            e = a[HEAD + EACH * i :]
+            e = a[PROJECT_HEAD + PROJECT_EACH * i :]
             outs += 1 + (_scaled(e[1]) > 0) + e[2] + e[3]
             if in_tiles(e[1], rows):
                 products = max(products, prepared + tiled_size(e[1], rows, k))
@@ -131,7 +124,7 @@ def project(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None
         outs += kind == RESIDUAL
         made = products
         for i in range(count):
-            e = a[HEAD + EACH * i :]
+            e = a[PROJECT_HEAD + PROJECT_EACH * i :]
             n, code = e[0], e[1]
             if code != known:
                 _enter(r, a, f, code, first, rows, scratch, prepared)
@@ -150,7 +143,7 @@ def project(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> None
             at += 1 + scaled + e[2] + e[3]
             made += (4 * rows * n + 63) // 64 * 64
         if kind != PLAIN:
-            n = a[HEAD]
+            n = a[PROJECT_HEAD]
             low, high = share(n, GRAIN, part, parts)
             second = products + (4 * rows * n + 63) // 64 * 64
             y, old = r[outs] + 4 * n * first, residual + 4 * n * first
@@ -164,12 +157,6 @@ _SCALES = np.array([f.scale for f in sorted(FORMATS.values(), key=lambda f: f.co
 def _scaled(code: int) -> int:
     size: int = _SCALES[code]
     return size
-
-
-ATTEND_HEAD = 17
-"""Arguments of `attend_cached` before the slopes: batch, heads, D, key heads, L, Dv, window, has sinks,
-number of slopes, scale, softcap (float64 bits), rotary width, whether interleaved, rows of the rotary
-table, splits of the cache, its format's code, 0."""
 
 
 @jit

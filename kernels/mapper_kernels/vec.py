@@ -188,12 +188,7 @@ class Emitter:
             phi.add_incoming(value, last)
         self.b.cbranch(self.b.icmp_signed("<", following, end), inside, after)
         self.b.position_at_end(after)
-        found = []
-        for value, new in zip(carried, made, strict=True):
-            found.append(self.b.phi(value.type))
-            found[-1].add_incoming(value, before)
-            found[-1].add_incoming(new, last)
-        return found
+        return self._joined(before, carried, last, made)
 
     def when(
         self, condition: Value, carried: Sequence[Value], body: Callable[[list[Value]], list[Value]]
@@ -207,6 +202,10 @@ class Emitter:
         last = self.b.block
         self.b.branch(after)
         self.b.position_at_end(after)
+        return self._joined(before, carried, last, made)
+
+    def _joined(self, before: Any, carried: Sequence[Value], last: Any, made: Sequence[Value]) -> list[Value]:
+        """What is carried where the ways from two blocks meet."""
         found = []
         for value, new in zip(carried, made, strict=True):
             found.append(self.b.phi(value.type))

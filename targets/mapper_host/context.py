@@ -158,13 +158,6 @@ class Context:
             self.fail(f"computes in f32, not in {value.dtype}")
         return value
 
-    def matrix(self, attribute: str, transposed: bool) -> tuple[Value, bool]:
-        """The matrix that an attribute names in float32, and whether it is [N, K]."""
-        value = self.weight(attribute)
-        if value is None:
-            self.fail(f"has no {attribute}")
-        return value, transposed
-
     def product(self, attribute: str, transposed: bool) -> Matrix:
         """The matrix that an attribute names as [N, K] or [E, N, K], in its stored format where the kernels
         have it."""

@@ -22,18 +22,15 @@ from mapper_host.opcodes import (
     ATTEND_AT,
     CACHE_APPEND,
     CACHED_ATTENTION,
-    EPILOGUES,
     MERGE_SPLITS,
     NORM,
-    NORMS,
     PROJECT,
     ROPE_AT,
     VECTOR,
 )
 from mapper_host.program import BlockSteps, Slice, Step, Storage, step
+from mapper_kernels.names import EPILOGUES, NORMS, PROJECT_HEAD
 
-_HEAD = 10
-"""Arguments of `project` before those of its matrices."""
 _NORM, _EPILOGUE, _ACT, _COUNT = 2, 7, 8, 9
 _MOST = 3
 """Matrices of one product."""
@@ -190,7 +187,7 @@ def _together(f: _Fusion, first: Step) -> None:
         return
     args = [*first.args[:_COUNT], sum(p.args[_COUNT] for p in parts)]
     for p in parts:
-        args += p.args[_HEAD:]
+        args += p.args[PROJECT_HEAD:]
     reads = [*first.reads[:entry], *(r for p in parts for r in p.reads[entry:])]
     writes = [w for p in parts for w in p.writes]
     shared = sum(r.bytes for r in first.reads[:entry]) * (len(parts) - 1)
@@ -216,7 +213,7 @@ def _epilogue(f: _Fusion, one: Step) -> None:
         return
     after = readers[0]
     args = list(one.args)
-    items = args[0] * args[_HEAD]
+    items = args[0] * args[PROJECT_HEAD]
     extra: list[Slice] = []
     if after.opcode == ACTIVATION:
         args[_EPILOGUE], args[_ACT] = EPILOGUES.index("activation"), after.args[1]

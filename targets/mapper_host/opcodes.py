@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from mapper_kernels.formats import FORMATS
+from mapper_kernels.names import ATTEND_HEAD, EPILOGUES, PROJECT_EACH
 
 OPCODES = (
     "linear_nk", "linear_kn", "norm", "rope_at", "rope", "cache_append", "cached_attention", "attention",
@@ -249,11 +250,16 @@ def _experts_down(a: Args) -> list[int]:
 
 def _project(a: Args) -> list[int]:
     m, k, norm, weighted, biased, _, _, epilogue, _, count, *rest = a
-    if epilogue not in range(4) or count not in (1, 2, 3) or len(rest) != MATRIX * count or m < 0:
+    if (
+        epilogue not in range(len(EPILOGUES))
+        or count not in (1, 2, 3)
+        or len(rest) != PROJECT_EACH * count
+        or m < 0
+    ):
         raise ValueError("no such product")
     reads, writes = [4 * m * k, *([4 * k] * (bool(weighted) + bool(biased)) if norm else [])], []
     for i in range(count):
-        n, code, zeros, bias = rest[MATRIX * i : MATRIX * (i + 1)]
+        n, code, zeros, bias = rest[PROJECT_EACH * i : PROJECT_EACH * (i + 1)]
         kind = _FORMATS[code]
         reads += [n * kind.value_bytes(k), *([n * kind.scale_bytes(k)] if kind.scale else [])]
         reads += [*([n * kind.zero_bytes(k)] if zeros else []), *([4 * n] if bias else [])]
@@ -270,14 +276,14 @@ def _project(a: Args) -> list[int]:
 
 
 def _attend_at(a: Args) -> list[int]:
-    b, h, d, kv, length, dv, _, sinks, _, _, _, rotary, _, rows, splits, code, _ = a[:17]
+    b, h, d, kv, length, dv, _, sinks, _, _, _, rotary, _, rows, splits, code, _ = a[:ATTEND_HEAD]
     size = (4, 2, 2)[code]
     caches = [size * b * kv * length * n for n in (d, dv)]
     reads = [4 * b * h * d, 4 * b * kv * d, 4 * b * kv * dv, *caches, 8]
     reads += [*([4 * rows * rotary] if rotary else []), *([4 * h] if sinks else [])]
     if (
         h % kv
-        or len(a) != 17 + (h if a[8] else 0)
+        or len(a) != ATTEND_HEAD + (h if a[8] else 0)
         or a[8] not in (0, h)
         or splits < 1
         or rotary > d
@@ -297,12 +303,6 @@ def _merge_splits(a: Args) -> list[int]:
 _FORMATS = sorted(FORMATS.values(), key=lambda f: f.code)
 STACK = 3
 """Arguments of a stack of experts: format, whether it has zeros, and a bias."""
-MATRIX = 4
-"""Arguments of a matrix of `project`: n, format, whether it has zeros, and a bias."""
-EPILOGUES = ("plain", "residual", "gate", "activation")
-"""What follows the products of `project`; the position is the number."""
-NORMS = ("none", "rms", "layer")
-"""What comes before them."""
 
 
 _EXTENTS: dict[int, Callable[[Args], list[int]]] = {

@@ -11,7 +11,6 @@ from mapper_host.opcodes import (
     CACHED_ATTENTION,
     COPY,
     EMBED_AT,
-    EPILOGUES,
     GATE,
     GATHER,
     LINEAR_KN,
@@ -28,7 +27,7 @@ from mapper_host.opcodes import (
 )
 from mapper_host.program import Slice, Value
 from mapper_host.strides import broadcast, collapse, row_major
-from mapper_kernels.names import ACTIVATIONS, COMBINATIONS
+from mapper_kernels.names import ACTIVATIONS, COMBINATIONS, EPILOGUES
 
 
 @rule("embed")
@@ -55,13 +54,13 @@ def linear(c: Context, x: Value, name: str, transposed: bool, bias: str, y: Valu
     if c.serving:
         project(c, x, [(c.product(name, transposed), c.weight(bias) if bias else None)], y)
         return
-    weight, turned = c.matrix(name, transposed)
+    weight = c.need(name)
     given = c.weight(bias) if bias else None
-    n, k = weight.shape if turned else weight.shape[::-1]
+    n, k = weight.shape if transposed else weight.shape[::-1]
     m = y.items // n if n else 0
     operands = [x, weight, *([] if given is None else [given]), y]
     args = [m, n, k, int(given is not None)]
-    c.emit(LINEAR_NK if turned else LINEAR_KN, args, operands, 2 * m * n * k + (m * n if given else 0))
+    c.emit(LINEAR_NK if transposed else LINEAR_KN, args, operands, 2 * m * n * k + (m * n if given else 0))
 
 
 def project(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mapper.schedule.tables import Int
-from mapper_host.opcodes import ATTEND_AT, EXPERTS_DOWN, EXPERTS_UP, MATRIX, PROJECT
+from mapper_host.opcodes import ATTEND_AT, EXPERTS_DOWN, EXPERTS_UP, PROJECT
+from mapper_kernels.names import PROJECT_EACH, PROJECT_HEAD
 from mapper_kernels.sizes import attend_scratch, experts_scratch, project_scratch
 
 _OWN = (PROJECT, ATTEND_AT, EXPERTS_UP, EXPERTS_DOWN)
@@ -15,8 +16,8 @@ def scratch_bytes(rows: Int, args: Int) -> int:
     for opcode, first in {(int(r[0]), int(r[1])) for r in rows[:, :2]}:
         a = args[first:].tolist() if opcode in _OWN else []
         if opcode == PROJECT:
-            matrices = a[10 : 10 + MATRIX * a[9]]
-            found.add(project_scratch(a[0], a[1], max(matrices[::MATRIX]), a[9]))
+            matrices = a[PROJECT_HEAD : PROJECT_HEAD + PROJECT_EACH * a[PROJECT_HEAD - 1]]
+            found.add(project_scratch(a[0], a[1], max(matrices[::PROJECT_EACH]), a[PROJECT_HEAD - 1]))
         elif opcode == ATTEND_AT:
             found.add(attend_scratch(a[2], a[5]))
         elif opcode == EXPERTS_UP:

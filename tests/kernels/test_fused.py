@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mapper_kernels import fused
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.front_linear import project_arguments, project_parts
+from mapper_kernels.names import ATTEND_HEAD, PROJECT_EACH, PROJECT_HEAD
 from mapper_kernels.sizes import attend_scratch, project_scratch
 from mapper_kernels.weight import Norm, Weight
 from tests.kernels.compiled import cached_parts, merged_parts
@@ -56,9 +57,9 @@ def project(
         heads += [weight.shape[0], weight.layout.code, weight.zeros is not None, bias is not None]
         given_r += [v for v in (weight.values, weight.scales, weight.zeros, bias) if v is not None]
     _, a, f = project_arguments(x, matrices[:1], norm, kind, activation)
-    wide = np.zeros(len(a) - fused.EACH)
-    wide[:] = f[: fused.HEAD]
-    a = np.array([*a[: fused.HEAD - 1], count, *heads])
+    wide = np.zeros(len(a) - PROJECT_EACH)
+    wide[:] = f[:PROJECT_HEAD]
+    a = np.array([*a[: PROJECT_HEAD - 1], count, *heads])
     r = [arena.put(v) for v in given_r]
     results = [w.shape[0] for w, _ in matrices] if kind == fused.PLAIN else [matrices[0][0].shape[0]]
     ys = [arena.result((m, n)) for n in results]
@@ -223,8 +224,8 @@ def test_cached(
     r = [arena.put(q), arena.put(new_k), arena.put(new_v), *(c.ctypes.data for c in caches), 0]
     r += [arena.put(table)] * (rotary > 0) + [arena.put(sinks)] * extras + [c.ctypes.data for c in caches]
     scale = float(np.float32(d**-0.5))
-    f = np.zeros(fused.ATTEND_HEAD + heads)
-    f[9], f[10], f[fused.ATTEND_HEAD :] = scale, softcap, slopes
+    f = np.zeros(ATTEND_HEAD + heads)
+    f[9], f[10], f[ATTEND_HEAD:] = scale, softcap, slopes
     head = [
         batch,
         heads,
