@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +22,7 @@ from mapper.cli_serving import add_commands
 from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
 from mapper.exits import run_app
+from mapper.report.spinner import working
 
 if TYPE_CHECKING:
     from mapper.cost.estimate import Result
@@ -108,7 +108,7 @@ def compile_(
     """Map a model onto a target. Prints times, bands, lower bounds and checks; --out saves the schedule."""
     from mapper.driver import build
 
-    with _working(f"compiling {model.name} for {target}"):
+    with working(f"compiling {model.name} for {target}"):
         done = build(
             model, target, machine=machine, batch=batch, context=context, prompt=prompt, weights=weights,
             chips=_chips(chips), phase=phase, out=out, external_root=external_root,
@@ -134,7 +134,7 @@ def verify(
     """Execute a schedule against onnxruntime. Compares logits, cache and greedy tokens at each step."""
     from mapper import driver
 
-    with _working(f"executing {schedule}"):
+    with working(f"executing {schedule}"):
         found = driver.verify(
             schedule, model=model, inputs=inputs, tokens=tokens, external_root=external_root
         )
@@ -153,7 +153,7 @@ def check(schedule: Dir, as_json: Json = False) -> None:
     """Check that a schedule is legal. Runs the shared checks and the target's own on the files alone."""
     from mapper import driver
 
-    with _working(f"checking {schedule}"):
+    with working(f"checking {schedule}"):
         report = driver.check(schedule)
     if as_json:
         found = [
@@ -186,7 +186,7 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
     from mapper.driver import load
     from mapper.frontend.inspect import inspect as recognised
 
-    with _working(f"reading {model}"):
+    with working(f"reading {model}"):
         record = recognised(load(model, external_root, identify=False))
     if as_json:
         _print_json(record)
@@ -235,7 +235,7 @@ def explain(
     """Explain a schedule's time. The bound, the busiest units, the constants that dominate the band."""
     from mapper.driver import describe
 
-    with _working(f"timing {schedule}"):
+    with working(f"timing {schedule}"):
         result = describe(schedule).result
     if as_json:
         _print_json({phase: e.explanation(top) for phase, e in result.phases.items()})
@@ -262,7 +262,7 @@ def report(
 
     entries = []
     for folder in schedules:
-        with _working(f"reading {folder}"):
+        with working(f"reading {folder}"):
             described = driver.describe(folder)
             found = (
                 driver.verify(folder, tokens=tokens, external_root=external_root).record()
@@ -327,7 +327,7 @@ def machines_calibrate(
     """Measure this computer. Writes a machine file to your configuration folder."""
     from mapper.catalog import calibrate
 
-    with _working("measuring"):
+    with working("measuring"):
         found, path = calibrate(target)
     if as_json:
         _print_json({"machine": found.name, "file": str(path), "constants": found.model_dump()["constants"]})
@@ -361,18 +361,6 @@ def _print_results(found: list[Result]) -> None:
     from mapper.report.terminal import console, results
 
     console().print(*results(found), sep="\n")
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    """A spinner on standard error while something long runs, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mapper.errors import MapperError, UsageError
+from mapper.report.spinner import working
 
 if TYPE_CHECKING:
     from mapper.decode import Decoding
@@ -63,7 +64,7 @@ def run(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     words = Tokens.beside(model) if ids is None else Tokens()
     start = words.encode(prompt) if prompt is not None else _ids(ids or "")
-    with _working(f"compiling {model.name} for host"):
+    with working(f"compiling {model.name} for host"):
         rate = _read_rate(probe)  # before weights take the caches and the bandwidth
         ends = frozenset[int]() if ignore_eos else end_tokens(model, words)
         decoding = stream(model, start, tokens, external_root, weights, sampling, ends, threads)
@@ -128,15 +129,3 @@ def _showing(decoding: Decoding, rate: float | None, silent: bool) -> Iterator[A
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    """A spinner on standard error while something long runs, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

@@ -18,7 +18,7 @@ ALLOWED = {
     "onnxscript": ("mapper/frontend/", "mapper/zoo/"),
     "onnxruntime": ("mapper/runtime/oracle.py",),
     "mapper_kernels": ("kernels/", "targets/", "mapper/runtime/"),
-    "rich": ("mapper/report/terminal.py", "mapper/report/live.py", *COMMANDS),
+    "rich": ("mapper/report/terminal.py", "mapper/report/live.py", "mapper/report/spinner.py", *COMMANDS),
     "typer": (*COMMANDS, "mapper/exits.py"),
     "jinja2": ("mapper/report/html.py", "targets/"),
     "tokenizers": ("mapper/tokens.py",),
