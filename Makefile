@@ -35,7 +35,7 @@ format: $(STAMP)  ## format and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## run the benchmarks
-	$(BIN)/python -m pytest --benchmark-only benchmarks
+	$(BIN)/python -m pytest --override-ini addopts= --import-mode=importlib --benchmark-only benchmarks
 
 fuzz: $(STAMP)  ## load 20,000 mutated model files; none may crash, hang or end in a traceback
 	$(BIN)/python -m tests.fuzz.run

@@ -46,7 +46,7 @@ def main() -> int:
     screen = console()
     screen.print(*results([c.result for c in compiled.values()]), verified(found), sep="\n")
     entries = [Entry(c, found[t].record()) for t, c in compiled.items()]
-    print(written(prompt, tokenizer))
+    show_text(prompt, tokenizer)
     for target in TARGETS:
         print(f"trace of {target} (open it in https://ui.perfetto.dev): {OUT / target / 'trace.json'}")
     print(f"report: {write(entries, OUT / 'report.html')}")
@@ -70,11 +70,11 @@ def demonstrate(target: str) -> tuple[driver.Compiled, Verification]:
     return compiled, found
 
 
-def written(prompt: list[int], tokenizer: Tokenizer) -> str:
-    """What the model makes of the prompt on this computer, and its speed beside the prediction."""
+def show_text(prompt: list[int], tokenizer: Tokenizer) -> None:
+    """Print what the model makes of the prompt on this computer, and its speed beside the prediction."""
     decoding = stream(MODEL, prompt, TOKENS)
-    text = tokenizer.decode([*prompt, *decoding])
-    return f"{text}\n{decoded(decoding.record())}"
+    print(tokenizer.decode([*prompt, *decoding]))
+    console().print(decoded(decoding.record()))
 
 
 def verified(found: dict[str, Verification]) -> object:

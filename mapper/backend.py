@@ -7,18 +7,20 @@ no target; the driver asks for one by name. A third party adds a target in its o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mapper.errors import MapperError, UsageError
+from mapper.lowbit import PARTS, format_name
 from mapper.runtime.interface import Array, Memories, Semantics
+from mapper.runtime.written import Written
 
 if TYPE_CHECKING:
     from mapper.bounds import Bound
     from mapper.ir.graph import Graph
-    from mapper.ir.weights import WeightSymbol
+    from mapper.ir.weights import Derivation, WeightSymbol
     from mapper.machine import Machine
     from mapper.schedule.checks import Check
     from mapper.schedule.mutate import Mutation
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUP", "Array", "Artifact", "Backend", "Explains", "Finding", "Memories", "Semantics", "WeightSource",
-    "discover", "load", "weight_source",
+    "Written", "discover", "load", "weight_format", "weight_source",
 ]  # fmt: skip
 
 
@@ -70,11 +72,13 @@ class WeightSource:
 
 def weight_source(symbol: WeightSymbol) -> WeightSource:
     """The array of a weight as it is computed in: read from its file, held here, or made from its parts."""
+    if symbol.derivation is not None:
+        return _derived(symbol, symbol.derivation)
     if symbol.packing is not None:
-        scheme, parts = symbol.packing.scheme, symbol.packing.parts
+        parts = symbol.packing.parts
         sources = {name: weight_source(part) for name, part in parts.items()}
-        given = [sources[n].expression if n in sources else None for n in _PARTS]
-        how = [scheme.bits, scheme.block, scheme.axis, scheme.layout]
+        given = [sources[n].expression if n in sources else None for n in PARTS]
+        how = list(astuple(symbol.packing.scheme))
         made = ["dequantise", how, list(symbol.shape), symbol.type.numpy.name, *given]
         files = {name: w for s in sources.values() for name, w in s.files.items()}
         constants = {name: a for s in sources.values() for name, a in s.constants.items()}
@@ -84,7 +88,17 @@ def weight_source(symbol: WeightSymbol) -> WeightSource:
     return WeightSource(["weight", symbol.name], {symbol.name: symbol}, {})
 
 
-_PARTS = ("values", "scales", "zeros", "order")
+def _derived(symbol: WeightSymbol, derivation: Derivation) -> WeightSource:
+    source = weight_source(derivation.source)
+    made = source.expression
+    if derivation.transposed:
+        rank = len(derivation.source.shape)
+        made = ["transpose", made, [*range(rank - 2), rank - 1, rank - 2]]
+    if derivation.scheme is None:
+        made = ["cast", made, symbol.type.numpy.name]
+    else:
+        made = ["quantise", list(astuple(derivation.scheme)), derivation.part, made]
+    return WeightSource(made, source.files, source.constants)
 
 
 class Backend(Protocol):
@@ -93,6 +107,9 @@ class Backend(Protocol):
     name: str
     summary: str  # one line for `mapper targets`
     default_machine: str
+    formats: Sequence[str]
+    """Weight formats (`mapper.lowbit.FORMATS`) that `lower` takes, first the one that weights are held in
+    where none is asked for. A graph lowered for any other has its weights in that format already."""
 
     def machine_files(self) -> Sequence[Path]:
         """The machine TOML files that the target ships."""
@@ -140,3 +157,17 @@ def load(name: str) -> Backend:
             return backend
     known = ", ".join(discover()) or "none"
     raise UsageError(f"unknown target {name!r}; installed targets: {known}")
+
+
+def weight_format(backend: Backend, name: str | None) -> str | None:
+    """The canonical name of the weight format asked of a target. Raises UsageError listing those it has."""
+    if name is None:
+        return None
+    try:
+        found = format_name(name)
+    except ValueError:
+        found = ""
+    if found not in backend.formats:
+        has = ", ".join(backend.formats)
+        raise UsageError(f"{backend.name} has no weight format {name!r}; it has {has}")
+    return found

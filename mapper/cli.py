@@ -9,18 +9,20 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mapper import __version__
+from mapper.cli_quantise import quantise
+from mapper.cli_run import run
 from mapper.cli_serving import add_commands
 from mapper.cli_zoo import zoo_app
 from mapper.errors import MapperError, MismatchError, UsageError
 from mapper.exits import run_app
+from mapper.report.spinner import working
 
 if TYPE_CHECKING:
     from mapper.cost.estimate import Result
@@ -37,6 +39,7 @@ machines_app = typer.Typer(help="List, show and calibrate machine files.")
 app.add_typer(machines_app, name="machines")
 app.add_typer(zoo_app, name="zoo")
 add_commands(app)
+app.command(epilog="Example: mapper quantise examples/tiny-llama-op18.onnx --weights int4,int8")(quantise)
 
 
 def _targets(incomplete: str) -> list[str]:
@@ -89,7 +92,9 @@ def compile_(
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     context: Annotated[int, typer.Option(help="Longest sequence, in tokens; the KV cache's length.")] = 128,
     prompt: Annotated[int, typer.Option(help="Tokens that the prefill program takes.")] = 16,
-    weights: Annotated[str | None, typer.Option(help="Weight format; default: the target's widest.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weight format, as int4; default: the target's own.")
+    ] = None,
     chips: Annotated[str, typer.Option(help="How many chips: a number, or auto.")] = "1",
     phase: Annotated[
         Literal["decode", "prefill", "both"], typer.Option(help="Which programs to make.")
@@ -103,7 +108,7 @@ def compile_(
     """Map a model onto a target. Prints times, bands, lower bounds and checks; --out saves the schedule."""
     from mapper.driver import build
 
-    with _working(f"compiling {model.name} for {target}"):
+    with working(f"compiling {model.name} for {target}"):
         done = build(
             model, target, machine=machine, batch=batch, context=context, prompt=prompt, weights=weights,
             chips=_chips(chips), phase=phase, out=out, external_root=external_root,
@@ -129,7 +134,7 @@ def verify(
     """Execute a schedule against onnxruntime. Compares logits, cache and greedy tokens at each step."""
     from mapper import driver
 
-    with _working(f"executing {schedule}"):
+    with working(f"executing {schedule}"):
         found = driver.verify(
             schedule, model=model, inputs=inputs, tokens=tokens, external_root=external_root
         )
@@ -148,7 +153,7 @@ def check(schedule: Dir, as_json: Json = False) -> None:
     """Check that a schedule is legal. Runs the shared checks and the target's own on the files alone."""
     from mapper import driver
 
-    with _working(f"checking {schedule}"):
+    with working(f"checking {schedule}"):
         report = driver.check(schedule)
     if as_json:
         found = [
@@ -181,7 +186,7 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
     from mapper.driver import load
     from mapper.frontend.inspect import inspect as recognised
 
-    with _working(f"reading {model}"):
+    with working(f"reading {model}"):
         record = recognised(load(model, external_root, identify=False))
     if as_json:
         _print_json(record)
@@ -195,46 +200,9 @@ def inspect(model: Model, external_root: External = None, as_json: Json = False)
         console().print(fields(record, str(model)))
 
 
-@app.command(epilog='Example: mapper run examples/tiny-llama-op18.onnx --prompt "It was" --tokens 48')
-def run(
-    model: Model,
-    prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer.json beside the model.")] = None,
-    ids: Annotated[str | None, typer.Option(help="Token ids instead of text, separated by commas.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to decode.")] = 64,
-    external_root: External = None,
-    as_json: Json = False,
-) -> None:
-    """Decode greedily on this computer. Uses the host target's kernels; text streams to standard output."""
-    from mapper.decode import Tokens, stream
-
-    if (prompt is None) == (ids is None):
-        raise UsageError("give one of --prompt and --ids")
-    if tokens < 1:
-        raise UsageError(f"tokens must be at least 1, not {tokens}")
-    words = Tokens.beside(model) if ids is None else Tokens()
-    start = words.encode(prompt) if prompt is not None else _ids(ids or "")
-    with _working(f"compiling {model.name} for host"):
-        decoding = stream(model, start, tokens, external_root)
-    if not as_json:
-        sys.stdout.write(words.text(start))
-    shown = list(start)
-    for token in decoding:
-        before, shown = words.text(shown), [*shown, token]
-        if not as_json:
-            sys.stdout.write(words.text(shown).removeprefix(before))
-            sys.stdout.flush()
-    record = decoding.record() | {
-        "prompt_ids": list(start),
-        "ids": shown[len(start) :],
-        "text": words.text(shown),
-    }
-    if as_json:
-        _print_json(record)
-    else:
-        from mapper.report.terminal import decoded
-
-        print()
-        print(decoded(record), file=sys.stderr)
+app.command("run", epilog='Example: mapper run examples/tiny-llama-op18.onnx --prompt "It was" --tokens 48')(
+    run
+)
 
 
 @app.command(epilog="Example: mapper opt examples/tiny-llama-op18.onnx -p 'serve{phase=decode}'")
@@ -267,7 +235,7 @@ def explain(
     """Explain a schedule's time. The bound, the busiest units, the constants that dominate the band."""
     from mapper.driver import describe
 
-    with _working(f"timing {schedule}"):
+    with working(f"timing {schedule}"):
         result = describe(schedule).result
     if as_json:
         _print_json({phase: e.explanation(top) for phase, e in result.phases.items()})
@@ -294,7 +262,7 @@ def report(
 
     entries = []
     for folder in schedules:
-        with _working(f"reading {folder}"):
+        with working(f"reading {folder}"):
             described = driver.describe(folder)
             found = (
                 driver.verify(folder, tokens=tokens, external_root=external_root).record()
@@ -359,7 +327,7 @@ def machines_calibrate(
     """Measure this computer. Writes a machine file to your configuration folder."""
     from mapper.catalog import calibrate
 
-    with _working("measuring"):
+    with working("measuring"):
         found, path = calibrate(target)
     if as_json:
         _print_json({"machine": found.name, "file": str(path), "constants": found.model_dump()["constants"]})
@@ -374,13 +342,6 @@ def _chips(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise UsageError(f"--chips takes a number or auto, not {text!r}") from None
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--ids takes whole numbers separated by commas, not {text!r}") from None
 
 
 def _print_json(record: Any) -> None:
@@ -400,18 +361,6 @@ def _print_results(found: list[Result]) -> None:
     from mapper.report.terminal import console, results
 
     console().print(*results(found), sep="\n")
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    """A spinner on standard error while something long runs, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
 
 
 def main() -> None:

@@ -94,9 +94,9 @@ def compile(
 ) -> Schedule:
     """Map a model (path or graph) onto a target; save the schedule in directory `out` where one is given.
 
-    `weights` None is the target's widest native matmul format; `chips` None lets the target choose. Raises
-    MapperError: UsageError, ModelError, CapacityError, LoweringError..., CheckFailedError for an illegal
-    schedule (which is never saved).
+    `weights` is a format of `mapper.lowbit.FORMATS` that the target takes (None: its own); `chips` None lets
+    the target choose. Raises MapperError: UsageError, ModelError, CapacityError, LoweringError...,
+    CheckFailedError for an illegal schedule (which is never saved).
     """
     done = build(
         model, target, machine=machine, batch=batch, context=context, prompt=prompt,
@@ -121,11 +121,15 @@ def build(
     external_root: str | Path | None = None,
 ) -> Compiled:
     """Like `compile`, with checks, times, bands and bounds; a failed check is reported, not raised."""
+    from mapper.execution import in_format
+
     backend = targets.load(target)
     chip = machine_for(backend, machine)
-    request = _request(phase, batch, context, prompt, weights, chips)
+    held = targets.weight_format(backend, weights)
+    request = _request(phase, batch, context, prompt, held, chips)
     folder = _free(out)
     graph = load(model, external_root) if isinstance(model, str | Path) else model
+    graph = in_format(graph, backend, held)
     bounds = backend.bounds(graph, chip, request)
     schedule = with_bounds(backend.lower(graph, chip, request), bounds)
     report = _check(backend, schedule)
@@ -225,13 +229,13 @@ def verify(
 
     The prompt is in the .npz file `inputs` (the model's own inputs), or a fixed seeded one. Targets that
     compute in float32 are compared with onnxruntime; others as `mapper.judge` says. `tokens` beyond the
-    context are cut.
+    context are cut. Where the schedule's weights are quantised, onnxruntime runs on the dequantised ones, and
+    the deviation from the original model is reported apart.
     """
     from mapper import execution
     from mapper.runtime import verify as runtime
     from mapper.runtime.caches import Entry
-    from mapper.runtime.inputs import interface, read_inputs, states
-    from mapper.runtime.oracle import oracle
+    from mapper.runtime.inputs import interface, read_inputs
 
     if tokens < 0:
         raise UsageError(f"tokens must not be negative, and is {tokens}")
@@ -243,10 +247,9 @@ def verify(
         ids, start = read_inputs(names, execution.arrays_in(Path(inputs)))
     past = next((cache.shape[2] for cache in start.values()), 0)
     steps = min(tokens, max(schedule.request.context - past - ids.shape[1], 0))
-    beside = oracle(path, names, states(schedule))
-    judge = execution.judge_for(schedule, path, names, start, external_root)
-    session = execution.session(schedule, model, external_root)
-    return runtime.verify(session, beside, judge, steps, ids, start)
+    with execution.oracles(schedule, path, names, start, external_root) as (beside, judge, original):
+        session = execution.session(schedule, model, external_root)
+        return runtime.verify(session, beside, judge, steps, ids, start, original)
 
 
 def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -45,6 +45,10 @@ class WeightsMissingError(MapperError):
     """A weight's bytes were asked for and are not there (metadata-only model, missing external file)."""
 
 
+class SubstitutionError(ModelError):
+    """A weight cannot be replaced in the model's file. Names the weight and the reason."""
+
+
 class MachineError(MapperError):
     """A machine file is missing, malformed, or lacks a constant that the target needs."""
 

@@ -1,4 +1,4 @@
-"""Writing of files: whole or not at all."""
+"""Writing of files, whole or not at all, and where those go that can be made again."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def write_whole(path: Path, text: str) -> None:
             stream.write(text.encode("utf-8"))
     except ValueError as error:  # of the text, or of the path
         raise MapperError(f"cannot write {path}: {error}") from error
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $MAPPER_CACHE, or mapper in the user's cache folder."""
+    own = os.environ.get("MAPPER_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapper"
 
 
 @contextmanager

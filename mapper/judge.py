@@ -96,7 +96,7 @@ class FormatJudge:
         self._exact = self._after(exact, ids, past)
         self._stored = {e: self._cached(e, a) for e, a in self._after(stored, ids, past).items()}
         wanted = {e: self._exact[e][:, :, past:] for e in entries}
-        allowed = {e: self._allowed(self._stored[e][:, :, past:], wanted[e]) for e in entries}
+        allowed = {e: self._allowed(self._stored[e][:, :, past:], wanted[e], self._kept(e)) for e in entries}
         name = self.interface.logits
         return Wanted(exact[name], wanted, self._allowed(stored[name], exact[name]), allowed)
 
@@ -104,18 +104,53 @@ class FormatJudge:
         found = self.interface.states(made, ids.shape[0], given=False)
         return {e: a[:, :, : past + ids.shape[1]] for e, a in found.items()}
 
-    def _cached(self, entry: Entry, array: Array) -> Array:
-        kept = self.formats.key_cache if entry[0] == "key" else self.formats.value_cache
-        return self.formats.narrow(array, kept)
+    def _kept(self, entry: Entry) -> str | None:
+        return self.formats.key_cache if entry[0] == "key" else self.formats.value_cache
 
-    def _allowed(self, stored: Array, exact: Array) -> float:
-        return self.slack * float(np.abs(stored - exact).max(initial=0.0))
+    def _cached(self, entry: Entry, array: Array) -> Array:
+        return self.formats.narrow(array, self._kept(entry))
+
+    def _allowed(self, stored: Array, exact: Array, kept: str | None = None) -> float:
+        """At least half a unit in the last place of the largest value counts as the error of storing it as
+        `kept`: that the forward pass came upon values which that holds well must not narrow the bound."""
+        error = float(np.abs(stored - exact).max(initial=0.0))
+        if kept is not None:
+            one = np.ones((), kept)
+            unit = float(np.nextafter(one, one + one)) - 1
+            error = max(error, float(np.abs(exact).max(initial=0.0)) * unit / 2)
+        return self.slack * error
 
     def _inputs(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> dict[str, Array]:
-        declared = {
-            n: (t.numpy, [d.value if d.is_const else str(d) for d in t.shape]) for n, t in self.graph.inputs
-        }
-        return self.interface.inputs(declared, self.caches, ids, past, caches)
+        return self.interface.inputs(_declared(self.graph), self.caches, ids, past, caches)
+
+
+@dataclass(frozen=True)
+class GraphOracle:
+    """See mapper.runtime.verify.Stepper: the graph's reference semantics in float64, where onnxruntime cannot
+    run with the weights of a schedule for the reason `why`."""
+
+    graph: Graph
+    interface: Interface
+    caches: Mapping[Entry, Sequence[int]]
+    why: str
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the oracle is, and why it is not onnxruntime."""
+        return f"the graph's reference semantics in float64 ({self.why})"
+
+    def step(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> tuple[Array, dict[Entry, Array]]:
+        """(logits [B, S, V], caches after the step [B, Hkv, past + S, D])."""
+        names = list(dict.fromkeys([self.interface.logits, *self.interface.present.values()]))
+        inputs = self.interface.inputs(_declared(self.graph), self.caches, ids, past, caches)
+        made = evaluate(self.graph, inputs, names, "f64")
+        found = self.interface.states(made, ids.shape[0], given=False)
+        return made[self.interface.logits], {e: a[:, :, : past + ids.shape[1]] for e, a in found.items()}
+
+
+def _declared(graph: Graph) -> dict[str, tuple[Any, list[int | str]]]:
+    return {n: (t.numpy, [d.value if d.is_const else str(d) for d in t.shape]) for n, t in graph.inputs}
 
 
 @dataclass

@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def _no_user_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests must not see machine files that whoever runs them has calibrated."""
+    """Tests must not see machine files that whoever runs them has calibrated, nor leave weights behind."""
     monkeypatch.setenv("MAPPER_CONFIG", str(tmp_path / "no-config"))
+    monkeypatch.setenv("MAPPER_WEIGHT_IMAGES", str(tmp_path / "images"))
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mapper import backend, catalog
-from mapper.decode import Tokens
 from mapper.errors import MachineError, UsageError
 from mapper.machine import user_folder
+from mapper.tokens import Tokens
 from tests.sample import MACHINE
 
 

@@ -68,4 +68,8 @@ def test_narrow_caches_are_counted(example_model: Path, beside: Oracle) -> None:
     narrow = judge(example_model, Formats("float32", key_cache="float16")).judge(*first)
     for layer in range(4):
         assert narrow.entry_error["key", layer] > 10 * wide.entry_error["key", layer]
+        # half a unit in the last place of the largest key: float16 has 11 bits of mantissa
+        assert (
+            narrow.entry_error["key", layer] >= SLACK * 2.0**-11 * np.abs(first[3]["key", layer]).max() * 0.99
+        )
     assert narrow.entry_error["value", 0] == wide.entry_error["value", 0]

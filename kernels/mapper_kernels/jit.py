@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,23 @@ def digest(source: Path) -> str:
     return state.hexdigest()
 
 
+_made: Counter[tuple[str, str]] = Counter()
+
+
+def _set_apart(function: Callable[..., Any]) -> None:
+    """Give every function that a factory makes a name of its own: the same in every process.
+
+    Numba's symbols are a function's qualified name and a number that it counts from 1 in every process, as
+    functions are compiled. Two cached entry points that were compiled by different processes hold different
+    functions of one factory under one symbol; where both are loaded, the linker takes one for the other.
+    """
+    key = function.__module__, function.__qualname__
+    function.__qualname__ += f"_{_made[key]}" if _made[key] else ""
+    _made[key] += 1
+
+
 def _compiled(function: F, **options: Any) -> F:
+    _set_apart(function)
     # private functions are called from compiled code only: without wrappers they compile faster
     bare = function.__name__.startswith("_") or "forceinline" in options
     options |= {"error_model": "numpy", "no_cpython_wrapper": bare, "no_cfunc_wrapper": True}
@@ -95,3 +112,11 @@ def _separate(compiled: Any, stamp: tuple[str, ...]) -> None:
 def inline(function: F) -> F:
     """Compile and always inline into the caller: for tiny functions in hot loops."""
     return _compiled(function, fastmath=SAFE, forceinline=True)
+
+
+def splice(function: F) -> F:
+    """Put the function's code into its callers before types are known. A function that calls large ones costs
+    the compiler another pass over all of them; this one does not."""
+    _set_apart(function)
+    compiler: Any = numba.njit
+    return cast(F, compiler(inline="always", error_model="numpy")(function))

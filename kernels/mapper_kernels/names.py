@@ -37,3 +37,22 @@ SCORINGS = ("softmax", "sigmoid", "topk_softmax", "none")
 
 PACKINGS = ("none", "halves", "interleaved")
 """How the gate and up parts of an expert lie in memory; the position is the number."""
+
+EPILOGUES = ("plain", "residual", "gate", "activation")
+"""What follows the products of `fused.project`: nothing but the biases; y += residual; y = act(first) second;
+y = act(first). The position is the number."""
+
+NORMS = ("none", "rms", "layer")
+"""What comes before them; the position is the number."""
+
+PROJECT_HEAD = 10
+"""Arguments of `fused.project` before those of its matrices: m, k, norm, whether it has a weight, and a bias,
+epsilon, offset (float64 bits), epilogue, activation, number of matrices."""
+
+PROJECT_EACH = 4
+"""Arguments of a matrix of `fused.project`: n, format, whether it has zeros, and a bias."""
+
+ATTEND_HEAD = 17
+"""Arguments of `fused.attend_cached` before the slopes: batch, heads, D, key heads, L, Dv, window, has sinks,
+number of slopes, scale, softcap (float64 bits), rotary width, whether interleaved, rows of the rotary
+table, splits of the cache, its format's code, 0."""

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import platform
 import sys
+from typing import Any
 
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
-from mapper_kernels.jit import inline, jit
+from mapper_kernels.jit import inline, intrinsic, jit
 
 SPINS = 2000
 """How often a waiting thread looks before it lets others have its core."""
+
+
+@intrinsic
+def relax(typingctx: Any) -> Any:
+    """Tell the core that it waits in a loop."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            kind: Any = ir.FunctionType(ir.VoidType(), [])
+            declare: Any = cgutils.get_or_insert_function
+            builder.call(declare(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), build
 
 
 @inline

@@ -150,13 +150,11 @@ class GraphBuilder(BlockBuilder):
     def weight(self, symbol: WeightSymbol) -> str:
         """Declares a weight and returns its name. Declaring the same one again is allowed."""
         known = self._weights.get(symbol.name)
-        if (
-            known is not None
-            and known is not symbol
-            and (known.type != symbol.type or known.file != symbol.file)
-        ):
+        if known is symbol:
+            return symbol.name
+        if known is not None and (known.type != symbol.type or known.file != symbol.file):
             raise ModelError(f"two weights called {symbol.name!r}")
-        for part in symbol.packing.parts.values() if symbol.packing else ():
+        for part in symbol.needed:
             self.weight(part)
         self._weights[symbol.name] = symbol
         self.scope.weights[symbol.name] = symbol.type
@@ -177,7 +175,10 @@ class GraphBuilder(BlockBuilder):
         output_roles = {n: (roles or {}).get(n, "other") for n in outputs}
         all_roles = {"inputs": {**self._input_roles, **(input_roles or {})}, "outputs": output_roles, **facts}
         graph_op = GraphOp.create(regions=[Region(self.block)])
-        graph_op.set_attr("sym_name", "main")
+        name = "main"
+        while name in self._weights:  # one module, one set of symbols
+            name += "_"
+        graph_op.set_attr("sym_name", name)
         graph_op.set_attr("input_names", tuple(self._inputs))
         graph_op.set_attr("output_names", tuple(outputs))
         graph_op.set_attr("roles", all_roles)

@@ -175,7 +175,8 @@ class Graph:
             parts = {p.name for w in symbols.values() if w.packing for p in w.packing.parts.values()}
             for name in parameters(graph) - parts:
                 weight = symbols[name]
-                stored = weight if weight.packing is None else weight.packing.values
+                stored = weight.root
+                name = stored.name if weight.derivation is not None or weight.packing is not None else name
                 key = (stored.file, stored.offset, stored.bytes) if stored.file is not None else name
                 seen[key] = weight.elements  # of a packed weight those it stands for
         return sum(seen.values())

@@ -23,7 +23,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from mapper.ir.op import BOOL, BYTES, INT, TEXT, WEIGHT, DataflowOp, Kind, TextKind
 from mapper.ir.types import TensorType
-from mapper.lowbit import LAYOUTS
+from mapper.lowbit import KINDS, LAYOUTS, PARTS
 
 
 class NamesKind(Kind):
@@ -87,8 +87,10 @@ class WeightOp(DataflowOp):
     """A weight symbol: `bytes` bytes at `offset` of `file` (relative to the model's folder), or `data` held
     here.
 
-    `derived`: made by a pass (a table of rotary angles), no parameter of the model. A packed weight names its
-    parts, weights themselves, and how they stand for it (see `mapper.lowbit`)."""
+    `derived`: made by a pass (a table of rotary angles), no parameter of the model. A packed weight names
+    its parts, weights themselves, and how they stand for it (see `mapper.lowbit`). A weight with a `source`
+    is made from that weight (its last two axes exchanged where `turned`) when it is loaded: the `part` of its
+    quantisation, or without a part a cast."""
 
     name = "dataflow.weight"
     sym_name = attr_def(TEXT)
@@ -106,6 +108,10 @@ class WeightOp(DataflowOp):
     block = opt_attr_def(INT, INT.encode(0))
     axis = opt_attr_def(INT, INT.encode(-1))
     layout = opt_attr_def(TextKind(LAYOUTS), TEXT.encode("rows"))
+    kind = opt_attr_def(TextKind(KINDS), TEXT.encode("int"))
+    source = opt_attr_def(WEIGHT)
+    part = opt_attr_def(TextKind(PARTS))
+    turned = opt_attr_def(BOOL, BOOL.encode(False))
     traits = traits_def(SymbolOpInterface())
 
     def print(self, printer: Printer) -> None:

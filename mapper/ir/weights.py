@@ -15,7 +15,7 @@ from xdsl.ir import Attribute
 from mapper.errors import ModelError, WeightsMissingError
 from mapper.ir.structure import WeightOp
 from mapper.ir.types import TensorType, numpy_dtype, type_of
-from mapper.lowbit import Scheme, dequantise
+from mapper.lowbit import Scheme, dequantise, quantise
 
 Array = npt.NDArray[Any]
 
@@ -38,10 +38,34 @@ class Packing:
 
 
 @dataclass(frozen=True, eq=False)
+class Derivation:
+    """How a weight is made from another one when it is loaded: of `source`, its last two axes exchanged where
+    `transposed`, the part `part` of its quantisation by `scheme`; without a scheme, a cast to the weight's
+    type."""
+
+    source: WeightSymbol
+    scheme: Scheme | None = None
+    part: str = ""
+    transposed: bool = False
+
+    def made(self, dtype: str) -> Array:
+        """The array, of element type `dtype`. Raises WeightsMissingError; ModelError where the source cannot
+        be quantised."""
+        array = self.source.load()
+        array = array.swapaxes(-1, -2) if self.transposed else array
+        if self.scheme is None:
+            return array.astype(numpy_dtype(dtype))
+        try:
+            return quantise(self.scheme, array, (self.part,))[self.part]
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"weight {self.source.name!r}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
 class WeightSymbol:
     """One weight. `bytes` bytes, little-endian in C order, at `offset` of `file` (relative to the model's
-    folder); or, where `file` is None, the array `data`. 4-bit formats hold two elements per byte, the first
-    one low.
+    folder); or, where `file` is None, the array `data`, or what `derivation` makes of another weight. 4-bit
+    formats hold two elements per byte, the first one low.
 
     `derived` marks a table that a pass made: no parameter of the model. With `packing`, the weight is
     computed from its parts, `dtype` is the type it is computed in, and `bytes` are those of all parts.
@@ -57,6 +81,7 @@ class WeightSymbol:
     folder: Path | None = None
     derived: bool = False
     packing: Packing | None = None
+    derivation: Derivation | None = None
 
     @staticmethod
     def of(name: str, data: Array, derived: bool = False) -> WeightSymbol:
@@ -80,6 +105,20 @@ class WeightSymbol:
         return self.dtype if self.packing is None else self.packing.scheme.name
 
     @property
+    def root(self) -> WeightSymbol:
+        """The stored weight that this one is made from: of a packed one the integers' own; else itself."""
+        if self.derivation is not None:
+            return self.derivation.source.root
+        return self if self.packing is None else self.packing.values.root
+
+    @property
+    def needed(self) -> list[WeightSymbol]:
+        """The weights that this one is made from, each after those that it is made from itself."""
+        direct = [] if self.packing is None else list(self.packing.parts.values())
+        direct += [] if self.derivation is None else [self.derivation.source]
+        return [w for one in direct for w in (*one.needed, one)]
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """Equal for weights that are stored alike: type and packing."""
         if self.packing is None:
@@ -90,6 +129,8 @@ class WeightSymbol:
         """The array, mapped read-only from its file where it has one. Raises WeightsMissingError."""
         if self.packing is not None:
             return self._unpacked(self.packing)
+        if self.derivation is not None:
+            return self.derivation.made(self.dtype)
         if self.data is not None:
             return self.data
         if self.file is None or self.folder is None:
@@ -120,14 +161,12 @@ class WeightSymbol:
         data = None if self.data is None else encode(self.data)
         made.set_attr("sym_name", self.name)
         if self.packing is not None:
-            scheme = self.packing.scheme
-            values |= {
-                "bits": scheme.bits,
-                "block": scheme.block,
-                "axis": scheme.axis,
-                "layout": scheme.layout,
-            }
+            values |= _scheme_attributes(self.packing.scheme)
             values |= {n: p.name for n, p in self.packing.parts.items()}
+        if self.derivation is not None:
+            d = self.derivation
+            values |= {"source": d.source.name, "part": d.part or None, "turned": d.transposed}
+            values |= {} if d.scheme is None else _scheme_attributes(d.scheme)
         for name, value in {**values, "type": self.type, "data": data}.items():
             made.set_attr(name, value)
         return made.attributes
@@ -142,13 +181,42 @@ class WeightSymbol:
         data = None if raw is None else decode(np.frombuffer(raw, np.uint8), kind.ints, kind.dtype)
         where = (op.attr("file"), op.attr("offset"), op.attr("bytes"))
         packing = _packing(op, others or {}) if op.attr("values") is not None else None
-        return WeightSymbol(
-            op.attr("sym_name"), kind.ints, kind.dtype, *where, data, folder, op.attr("derived"), packing
+        derivation = _derivation(op, others or {}) if op.attr("source") is not None else None
+        name, derived = op.attr("sym_name"), op.attr("derived")
+        return WeightSymbol(name, kind.ints, kind.dtype, *where, data, folder, derived, packing, derivation)
+
+
+def _scheme_attributes(scheme: Scheme) -> dict[str, Any]:
+    return {n: getattr(scheme, n) for n in ("bits", "block", "axis", "layout", "kind")}
+
+
+def _scheme(op: WeightOp) -> Scheme:
+    return Scheme(*(op.attr(n) for n in ("bits", "block", "axis", "layout", "kind")))
+
+
+def _derivation(op: WeightOp, others: Mapping[str, WeightSymbol]) -> Derivation:
+    name, source, part, kind = (op.attr(n) for n in ("sym_name", "source", "part", "type"))
+    if source not in others or len(others[source].needed) > MOST_SOURCES:
+        raise ModelError(
+            f"weight {name!r}: its source {source!r} is not declared before it, or made of too many"
         )
+    made = Derivation(others[source], None if part is None else _scheme(op), part or "", op.attr("turned"))
+    shape = others[source].shape
+    if len(shape) < 2 and (made.transposed or made.scheme is not None):
+        raise ModelError(f"weight {name!r}: its source {source!r} is no matrix")
+    turned = (*shape[:-2], shape[-1], shape[-2]) if made.transposed else shape
+    parts = {"": (turned, kind.dtype)} if made.scheme is None else made.scheme.parts(turned)
+    if parts.get(made.part) != (kind.ints, kind.dtype):
+        raise ModelError(f"weight {name!r}: {kind} is not what {source!r} gives")
+    return made
+
+
+MOST_SOURCES = 16
+"""Weights that a weight may be made from, one from the other, where a text says so."""
 
 
 def _packing(op: WeightOp, others: Mapping[str, WeightSymbol]) -> Packing:
-    scheme = Scheme(op.attr("bits"), op.attr("block"), op.attr("axis"), op.attr("layout"))
+    scheme = _scheme(op)
     names = {n: op.attr(n) for n in ("values", "scales", "zeros", "order")}
     missing = [n for n in names.values() if n is not None and n not in others]
     if missing or names["scales"] is None:

@@ -24,8 +24,7 @@ class Dce:
         _sweep(new.top())
         if self.weights:
             used = _used_weights(new.ops())
-            packed = [w.packing for n, w in graph.weights.items() if n in used and w.packing]
-            used |= {part.name for packing in packed for part in packing.parts.values()}
+            used |= {part.name for n, w in graph.weights.items() if n in used for part in w.needed}
             for op in list(new.module.ops):
                 if isinstance(op, WeightOp) and op.attr("sym_name") not in used:
                     erase(op)

@@ -28,13 +28,14 @@ def registry() -> dict[str, type[Any]]:
     from mapper.passes.cse import Cse
     from mapper.passes.dce import Dce
     from mapper.passes.fold import Fold
+    from mapper.passes.quantise import Quantise
     from mapper.passes.repeat import Repeat
     from mapper.passes.serve import Serve
     from mapper.passes.specialise import Specialise
     from mapper.passes.unflatten import Unflatten
     from mapper.passes.unroll import Unroll
 
-    return {cls.name: cls for cls in (Cse, Dce, Fold, Repeat, Serve, Specialise, Unflatten, Unroll)}
+    return {cls.name: cls for cls in (Cse, Dce, Fold, Quantise, Repeat, Serve, Specialise, Unflatten, Unroll)}
 
 
 def parse(text: str) -> list[Pass]:

@@ -98,7 +98,9 @@ def rewrite_repeat(
         iterated = [[values[v] for v in slot] for slot in op.iterated_operands()]
     block = Block(arg_types=[v.type for v in (*outer, *(slot[0] for slot in iterated))])
     sources = [*([v] for v in outer[carried:]), *iterated]
-    scope = body_scope(new.scope, slot_types(op, new.scope), block.args[carried:], sources)
+    slots = {slot: new.scope.weight(symbols[0]) for slot, symbols in (table or {}).items()}
+    weights = {**slot_types(op, new.scope), **slots}
+    scope = body_scope(new.scope, weights, block.args[carried:], sources)
     body = BlockBuilder(block, scope)
     local: Values = {}
     local.update(zip(op.block.args, block.args, strict=True))

@@ -57,6 +57,8 @@ def _trace(entry: Entry, folder: Path) -> str | None:
 def _figure(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')} {_figure(inner)}" for key, inner in value.items())
     return (
         f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     )

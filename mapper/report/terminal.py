@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 WIDTH_OFF_TERMINAL = 160
 
 
-def console() -> Console:
-    """Standard output; off a terminal, wide and without colour."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OFF_TERMINAL, highlight=False, markup=False)
+def console(errors: bool = False) -> Console:
+    """Standard output, or that for errors; off a terminal, wide and without colour."""
+    terminal = (sys.stderr if errors else sys.stdout).isatty()
+    return Console(
+        stderr=errors, width=None if terminal else WIDTH_OFF_TERMINAL, highlight=False, markup=False
+    )
 
 
 def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
@@ -182,16 +185,27 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return made
 
 
-def decoded(record: Mapping[str, Any]) -> str:
-    """One line on a decoding on the host: rate, and measured beside predicted time."""
-    parts = [f"{record['tokens']} tokens"]
-    if record["tokens_per_s"] is not None:
-        parts.append(f"{count(record['tokens_per_s'])} tokens/s")
-    for phase in ("decode", "prefill"):
+def decoded(record: Mapping[str, Any]) -> Table:
+    """Figures of a decoding on the host: rates, and measured beside predicted time."""
+    made = table("", "figure", "value", "predicted")
+    end = {"stop": ", the text ended", "interrupted": ", interrupted"}.get(record["finish"], "")
+    made.add_row("tokens", f"{record['tokens']}{end}", "")
+    made.add_row("weights", f"{record['weights']}, {count(record['weight_bytes'])}B a step", "")
+    made.add_row("loading", seconds(record["load_s"]), "")
+    if record["time_to_first_token_s"] is not None:
+        made.add_row("time to first token", seconds(record["time_to_first_token_s"]), "")
+    for phase in ("prefill", "decode"):
         p = record[phase]
         if p["measured_s"] is not None:
-            band = f"{seconds(p['low_s'])} .. {seconds(p['high_s'])}"
-            parts.append(
-                f"{phase} {seconds(p['measured_s'])} measured, {seconds(p['predicted_s'])} ({band}) predicted"
-            )
-    return "; ".join(parts) + f" on machine {record['machine']}"
+            band = f"{seconds(p['predicted_s'])} ({seconds(p['low_s'])} .. {seconds(p['high_s'])})"
+            what = "prefill" if phase == "prefill" else "decode step, median"
+            made.add_row(what, seconds(p["measured_s"]), f"{band} on machine {record['machine']}")
+    if record["prefill_tokens_per_s"] is not None:
+        made.add_row("prefill rate", f"{count(record['prefill_tokens_per_s'])} tokens/s", "")
+    if record["tokens_per_s"] is not None:
+        made.add_row("decode rate", f"{count(record['tokens_per_s'])} tokens/s", "")
+        made.add_row("reads", f"{significant(record['gb_per_s'])} GB/s", "")
+    if record["fraction_of_read_rate"] is not None:
+        rate = f"{significant(record['read_rate'] / 1e9)} GB/s"
+        made.add_row("of the read rate", share(record["fraction_of_read_rate"]), f"{rate} measured")
+    return made

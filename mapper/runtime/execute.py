@@ -5,8 +5,9 @@ The runtime knows the tables; what opcodes and layouts mean comes from the targe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import ExecutionFault, MapperError, ScheduleError, UsageError, WeightsMissingError
-from mapper.runtime.interface import Semantics
+from mapper.runtime.image import Images, mapped_weights
+from mapper.runtime.interface import PlainPorts, Prepares, Semantics
 from mapper.runtime.memories import POISON, allocate, temporaries
 from mapper.runtime.weights import WeightFiles
 from mapper.schedule.dtypes import dtype
@@ -26,12 +28,22 @@ Array = npt.NDArray[Any]
 Weights = Callable[[str], Array]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A program's input ports by name, its output ports, and how many steps it executes."""
+
+    inputs: Mapping[str, Port]
+    outputs: Sequence[Port]
+    steps: int
+
+
 class Session:
     """One loaded schedule. State (the KV cache) stays in its memories from run to run. `cycles`, `steps` and
     `runs` count what has been executed.
 
     `weights` looks weights up by name; without it they are read from `model_folder`, whose files may be links
-    into `external_root`. Raises ScheduleError if
+    into `external_root`, and big ones are mapped where the target can work on mapped bytes (see image.py;
+    `images`: where converted ones are kept). Raises ScheduleError if
     the schedule is not well formed, WeightsMissingError if a weight is not there.
     """
 
@@ -42,27 +54,44 @@ class Session:
         model_folder: str | Path | None = None,
         weights: Weights | None = None,
         external_root: str | Path | None = None,
+        images: Images | None = None,
     ) -> None:
         validate(schedule)
         self.schedule = schedule
         self.cycles = self.steps = self.runs = 0
         self._semantics = semantics
-        self._memories = allocate(schedule)
         self._ports = {port.name: port for port in schedule.ports}
         self._temporaries = temporaries(schedule)
-        if weights is None:
-            found = None if model_folder is None else WeightFiles(schedule, model_folder, external_root)
-            weights = _none if found is None else found
-        self._weights = weights
+        self._torn = False
+        mapped: Mapping[int, npt.NDArray[np.uint8]] = {}
+        if weights is None and model_folder is not None:
+            self._weights: Weights = WeightFiles(schedule, model_folder, external_root)
+            if isinstance(semantics, PlainPorts):
+                kept = images or Images.default()
+                mapped = mapped_weights(schedule, semantics.plain, self._weights, self._array, kept)
+        else:
+            self._weights = weights or _none
+        self._memories = allocate(schedule, mapped)
+        self._taking = {phase: self._part(phase) for phase in schedule.programs}
         for port in schedule.ports:
-            if port.kind in ("weight", "constant", "state") and port.source is not None:
+            lasting = port.kind in ("weight", "constant", "state") and port.source is not None
+            if lasting and not (port.buffers and port.buffers[0] in mapped):
                 self._load(port)
 
-    def _load(self, port: Port) -> None:
+    def _part(self, phase: str) -> _Part:
+        """What a run of a program needs to look up: once, because a decode step may take a millisecond."""
+        steps = sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
+        inputs = {p.name: p for p in self.ports("input", phase=phase)}
+        return _Part(inputs, self.ports("output", phase=phase), steps)
+
+    def _array(self, port: Port) -> Array:
         array = evaluate(port.source, self._weights, self.schedule.constants.__getitem__)
         if array.shape != port.shape:
             raise ScheduleError(f"port {port.name}: its source has shape {array.shape}, not {port.shape}")
-        self._place(port, array.astype(dtype(port.dtype), copy=False))
+        return array.astype(dtype(port.dtype), copy=False)
+
+    def _load(self, port: Port) -> None:
+        self._place(port, self._array(port))
 
     def _place(self, port: Port, array: Array) -> None:
         with _nonsense(f"port {port.name}", ScheduleError):
@@ -85,23 +114,41 @@ class Session:
         `inputs` by port name, each with its port's shape, converted to its type. All bytes that belong to no
         weight, constant or state are poisoned first. Raises UsageError, ExecutionFault.
         """
+        self._enter(phase, inputs)
+        with _nonsense(f"program {phase}", ExecutionFault):
+            self.cycles += self._semantics.run(self.schedule, phase, self._memories)
+        self._torn = False
+        self.steps += self._taking[phase].steps
+        self.runs += 1
+        return {p.name: self._fetch(p) for p in self._taking[phase].outputs}
+
+    def prepare(self, phase: Phase, inputs: Mapping[str, Array]) -> None:
+        """Do beforehand what a target does once per program before its first run, where it can; raises as
+        `run` does."""
+        if isinstance(self._semantics, Prepares):
+            self._enter(phase, inputs)
+            with _nonsense(f"program {phase}", ExecutionFault):
+                self._semantics.prepare(self.schedule, phase, self._memories)
+
+    def _enter(self, phase: Phase, inputs: Mapping[str, Array]) -> None:
         if phase not in self.schedule.programs:
             raise UsageError(
                 f"the schedule has no {phase} program; it has {', '.join(self.schedule.programs)}"
             )
-        wanted = {p.name: p for p in self.ports("input", phase=phase)}
+        wanted = self._taking[phase].inputs
         if set(inputs) != set(wanted):
             raise UsageError(f"{phase} takes the inputs {sorted(wanted)}, not {sorted(inputs)}")
-        for memory, low, high in self._temporaries:
-            self._memories.written(memory)[low:high] = False
-            self._memories.data(memory)[low:high] = POISON
+        self._poison()
+        self._torn = True
         for name, port in wanted.items():
             self._place(port, _fitting(name, inputs[name], port))
-        with _nonsense(f"program {phase}", ExecutionFault):
-            self.cycles += self._semantics.run(self.schedule, phase, self._memories)
-        self.steps += sum(len(b.steps) * b.repeat for b in self.schedule.programs[phase].blocks)
-        self.runs += 1
-        return {p.name: self._fetch(p) for p in self.ports("output", phase=phase)}
+
+    def _poison(self) -> None:
+        """Poison what the last run has written of the temporaries: all of them where it did not end."""
+        for memory, low, high in self._temporaries:
+            spans = self._memories.written(memory).remove(low, high)
+            for a, b in [(low, high)] if self._torn else spans:
+                self._memories.data(memory)[a:b] = POISON
 
     def _fetch(self, port: Port) -> Array:
         with _nonsense(f"port {port.name}", ScheduleError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from mapper.runtime.written import Written
     from mapper.schedule.tables import Phase, Port, Schedule
 
 Array = npt.NDArray[Any]
@@ -17,10 +18,40 @@ class Memories(Protocol):
     """The memories of one loaded schedule: bytes, and which of them have been written (start poisoned)."""
 
     def data(self, memory: int) -> npt.NDArray[np.uint8]:
-        """All bytes of memory number `memory` (only as many as the schedule uses)."""
+        """All bytes of memory number `memory` (only as many as the schedule uses). Raises ExecutionFault for
+        a memory whose buffers are mapped from files one by one, as only `PlainPorts` are."""
 
-    def written(self, memory: int) -> npt.NDArray[np.bool_]:
-        """One flag per byte: whether the byte holds something that the program or the loader wrote."""
+    def bytes_of(self, number: int) -> npt.NDArray[np.uint8]:
+        """The bytes of buffer number `number`; read-only where they are mapped from a file."""
+
+    def written(self, memory: int) -> Written:
+        """Which bytes hold something that the program or the loader wrote."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """What a target's semantics offer beside `Semantics` where a program's first run does work that later
+    ones need not repeat."""
+
+    def prepare(self, schedule: Schedule, phase: Phase, memories: Memories) -> object:
+        """Do that work, on memories that inputs have been placed in. Raises ExecutionFault."""
+
+
+@runtime_checkable
+class PlainPorts(Protocol):
+    """What a target's semantics offer beside `Semantics` where they go through `Memories.bytes_of` alone, so
+    that weights need not be copied into one stretch of memory."""
+
+    def plain(self, schedule: Schedule, port: Port) -> bool:
+        """Whether the port's only buffer holds exactly its array's bytes in C order."""
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """What a target's semantics offer beside `Semantics` where a program can run on several threads."""
+
+    def on_threads(self, threads: int) -> Semantics:
+        """The same semantics, on so many threads. Raises UsageError where that is no number of threads."""
 
 
 class Semantics(Protocol):

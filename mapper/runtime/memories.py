@@ -2,58 +2,108 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from mapper.errors import ExecutionFault, ScheduleError
+from mapper.errors import CapacityError, ExecutionFault, ScheduleError
+from mapper.runtime.written import Written
 from mapper.schedule.tables import Int, Schedule
 
 POISON = 0xFF
 """Not a number in every IEEE format, -1 in every integer format: an unwritten value that is used shows."""
 
 Bytes = npt.NDArray[np.uint8]
-Flags = npt.NDArray[np.bool_]
+HUGE = 4 << 20
+"""Memory of this many bytes or more is asked to lie on huge pages."""
 
 
 @dataclass(frozen=True)
 class PoisonedMemories:
-    """All memories of one schedule: bytes, and a flag per byte for "written". See interface.Memories."""
+    """All memories of one schedule. `bytes` is None for a memory whose buffers are `mapped` one by one;
+    `places` has (memory, first byte, end) of every buffer. See interface.Memories."""
 
-    bytes: tuple[Bytes, ...]
-    flags: tuple[Flags, ...]
+    bytes: tuple[Bytes | None, ...]
+    marks: tuple[Written, ...]
+    places: Int
+    mapped: Mapping[int, Bytes] = field(default_factory=dict)
 
     def data(self, memory: int) -> Bytes:
-        """All bytes of a memory, up to the last that a buffer uses."""
-        return self.bytes[memory]
+        """All bytes of a memory, up to the last that a buffer uses. Raises ExecutionFault."""
+        found = self.bytes[memory]
+        if found is None:
+            raise ExecutionFault(f"memory {memory} is mapped from files, buffer by buffer")
+        return found
 
-    def written(self, memory: int) -> Flags:
-        """One flag per byte of `data(memory)`."""
-        return self.flags[memory]
+    def bytes_of(self, number: int) -> Bytes:
+        """The bytes of a buffer."""
+        if number in self.mapped:
+            return self.mapped[number]
+        memory, low, high = self.places[number].tolist()
+        return self.data(memory)[low:high]
+
+    def written(self, memory: int) -> Written:
+        """Which bytes of `data(memory)` have been written."""
+        return self.marks[memory]
 
 
-def allocate(schedule: Schedule) -> PoisonedMemories:
-    """Poisoned memories for a validated schedule, each as large as its buffers reach.
+def allocate(schedule: Schedule, mapped: Mapping[int, Bytes] | None = None) -> PoisonedMemories:
+    """Poisoned memories for a validated schedule, each as large as its buffers reach. `mapped` holds the
+    bytes of all buffers of some memories, which count as written and are not allocated.
 
     Raises ScheduleError where a buffer lies outside its memory, or this computer's memory does not suffice.
     """
-    memory, end = _column(schedule, "memory"), _column(schedule, "offset") + _column(schedule, "bytes")
+    mapped = mapped or {}
+    memory, low = _column(schedule, "memory"), _column(schedule, "offset")
+    end = low + _column(schedule, "bytes")
     used = np.zeros(len(schedule.memories), np.int64)
     np.maximum.at(used, memory, end)
     for (name, size), need in zip(schedule.memories, used, strict=True):
         if need > size:
             raise ScheduleError(f"buffers reach byte {need} of memory {name}, which has {size}")
+    elsewhere = {int(memory[number]) for number in mapped}
+    needed = sum(int(n) for i, n in enumerate(used) if i not in elsewhere)
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 2 * int(used.sum()) > here:
-        raise ScheduleError(
-            f"executing needs {2 * int(used.sum())} bytes of memory; this computer has {here}"
-        )
+    if needed > here:
+        raise ScheduleError(f"executing needs {needed} bytes of memory; this computer has {here}")
+    marks = tuple(Written(int(n)) for n in used)
+    for number in mapped:
+        marks[memory[number]].add(int(low[number]), int(end[number]))
     return PoisonedMemories(
-        tuple(np.full(int(n), POISON, np.uint8) for n in used),
-        tuple(np.zeros(int(n), np.bool_) for n in used),
+        tuple(None if i in elsewhere else _poisoned(int(n)) for i, n in enumerate(used)),
+        marks,
+        np.stack([memory, low, end], axis=1),
+        mapped,
     )
+
+
+def _poisoned(size: int) -> Bytes:
+    made = empty(size)
+    made.fill(POISON)
+    return made
+
+
+def empty(size: int) -> Bytes:
+    """`size` new bytes; on huge pages where there are many and the system has such pages. CapacityError where
+    the system does not give them."""
+    try:
+        if size < HUGE:
+            return np.empty(size, np.uint8)
+        if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, the default, would not lie on huge pages
+            made = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            made = mmap.mmap(-1, size)
+    except (OSError, MemoryError) as error:
+        raise CapacityError(f"the system does not give {size} bytes of memory") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            made.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(made, np.uint8)
 
 
 def _column(schedule: Schedule, name: str) -> Int:
@@ -98,10 +148,3 @@ def _without(a: int, b: int, kept: list[tuple[int, int]]) -> list[tuple[int, int
             out.append((a, x))
         a = max(a, y)
     return [*out, (a, b)] if a < b else out
-
-
-def require_written(flags: Flags, low: int, high: int, what: str) -> None:
-    """Raises ExecutionFault, naming `what` and the byte, where a byte of [low, high) has not been written."""
-    part = flags[low:high]
-    if not part.all():
-        raise ExecutionFault(f"{what}: byte {int(np.argmin(part))} is read and was never written")

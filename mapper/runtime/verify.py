@@ -6,7 +6,7 @@ The tokens come from the oracle, so that one differing token does not make all l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +15,9 @@ import numpy.typing as npt
 from mapper.errors import ModelError, UsageError
 from mapper.runtime.caches import Entry
 from mapper.runtime.compare import Difference, compare, compare_tokens
+from mapper.runtime.deviation import Deviation
 from mapper.runtime.execute import Session
 from mapper.runtime.inputs import Decoder
-from mapper.runtime.oracle import Oracle
 from mapper.schedule.tables import Schedule
 
 Array = npt.NDArray[Any]
@@ -34,6 +34,21 @@ class Wanted:
     entries: Mapping[Entry, Array]
     logits_error: float
     entry_error: Mapping[Entry, float]
+
+
+class Stepper(Protocol):
+    """An oracle: runs the model step by step."""
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the model file it runs, "" where it runs none."""
+
+    def step(self, ids: Array, past: int, caches: Mapping[Entry, Array]) -> tuple[Array, dict[Entry, Array]]:
+        """(logits [B, S, V], caches [B, Hkv, past + S, D]) of tokens `ids` [B, S] after `past` positions."""
 
 
 class Judge(Protocol):
@@ -74,7 +89,8 @@ class Verification:
 
     `tokens` counts the tokens of the greedy steps (the one that the prompt gives is compared too, but
     not counted where steps follow), `tokens_differing` those that differ (`tokens_excused` of them
-    by the rule for near ties), `steps_executed` steps of the schedule's tables.
+    by the rule for near ties), `steps_executed` steps of the schedule's tables. `against_original`: how far
+    the results are from the model with its own weights, where the schedule has them in another format.
     """
 
     oracle: str
@@ -89,6 +105,7 @@ class Verification:
     cycles: int
     runs: int
     failures: tuple[str, ...] = field(default=())
+    against_original: Deviation | None = None
 
     @property
     def tokens_equal(self) -> bool:
@@ -121,6 +138,7 @@ class Verification:
             "oracle": self.oracle,
             "rule": self.rule,
             "first_difference": self.reason or None,
+            **({"against_original": d.record()} if (d := self.against_original) is not None else {}),
         }
 
 
@@ -136,14 +154,15 @@ def seeded_prompt(schedule: Schedule) -> Array:
 
 def verify(
     session: Session,
-    oracle: Oracle,
+    oracle: Stepper,
     judge: Judge,
     tokens: int,
     prompt: Array | None = None,
     start: Mapping[Entry, Array] | None = None,
+    original: Stepper | None = None,
 ) -> Verification:
     """Feed `prompt` (or the seeded one) to the caches `start` (or empty ones), then `tokens` greedy steps;
-    compare each step.
+    compare each step. With `original`, the deviation from that model's logits on the same tokens is measured.
 
     A schedule without decode program is compared on the prompt alone. Raises UsageError if prompt and tokens
     do not fit the context, ModelError if the oracle runs another model, ExecutionFault.
@@ -161,6 +180,7 @@ def verify(
     if total > decoder.context:
         raise UsageError(f"prompt and tokens take {total} positions; the context is {decoder.context}")
     tally = _Tally()
+    deviation = None if original is None else Deviation(original, caches)
     for number in range(steps + 1):
         logits, caches = oracle.step(ids, past, caches)
         new = {e: a[:, :, past:] for e, a in caches.items()}
@@ -175,9 +195,11 @@ def verify(
             judge,
             number > 0 or not steps,
         )
+        if deviation is not None:
+            deviation.add(ids, past, got)
         past += ids.shape[1]
         ids = logits[:, -1].argmax(-1)[:, None]
-    return tally.outcome(oracle.name, judge.rule, session)
+    return replace(tally.outcome(oracle.name, judge.rule, session), against_original=deviation)
 
 
 @dataclass

@@ -143,10 +143,25 @@ def _joined(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
     first = np.flatnonzero(fresh)
     last = np.maximum.reduceat(end, first)
     rows = order[first]
+    met = _meet(reads.buffer[rows], begin[first], last, times.writes)
+    rows = rows[met]
     made = Accesses(
-        reads.step[rows], reads.buffer[rows], reads.low[rows], reads.high[rows], begin[first], last
+        reads.step[rows], reads.buffer[rows], reads.low[rows], reads.high[rows], begin[first][met], last[met]
     )
     return made, (low[rows], high[rows])
+
+
+def _meet(buffer: Int, begin: Int, end: Int, writes: Accesses) -> npt.NDArray[np.bool_]:
+    """Whether a span of time meets some write of its buffer, wherever in it."""
+    if not len(writes) or not len(buffer):
+        return np.zeros(len(buffer), np.bool_)
+    width = np.int64(max(int(end.max()), int(writes.end.max()))) + 2
+    order = np.lexsort((writes.begin, writes.buffer))
+    base = writes.buffer[order] * width
+    opens, reach = base + writes.begin[order], np.maximum.accumulate(base + writes.end[order])
+    # the last write of the buffer that begins before the span ends; the latest end of it and those before
+    at = np.searchsorted(opens, buffer * width + end, side="left") - 1
+    return np.asarray((at >= 0) & (reach[np.maximum(at, 0)] > buffer * width + begin))
 
 
 def _pairs(

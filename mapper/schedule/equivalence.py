@@ -9,8 +9,9 @@ weights and inputs. Sound for targets whose steps pass values through the memori
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -38,6 +39,14 @@ def classify(original: Schedule, mutant: Schedule, kind: str) -> Class | None:
     return "slack" if _work(original) == _work(mutant) else "dead value"
 
 
+def commutes(schedule: Schedule, opcode: int, args: Sequence[int]) -> bool:
+    """Whether the order in which a step reads its operands does not matter: plan["commutative"] has the name
+    of its opcode, or the name and, behind a space, the first argument of the step."""
+    names = schedule.plan.get("commutative", ()) if isinstance(schedule.plan, dict) else ()
+    name = schedule.opcodes[opcode] if 0 <= opcode < len(schedule.opcodes) else ""
+    return name in names or (len(args) > 0 and f"{name} {args[0]}" in names)
+
+
 def _work(schedule: Schedule) -> list[tuple[int, ...]]:
     """What the steps do, without when."""
     rows = []
@@ -50,13 +59,10 @@ def _work(schedule: Schedule) -> list[tuple[int, ...]]:
 
 def results(schedule: Schedule) -> dict[str, list[str]]:
     """ "<phase>/<port>" -> numbers of the values in the port's buffers after the program has run."""
-    plan: Any = schedule.plan
-    names = plan.get("commutative", ()) if isinstance(plan, dict) else ()
-    commutative = {i for i, name in enumerate(schedule.opcodes) if name in names}
     out: dict[str, list[str]] = {}
     for phase in sorted(schedule.programs):
         memory = _initial(schedule, phase)
-        _run(schedule, phase, memory, commutative)
+        _run(schedule, phase, memory)
         for port in schedule.ports:
             if port.kind in ("output", "state") and (not port.programs or phase in port.programs):
                 ends = [_read(memory, b, 0, _size(schedule, b)) for b in port.buffers]
@@ -82,7 +88,7 @@ def _initial(schedule: Schedule, phase: str) -> dict[int, list[Piece]]:
     return memory
 
 
-def _run(schedule: Schedule, phase: str, memory: dict[int, list[Piece]], commutative: set[int]) -> None:
+def _run(schedule: Schedule, phase: str, memory: dict[int, list[Piece]]) -> None:
     times = timeline(schedule, phase)
     reads, writes = times.reads, times.writes
     steps = np.arange(len(times) + 1)
@@ -93,7 +99,8 @@ def _run(schedule: Schedule, phase: str, memory: dict[int, list[Piece]], commuta
             repr(_read(memory, int(reads.buffer[k]), int(reads.low[k]), int(reads.high[k])))
             for k in range(read_at[step], read_at[step + 1])
         ]
-        if int(times.opcode[step]) in commutative:
+        immediate = arguments[times.block[step]][times.row[step]]
+        if commutes(schedule, int(times.opcode[step]), immediate):
             operands.sort()
         targets = range(write_at[step], write_at[step + 1])
         # a step may leave part of what it writes as it was, so the old bytes count as an operand
@@ -101,19 +108,18 @@ def _run(schedule: Schedule, phase: str, memory: dict[int, list[Piece]], commuta
             repr(_read(memory, int(writes.buffer[k]), int(writes.low[k]), int(writes.high[k])))
             for k in targets
         ]
-        immediate = arguments[times.block[step]][times.row[step]]
-        value = _digest(schedule.opcodes[times.opcode[step]], immediate, *operands, "writes", *old)
+        value = _digest(schedule.opcodes[times.opcode[step]], repr(immediate), *operands, "writes", *old)
         for place, k in enumerate(targets):
             _write(
                 memory, int(writes.buffer[k]), int(writes.low[k]), int(writes.high[k]), f"{value}[{place}]"
             )
 
 
-def _arguments(schedule: Schedule, phase: str) -> list[list[str]]:
+def _arguments(schedule: Schedule, phase: str) -> list[list[list[int]]]:
     out = []
     for block in schedule.programs[phase].blocks:
         offsets, flat = block.steps.args()
-        out.append([repr(flat[a:b].tolist()) for a, b in pairwise(offsets)])
+        out.append([flat[a:b].tolist() for a, b in pairwise(offsets)])
     return out
 
 

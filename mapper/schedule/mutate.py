@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.schedule.edit import Place, Row, step_at, with_buffer, with_step
+from mapper.schedule.equivalence import commutes
 from mapper.schedule.tables import Int, Schedule
 
 Mutant = tuple[Schedule, str]
@@ -104,8 +105,7 @@ def _drop_move(schedule: Schedule, place: Place, row: Row, rng: np.random.Genera
 
 def _swap_operands(schedule: Schedule, place: Place, row: Row, rng: np.random.Generator) -> Any:
     reads = list(row["reads"])
-    plan = schedule.plan if isinstance(schedule.plan, dict) else {}
-    if schedule.opcodes[row["opcode"]] in plan.get("commutative", ()):
+    if commutes(schedule, row["opcode"], row["args"]):
         return None
     pairs = [(i, j) for i in range(len(reads)) for j in range(i) if reads[i] != reads[j]]
     if not pairs:

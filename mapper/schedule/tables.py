@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Phase = Literal["decode", "prefill"]
 PortKind = Literal["input", "output", "state", "weight", "constant"]
@@ -100,7 +101,7 @@ class StepTable:
         if isinstance(array, pa.ChunkedArray):
             array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.list_(SLICE))
         flat = array.flatten()
-        lengths = np.asarray(pa.compute.list_value_length(array).to_numpy(zero_copy_only=False), np.int64)
+        lengths = np.asarray(pc.list_value_length(array).to_numpy(zero_copy_only=False), np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         part = [np.asarray(flat.field(k).to_numpy(zero_copy_only=False), np.int64) for k in range(3)]
         return offsets, part[0], part[1], part[2]
@@ -111,7 +112,7 @@ class StepTable:
 
 def _ragged(column: Any) -> tuple[Int, Int]:
     array: Any = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.list_(pa.int64()))
-    lengths = np.asarray(pa.compute.list_value_length(array).to_numpy(zero_copy_only=False), np.int64)
+    lengths = np.asarray(pc.list_value_length(array).to_numpy(zero_copy_only=False), np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return offsets, np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.int64)
 

@@ -13,8 +13,10 @@ to fetch them. Each expression is a list `[op, ...]`:
     ["pad", e, axis, before, after]   with zeros
     ["concat", [e, ...], axis]
     ["mul", e, e]  ["add", e, e]  NumPy broadcasting, in the operands' common type
-    ["dequantise", [bits, block, axis, layout], [dims], dtype, values, scales, zeros | null, order | null]
+    ["dequantise", SCHEME, [dims], dtype, values, scales, zeros | null, order | null]
                                   a weight from its low-bit parts (see mapper.lowbit)
+    ["quantise", SCHEME, part, e]     the part ("values", "scales", "zeros") of e [..., N, K] in low bits
+                                  SCHEME is [bits, block, axis, layout, kind], mapper.lowbit.Scheme's fields
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import ScheduleError
-from mapper.lowbit import Scheme, dequantise
+from mapper.lowbit import Scheme, dequantise, quantise
 from mapper.schedule.dtypes import dtype
 
 Array = npt.NDArray[Any]
@@ -35,7 +37,7 @@ Lookup = Callable[[str], Array]
 
 OPS = (
     *("weight", "const", "zeros", "full", "cast", "transpose", "reshape"),
-    *("take", "slice", "pad", "concat", "mul", "add", "dequantise"),
+    *("take", "slice", "pad", "concat", "mul", "add", "dequantise", "quantise"),
 )
 MAX_BYTES = 1 << 36
 """An array that an expression makes up (not one that it reads) stays below this."""
@@ -98,6 +100,9 @@ def _evaluate(expr: Any, weight: Lookup, const: Lookup) -> Array:
             if values is None or scales is None:
                 raise ScheduleError("a value expression dequantises without integers or scales")
             return dequantise(Scheme(*scheme), tuple(dims), values, scales, zeros, order, dtype(name))
+        case "quantise":
+            scheme, part, source = rest
+            return quantise(Scheme(*scheme), sub(source), (part,))[part]
     raise ScheduleError(f"unknown value expression {op!r}")
 
 

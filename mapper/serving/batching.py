@@ -58,6 +58,8 @@ class _Live:
     first: float | None = None
     done: int = 0
     joined: float = 0.0
+    room: float = 0.0
+    """Cache rows that are reserved for it."""
 
     @property
     def whole(self) -> float:
@@ -134,7 +136,8 @@ def _admit(state: _State, phases: Phases, policy: Policy) -> None:
             fits = live.prompt < room or not (state.prefilling or state.decoding)
         if not fits:
             return
-        state.reserved += live.whole
+        live.room = live.whole
+        state.reserved += live.room
         state.prefilling.append(state.waiting.popleft())
 
 
@@ -219,7 +222,7 @@ def _make_room(state: _State, phases: Phases, speculation: Speculation) -> int:
         live = entry[2]
         had = state.ticks - live.joined
         state.offset -= live.prompt - live.joined
-        state.reserved -= live.whole
+        state.reserved -= live.room
         live.prompt += round(had)
         live.left = max(live.left - had, 1)
         live.done = 0
@@ -232,7 +235,7 @@ def _leave(state: _State) -> list[Served]:
     while state.decoding and state.decoding[0][0] <= state.ticks + 1e-9:
         live = heapq.heappop(state.decoding)[2]
         state.offset -= live.prompt - live.joined
-        state.reserved -= live.whole
+        state.reserved -= live.room
         request = live.request
         first = state.now if live.first is None else live.first
         gone.append(Served(request.time, first, state.now, request.prompt, request.output))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from mapper import files
 from mapper.errors import UsageError
 from mapper.files import writing
 
@@ -49,10 +49,8 @@ def skeleton(path: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where skeletons are kept: $MAPPER_CACHE, or mapper/zoo in the user's cache folder."""
-    own = os.environ.get("MAPPER_CACHE")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapper"
-    return base / "zoo"
+    """Where skeletons are kept."""
+    return files.cache_folder() / "zoo"
 
 
 @cache

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from mapper.backend import Artifact, Finding, Semantics
 from mapper.bounds import Bound
-from mapper.errors import CapacityError, LoweringError
+from mapper.errors import LoweringError
 from mapper.machine import Machine
 from mapper_gpu.view import ServingView
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mapper.schedule.tables import Phase, Request, Schedule
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-_MOST_CHIPS = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class GpuBackend(ServingView):
     name: str = "gpu"
     summary: str = "GPUs and other HBM machines: fused kernels as tiles on SMs, tensor parallel over --chips"
     default_machine: str = "h100-sxm"
+    formats: tuple[str, ...] = ("f32", "bf16", "f16")
 
     def machine_files(self) -> Sequence[Path]:
         """The machine TOML files of this package."""
@@ -42,20 +42,16 @@ class GpuBackend(ServingView):
         suffices.
 
         Raises LoweringError, CapacityError, UsageError, UnsupportedModelError."""
+        from mapper_gpu.bounds import item_bytes
+        from mapper_gpu.capacity import chips_for
         from mapper_gpu.lower import format_of, lower
 
         if request.speculative:
             raise LoweringError("gpu: speculative decoding is not scheduled yet")
         form = format_of(graph, request.weights)
         graphs = serving_forms(graph, request)
-        chips = request.chips or 1
-        while True:
-            try:
-                return lower(graphs, graph, machine, request, chips, form)
-            except CapacityError:
-                if request.chips is not None or chips >= _MOST_CHIPS:
-                    raise
-                chips *= 2
+        chips = request.chips or chips_for(graphs, machine, item_bytes(graph, request))
+        return lower(graphs, graph, machine, request, chips, form)
 
     def semantics(self) -> Semantics:
         """The task executor."""
@@ -79,7 +75,8 @@ class GpuBackend(ServingView):
         """Memory, arithmetic and latency bounds, per phase."""
         from mapper_gpu.bounds import bounds_of
 
-        return {p: bounds_of(g, graph, machine, request, p) for p, g in serving_forms(graph, request).items()}
+        graphs = serving_forms(graph, request)
+        return {p: bounds_of(graphs, graph, machine, request, p) for p in graphs}
 
     def retime(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, float]:
         """Seconds per program with another machine's constants; order and placement are kept."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mapper.bounds import Bound
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.machine import Machine
-from mapper.schedule.tables import Request
+from mapper.schedule.tables import Phase, Request
+from mapper_gpu.capacity import chips_for
 
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 _PRODUCTS = {
@@ -19,14 +20,14 @@ _PRODUCTS = {
 
 
 def bounds_of(
-    served: Graph, source: Graph, machine: Machine, request: Request, phase: str
+    graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, request: Request, phase: Phase
 ) -> Sequence[Bound]:
-    """Bounds on one run of a serving graph on all of the request's chips.
+    """Bounds on one run of a phase's serving graph on all of the request's chips.
 
     Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value
     that the step sees. Both at the pins' rate. Products run at the dense peak of the weights' format."""
-    chips = request.chips or _fewest(source, machine, request)
-    item = _item(source, request)
+    served, item = graphs[phase], item_bytes(source, request)
+    chips = request.chips or chips_for(graphs, machine, item)
     form = {4: "f32", 2: "bf16"}[item]
     weights = sum(s.count * sum(_weights(served, op) for op in s.ops) for s in served.sections()) * item
     state = 0
@@ -54,12 +55,8 @@ def bounds_of(
     )
 
 
-def _fewest(source: Graph, machine: Machine, request: Request) -> int:
-    """More chips than this may be taken, so the bound of `chips auto` assumes the most."""
-    return 64
-
-
-def _item(source: Graph, request: Request) -> int:
+def item_bytes(source: Graph, request: Request) -> int:
+    """Bytes of a stored weight: of the format asked for, or of most of the elements of the model."""
     if request.weights is not None:
         return _BYTES.get(request.weights, 2)
     sizes: dict[str, int] = {}

@@ -16,9 +16,10 @@ from itertools import chain, repeat
 
 from mapper.errors import CapacityError, LoweringError, UsageError
 from mapper.serving.phases import Deployment, Iteration
+from mapper.zoo.config import Latent
 from mapper_gpu.hardware import BITS, Gpu
 from mapper_gpu.model import KernelTime, room_for, step_time
-from mapper_gpu.shape import Latent, LayerShape, Mixture, ModelShape, Parallel, Precision
+from mapper_gpu.shape import LayerShape, Mixture, ModelShape, Parallel, Precision
 from mapper_gpu.shape import Work as Step
 from mapper_gpu.work import Attention, Experts, Matrix, Norm, Work
 

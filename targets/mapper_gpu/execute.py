@@ -117,7 +117,8 @@ def run(schedule: Schedule, phase: Phase, memories: Memories) -> int:
             for part, bound in zip((times.reads, times.writes), bounds, strict=True)
         ]
         task = Task(name, code, tuple(int(v) for v in args[COORDINATES]), operands[0], operands[1], batch)
-        execute(task, memories)
+        with np.errstate(all="ignore"):
+            execute(task, memories)
     return schedule.programs[phase].cycles
 
 
@@ -242,9 +243,9 @@ def _read(task: Task, number: int, taken: Taken, memories: Memories) -> Array:
     if o.r == "cache" and o.c == "heads":
         return np.zeros(0)
     memory, low, size, _ = slices[0]
-    known = memories.written(memory)[low : low + size]
-    if not known.all():
-        task.fail(f"byte {low + int(np.argmin(known))} of memory {memory} is read and was never written")
+    unknown = memories.written(memory).missing(low, low + size)
+    if unknown is not None:
+        task.fail(f"byte {unknown} of memory {memory} is read and was never written")
     flat = memories.data(memory)[low : low + size].view(o.dtype)
     if o.r == "cache":
         return _floats(flat.reshape(k1_of(r0, r1), o.panel))
@@ -281,7 +282,7 @@ def _write(task: Task, number: int, given: Taken, value: Array, memories: Memori
         parts = [np.ascontiguousarray(stored[:, c : c + o.panel]) for c in range(0, c1 - c0, o.panel)]
     for (memory, low, size, _), part in zip(slices, parts, strict=True):
         memories.data(memory)[low : low + size] = part.reshape(-1).view(np.uint8)
-        memories.written(memory)[low : low + size] = True
+        memories.written(memory).add(low, low + size)
 
 
 def _append(task: Task, rest: list[Any], given: Taken, registers: dict[str, Any], memories: Memories) -> None:
@@ -304,5 +305,5 @@ def _append(task: Task, rest: list[Any], given: Taken, registers: dict[str, Any]
             )
             part = np.ascontiguousarray(value[i, (h - h0) * head : (h - h0 + 1) * head].astype(o.dtype))
             memories.data(memory)[low : low + row] = part.view(np.uint8)
-            memories.written(memory)[low : low + row] = True
+            memories.written(memory).add(low, low + row)
     del b0, b1

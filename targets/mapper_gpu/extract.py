@@ -485,6 +485,7 @@ def _attention(c: _Extractor, op: DataflowOp) -> None:
         kv_heads=hkv,
         dim=d,
         value_dim=dv,
+        all_heads=hkv,
         tokens=s,
         past=past,
         length=length,

@@ -29,6 +29,9 @@ Cost = Callable[[str, tuple[int, ...]], float]
 ONE_TILE = 64
 """Rows that a product's tile always takes whole (see product.candidates)."""
 
+WIDEST_HEAD = 256
+"""Columns of a head that an epilogue may need whole: the widest tile."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -45,6 +48,10 @@ class Dag:
         self.nodes: Sequence[Node] = section.nodes
         self.outputs = section.outputs
         self.widths = {name: value.width for name, value in section.values.items()}
+        self.heads = [
+            max((section.values[v].head for v in n.inputs), default=0) if n.kind in HEADS else 0
+            for n in section.nodes
+        ]
         self.rows = max((section.values[v].rows for n in section.nodes for v in n.inputs
                          if not section.values[v].state), default=0)  # fmt: skip
         maker = {n.output: i for i, n in enumerate(section.nodes)}
@@ -99,6 +106,7 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
         same = len({(dag.nodes[h].inputs[0], dag.nodes[h].attr("groups", 1)) for h in heavy}) == 1
         legal = above <= {*ROWS, *POINTS} and below <= {*POINTS, *HEADS} and same
         legal = legal and ("append" not in below or dag.rows <= ONE_TILE)
+        legal = legal and all(dag.heads[i] <= WIDEST_HEAD for i in bits(down))
         return "product" if legal and not down & sum(1 << h for h in heavy) else None
     if len(heavy) != 1:
         return None

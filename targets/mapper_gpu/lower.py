@@ -339,21 +339,22 @@ def _ports(found: list[Lowered], memory: Memory, weights: Weights, states: Mappi
     chips = memory.chips
     ports = weights.ports()
     for name, s in sorted(states.items(), key=lambda p: p[1].first):
-        heads = chips * s.width // s.panel
+        copies = max(1, chips * s.width // s.panel // _kv_heads(found[0], name))
+        heads = chips * s.width // s.panel // copies
         shape = (request.batch, heads, s.rows // request.batch, s.panel)
-        layout = {"kind": "cache", "chips": chips}
+        layout = {"kind": "cache", "copies": copies}
         ports.append(Port(name, "state", NUMPY[s.dtype], shape, _buffers(s, chips), layout,
                           ["zeros", list(shape), NUMPY[s.dtype]]))  # fmt: skip
     for item in found:
         work, here = item.work, item.storages
         ids, past, logits = here["input_ids"], here["past_length"], here[work.logits]
-        copies = {"kind": "copies"}
+        same = {"kind": "copies"}
         rows = (work.batch, work.tokens)
         ports.append(
-            Port("input_ids", "input", "int64", rows, _buffers(ids, chips), copies, None, (item.phase,))
+            Port("input_ids", "input", "int64", rows, _buffers(ids, chips), same, None, (item.phase,))
         )
         ports.append(
-            Port("past_length", "input", "int64", (), _buffers(past, chips), copies, None, (item.phase,))
+            Port("past_length", "input", "int64", (), _buffers(past, chips), same, None, (item.phase,))
         )
         layout = {"kind": "panels", "panel": logits.panel}
         shape3 = (*rows, logits.width)
@@ -361,6 +362,18 @@ def _ports(found: list[Lowered], memory: Memory, weights: Weights, states: Mappi
             Port("logits", "output", "float32", shape3, (logits.first,), layout, None, (item.phase,))
         )
     return ports
+
+
+def _kv_heads(item: Lowered, cache: str) -> int:
+    """Heads of a cache on all chips, copies not counted."""
+    for e in item.work.sections:
+        for names in (
+            *e.states.values(),
+            *((n.attr("cache"),) for n in e.section.nodes if n.kind == "append"),
+        ):
+            if cache in names:
+                return next(int(n.attr("all_heads")) for n in e.section.nodes if n.kind == "attention")
+    raise KeyError(cache)
 
 
 def _buffers(s: Storage, chips: int) -> tuple[int, ...]:

@@ -42,8 +42,9 @@ class Value:
 class Matrix:
     """A weight [n, k] (rows are outputs), `count` of which are read of `total` stored (experts, heads).
 
-    `split` is the axis that tensor parallelism cuts: "n", "k" or "" for a copy on every chip. `first` and
-    `of` say that these are rows first .. first + n of a stored weight of `of` rows (0: all of it).
+    `split` is the axis that tensor parallelism cuts: "n", "k" or "" for a copy on every chip; `copies` chips
+    in a row hold the same part. `first` and `of` say that these are rows first .. first + n of a stored
+    weight of `of` rows (0: all of it).
     """
 
     name: str
@@ -56,6 +57,7 @@ class Matrix:
     first: int = 0
     of: int = 0
     turned: bool = False
+    copies: int = 1
 
     @property
     def label(self) -> str:

@@ -32,6 +32,7 @@ def partition(program: Program, chips: int) -> Program:
 def _section(e: Extracted, chips: int, logits: str) -> Extracted:
     nodes = list(e.section.nodes)
     cut = _cut_linears(nodes, e.section.outputs, logits)
+    copies, cached = _copies(nodes, chips), _cached(nodes)
     values: dict[str, Value] = dict(e.section.values)
     sharded: set[str] = set()
     renamed: dict[str, str] = {}
@@ -39,8 +40,9 @@ def _section(e: Extracted, chips: int, logits: str) -> Extracted:
     for i, node in enumerate(nodes):
         node = replace(node, inputs=tuple(renamed.get(v, v) for v in node.inputs))
         if node.kind == "linear" and i in cut:
-            w = node.weights[0]
-            node = replace(node, weights=(replace(w, n=_part(w.n, chips, node), split="n"),))
+            w, same = node.weights[0], copies if node.output in cached else 1
+            n = _part(w.n * same, chips, node)
+            node = replace(node, weights=(replace(w, n=n, split="n", copies=same),))
             sharded.add(node.output)
         elif node.kind == "linear" and node.inputs[0] in sharded:
             w = node.weights[0]
@@ -55,7 +57,8 @@ def _section(e: Extracted, chips: int, logits: str) -> Extracted:
                 raise LoweringError(f"gpu: {node.kind} on columns that {chips} chips share")
             if any(v not in sharded for v in node.inputs):
                 raise LoweringError(f"gpu: {node.kind} of whole and shared columns")
-            node = replace(node, attrs=_vectors(node.attrs, chips))
+            same = copies if node.output in cached else 1
+            node = replace(node, attrs=_vectors(node.attrs, chips, same))
             sharded.add(node.output)
         made.append(node)
     outputs = frozenset(renamed.get(v, v) for v in e.section.outputs)
@@ -66,17 +69,30 @@ def _section(e: Extracted, chips: int, logits: str) -> Extracted:
         outputs = (outputs - {logits}) | {whole}
     for name in sharded:
         v = values[name]
-        values[name] = replace(v, width=v.width // chips)
-    states = {n.attr("cache") for n in made if n.kind == "append"}
-    for n in made:
-        if n.kind == "attention":
-            states |= set(n.attr("caches"))
+        values[name] = replace(v, width=v.width * (copies if name in cached else 1) // chips)
+    states = {m.attr("cache") for m in made if m.kind == "append"}
+    states |= {name for m in made if m.kind == "attention" for name in m.attr("caches")}
     for name in states:
         if name in values:
-            values[name] = replace(values[name], width=values[name].width // chips)
+            values[name] = replace(values[name], width=values[name].width * copies // chips)
     section = Section(e.section.name, e.section.count, tuple(made), values, outputs, e.section.carried)
     carries = tuple(replace(c, yielded=renamed.get(c.yielded, c.yielded)) for c in e.carries)
     return replace(e, section=section, carries=carries)
+
+
+def _copies(nodes: list[Node], chips: int) -> int:
+    """Chips that hold the same key/value head, where there are more chips than such heads."""
+    heads = next((int(n.attr("kv_heads")) for n in nodes if n.kind == "attention"), chips)
+    return chips // heads if chips > heads and chips % heads == 0 else 1
+
+
+def _cached(nodes: list[Node]) -> set[str]:
+    """Values that end in a cache."""
+    found: set[str] = set()
+    for n in reversed(nodes):
+        if n.kind == "append" or n.output in found:
+            found |= {n.output} | (set(n.inputs) if n.kind != "linear" else set())
+    return found
 
 
 def _part(size: int, chips: int, node: Node) -> int:
@@ -96,6 +112,8 @@ def _sum(node: Node, values: dict[str, Value], renamed: dict[str, str]) -> Node:
 
 def _heads(node: Node, chips: int) -> Mapping[str, object]:
     a = dict(node.attrs)
+    if chips > a["kv_heads"] and chips % a["kv_heads"] == 0:
+        a["kv_heads"] = chips
     for name in ("heads", "kv_heads"):
         if a[name] % chips:
             raise LoweringError(f"gpu: {a[name]} {name.replace('_', ' ')} do not divide among {chips} chips")
@@ -105,18 +123,18 @@ def _heads(node: Node, chips: int) -> Mapping[str, object]:
     return a
 
 
-def _vectors(attrs: Mapping[str, object], chips: int) -> Mapping[str, object]:
+def _vectors(attrs: Mapping[str, object], chips: int, copies: int) -> Mapping[str, object]:
     a = dict(attrs)
     vector = a.get("vector")
     if isinstance(vector, dict) and vector.get("split") == "n":
-        a["vector"] = _vector(vector, chips)
+        a["vector"] = _vector(vector, chips, copies)
     return a
 
 
-def _vector(vector: Mapping[str, object], chips: int) -> dict[str, object]:
+def _vector(vector: Mapping[str, object], chips: int, copies: int = 1) -> dict[str, object]:
     length = vector["length"]
     assert isinstance(length, int)
-    return {**vector, "length": length // chips, "chips": chips}
+    return {**vector, "length": length * copies // chips, "chips": chips, "copies": copies}
 
 
 def _cut_linears(nodes: list[Node], outputs: frozenset[str], logits: str) -> set[int]:

@@ -94,19 +94,19 @@ def lane_width(lane: Lane, n: int) -> int:
     return max(lane.grain, n // lane.mats // lane.grain * lane.grain)
 
 
-def traffic(rows: float, cols: float, row_tiles: int, band: int, l2: float) -> float:
-    """HBM bytes of a grid whose row operand has `rows` bytes and column operand `cols`, walked in bands.
+def traffic(rows: float, cols: float, tiles: tuple[int, int], band: int, l2: float) -> float:
+    """HBM bytes of a grid of `tiles` (row tiles, column tiles) whose row operand has `rows` bytes and
+    column operand `cols`, walked in bands through a cache of `l2` bytes that drops what was used longest
+    ago.
 
-    Tiles go down a band of `band` row tiles, then to the next column. A band's rows stay in L2 while all
-    columns stream by, if they fit; the columns come again for every band, unless they stay in L2 beside the
-    band."""
-    bands = math.ceil(row_tiles / band)
-    held = rows * band / row_tiles
-    if bands == 1 or held + cols <= l2:
-        return rows + cols if held <= l2 or bands == 1 else rows + cols * bands
-    if held > l2:
-        return rows * max(1.0, held / l2) * max(1, bands) + cols * bands
-    return rows + cols * bands
+    The walk goes down a band of `band` row tiles, then to the next column. A band's rows stay while all
+    columns stream by, if they fit beside one column; else they come again with every column. The columns
+    come again for every band, unless all of them stay beside two bands."""
+    down, across = tiles
+    bands = math.ceil(down / band)
+    held, strip = rows * band / down, cols / across
+    loaded = rows if held + strip <= l2 else rows * across
+    return loaded + (cols if bands == 1 or cols + 2 * held <= l2 else cols * bands)
 
 
 def measure(gpu: Gpu, p: Product, tile: Tile) -> Timed:
@@ -117,10 +117,10 @@ def measure(gpu: Gpu, p: Product, tile: Tile) -> Timed:
     mats = sum(lane.n * lane.mats for lane in p.lanes)
     weights = mats * p.k * p.element
     rows = p.rows * p.k * p.operand
-    far = p.groups * traffic(rows, weights, down, min(tile.band, down), 0.8 * gpu.l2)
+    far = p.groups * traffic(rows, weights, (down, across), min(tile.band, down), 0.8 * gpu.l2)
     wide = weights / across / tile.splits
     read = p.k * p.operand * min(tile.m, p.rows) / (1 if p.whole_rows else tile.splits)
-    loaded = tasks * (wide + read) / (gpu.cluster if tasks > gpu.sms else 1)
+    loaded = tasks * (wide + read) / (gpu.cluster if down > 1 else 1)
     results = p.groups * p.rows * sum(lane.n for lane in p.lanes)
     stored = results * p.out + p.extra
     partial = 0.0 if tile.splits == 1 else 4.0 * tile.splits * p.groups * p.rows * mats

@@ -93,7 +93,8 @@ def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
 def vector_name(vector: Mapping[str, Any]) -> str:
     """The storage name of a vector's part."""
     first = vector.get("first", 0)
-    return f"vector:{vector['symbol']}:{first}:{vector['length'] * vector.get('chips', 1)}"
+    whole = vector["length"] * vector.get("chips", 1) // vector.get("copies", 1)
+    return f"vector:{vector['symbol']}:{first}:{whole}"
 
 
 def _vector(b: Builder, vector: Mapping[str, Any] | None, c: str) -> str | None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mapper.backend import Memories
 from mapper.errors import ExecutionFault
+from mapper.runtime.written import require_written
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Phase, Port, Schedule
 from mapper_gpu import execute
@@ -32,22 +33,18 @@ class GpuSemantics:
             if raw.size != high - low:
                 raise ExecutionFault(f"port {port.name}: {raw.size} bytes for a buffer of {high - low}")
             memories.data(memory)[low:high] = raw
-            memories.written(memory)[low:high] = True
+            memories.written(memory).add(low, high)
 
     def fetch(self, schedule: Schedule, port: Port, memories: Memories) -> Array:
         """A copy of the port's array. Raises ExecutionFault on unwritten bytes."""
         found = []
         for memory, low, high in _where(schedule, port):
-            flags = memories.written(memory)[low:high]
-            if not flags.all():
-                at = low + int(np.argmin(flags))
-                raise ExecutionFault(
-                    f"port {port.name}: byte {at} of its memory is read and was never written"
-                )
+            require_written(memories.written(memory), low, high, f"port {port.name}")
             found.append(memories.data(memory)[low:high].copy().view(dtype(port.dtype)))
         kind, shape = port.layout["kind"], port.shape
         if kind == "cache":
             batch, heads, length, width = shape
+            found = found[:: int(port.layout["copies"])]
             part = (heads // len(found), batch, length, width)
             return np.concatenate([f.reshape(part) for f in found]).transpose(1, 0, 2, 3)
         if kind == "panels" and len(found) == 1:
@@ -68,14 +65,19 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
         yield from [array] * count
         return
     if layout["kind"] == "cache":
-        yield from np.split(array.transpose(1, 0, 2, 3), count)
+        copies = int(layout["copies"])
+        for part in np.split(array.transpose(1, 0, 2, 3), count // copies):
+            yield from [part] * copies
         return
     if layout["kind"] != "panels" or array.ndim != 2:
         raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")
     axis = {"n": 0, "k": 1, "": None}[layout["split"]]
     if axis == 0 and array.shape[0] == 1:
         axis = 1
-    pieces = [array] * count if axis is None else np.split(array, count, axis)
+    copies = int(layout.get("copies", 1))
+    pieces = [array] * count
+    if axis is not None:
+        pieces = [p for p in np.split(array, count // copies, axis) for _ in range(copies)]
     panel = int(layout["panel"])
     for piece in pieces:
         yield piece.reshape(piece.shape[0], -1, panel).transpose(1, 0, 2)

@@ -15,7 +15,7 @@ from mapper_gpu.hardware import COMPUTE, element_bytes
 from mapper_gpu.nodes import Matrix, Node, Section, Value
 
 if TYPE_CHECKING:
-    from mapper.zoo.config import Config, Layer
+    from mapper.zoo.config import Config, Latent, Layer
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,6 @@ class Mixture:
     chosen: int
     inner: int
     shared: int = 0
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Multi-head latent attention: ranks of queries (0: none) and keys, widths per head."""
-
-    query: int
-    rank: int
-    nope: int
-    rope: int
-    value: int
 
 
 @dataclass(frozen=True)
@@ -121,13 +110,10 @@ class Work:
 
 def of_config(config: Config) -> ModelShape:
     """The shape of a public configuration."""
-    latent = None
-    if config.latent:
-        c = config.latent
-        latent = Latent(c.query, c.rank, c.nope, c.rope, c.value)
     return ModelShape(
         config.name, config.hidden, config.heads, config.kv_heads, config.head_dim, config.vocab,
-        tuple(_layer(layer) for layer in config.layers), config.gated, config.qk_norm != "none", latent,
+        tuple(_layer(layer) for layer in config.layers), config.gated, config.qk_norm != "none",
+        config.latent,
         config.tied,
     )  # fmt: skip
 

@@ -38,6 +38,7 @@ class Held:
     turned: bool
     split: str
     dtype: str
+    copies: int = 1
 
 
 class Weights:
@@ -73,7 +74,17 @@ class Weights:
             rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
             if held.kind == "vector" or held.kind == "rope":
                 rows, width, panel = 1, held.n, held.n
-            key = (held.symbol, held.first, rows, width, panel, held.turned, held.split, held.dtype)
+            key = (
+                held.symbol,
+                held.first,
+                rows,
+                width,
+                panel,
+                held.turned,
+                held.split,
+                held.dtype,
+                held.copies,
+            )
             if key not in layouts:
                 name = (
                     held.symbol
@@ -107,7 +118,7 @@ class Weights:
                 continue
             seen.add(s)
             shape = self._whole(held)
-            layout = {"kind": "panels", "panel": s.panel, "split": held.split, "chips": self.chips}
+            layout = {"kind": "panels", "panel": s.panel, "split": held.split, "copies": held.copies}
             buffers = tuple(range(s.first, s.first + self.chips))
             kind: Any = "weight"
             found.append(
@@ -124,7 +135,7 @@ class Weights:
         return found
 
     def _whole(self, held: Held) -> tuple[int, int]:
-        n = held.n * (self.chips if held.split == "n" else 1)
+        n = held.n * (self.chips // held.copies if held.split == "n" else 1)
         if held.kind in ("vector", "rope"):
             return 1, n
         return n, held.k * (self.chips if held.split == "k" else 1)
@@ -179,9 +190,19 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             split = "n" if v.get("chips", 1) > 1 else ""
             yield (
                 vector_name(v),
-                Held(v["symbol"], "vector", v["length"], 0, v.get("first", 0), False, split, "f32"),
+                Held(
+                    v["symbol"],
+                    "vector",
+                    v["length"],
+                    0,
+                    v.get("first", 0),
+                    False,
+                    split,
+                    "f32",
+                    v.get("copies", 1),
+                ),
             )
 
 
 def _matrix(w: Matrix, form: str) -> Held:
-    return Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form)
+    return Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies)

@@ -32,9 +32,11 @@ from mapper_host.layout import Interval, aligned, place
 from mapper_host.lower import Lowered
 from mapper_host.opcodes import OPCODES
 from mapper_host.program import MEMORIES, BlockSteps, Slice, Step, Storage, Value
-from mapper_host.timing import CLOCK_HZ, durations
+from mapper_host.timing import CLOCK_HZ, MOST, durations
 
 Span = tuple[int, int]
+_COMMUTATIVE = ("vector 0", "vector 2")
+"""Sums and products of two vectors: see mapper.schedule.equivalence.commutes."""
 
 
 @dataclass(eq=False)
@@ -90,8 +92,11 @@ def schedule_of(
         buffers.append(state.storage, "")
     programs: dict[str, Program] = {}
     ops: list[dict[str, Any]] = []
+    fused: dict[str, int] = {}
+    clock_hz = _clock(lowered, machine)
     for work in lowered:
-        timed = _times(work, machine)
+        fused |= {str(op + len(ops)): by + len(ops) for op, by in work.fused.items()}
+        timed = _times(work, machine, clock_hz)
         for value in (*work.inputs.values(), *work.outputs.values()):
             if value.storage not in buffers.of:
                 buffers.append(value.storage, work.phase)
@@ -111,7 +116,7 @@ def schedule_of(
         chips=1,
         request=request,
         model=_model(graph),
-        clock_hz=CLOCK_HZ,
+        clock_hz=clock_hz,
         units=("cpu",),
         memories=tuple((m, buffers.tops[m]) for m in MEMORIES),
         opcodes=OPCODES,
@@ -122,7 +127,7 @@ def schedule_of(
         weights=_weight_files(weights),
         constants=dict(sorted(weights.arrays.items())),
         roles=graph.roles,
-        plan={"kind": "kernel steps", "serving": serving},
+        plan={"kind": "kernel steps", "serving": serving, "fused": fused, "commutative": list(_COMMUTATIVE)},
         provenance={"backend": "mapper_host"},
     )
 
@@ -144,16 +149,24 @@ def streamed(steps: Sequence[Step]) -> Int:
     return np.minimum(np.array(total, np.int64), np.array([s.bytes for s in steps], np.int64))
 
 
-def _times(work: Lowered, machine: Machine) -> _Timed:
+def _clock(lowered: Sequence[Lowered], machine: Machine) -> float:
+    """The finest clock in which no step has more than MOST cycles."""
+    clock_hz = CLOCK_HZ
+    while any(d.max(initial=0) > MOST for w in lowered for d in _times(w, machine, clock_hz).durations):
+        clock_hz /= 1000
+    return clock_hz
+
+
+def _times(work: Lowered, machine: Machine, clock_hz: float) -> _Timed:
     far = [streamed(b.steps) for b in work.blocks]
     working_set = float(sum(int(f.sum()) * b.repeat for f, b in zip(far, work.blocks, strict=True)))
-    clock = round(machine.value("program.overhead") * CLOCK_HZ)
+    clock = round(machine.value("program.overhead") * clock_hz)
     found, starts = [], []
     for block, stream in zip(work.blocks, far, strict=True):
         columns = [
             np.array([getattr(s, k) for s in block.steps], np.int64) for k in ("opcode", "bytes", "flops")
         ]
-        length = durations(machine, columns[0], stream, columns[1], columns[2], working_set)
+        length = durations(machine, columns[0], stream, columns[1], columns[2], working_set, clock_hz)
         found.append(length)
         starts.append(clock)
         clock += int(length.sum()) * block.repeat

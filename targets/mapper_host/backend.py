@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from mapper.backend import Artifact, Semantics
 from mapper.bounds import Bound
 from mapper.errors import UsageError
+from mapper.lowbit import FORMATS
 from mapper.machine import Machine
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class HostBackend:
         "the CPU this runs on: decode and prefill as tables of kernel steps in one compiled interpreter"
     )
     default_machine: str = "host-generic"
+    formats: tuple[str, ...] = tuple(FORMATS)
 
     def machine_files(self) -> Sequence[Path]:
         """The shipped machine files."""
@@ -45,6 +47,7 @@ class HostBackend:
         """
         from mapper_host.assemble import schedule_of
         from mapper_host.context import Weights
+        from mapper_host.fuse import fuse
         from mapper_host.lower import lower_program
         from mapper_host.program import Value
 
@@ -56,6 +59,8 @@ class HostBackend:
         weights, states = Weights(), dict[str, Value]()
         served = serving_forms(graph, request)
         work = [lower_program(form, phase, weights, states) for phase, form in served.items()]
+        for one in work:
+            one.fused = fuse(one)
         return schedule_of(graph, machine, request, work, weights, serving=True)
 
     def semantics(self) -> Semantics:
@@ -100,6 +105,12 @@ class HostBackend:
 
         return calibrated()
 
+    def read_rate(self) -> float:
+        """Bytes per second at which this computer reads memory, measured now. Raises MapperError."""
+        from mapper_host.read_rate import read_rate
+
+        return read_rate()
+
 
 def is_static(graph: Graph) -> bool:
     """Whether all inputs have known shapes."""
@@ -128,9 +139,7 @@ def serving_forms(graph: Graph, request: Request) -> dict[Phase, Graph]:
 
 
 def _supported(request: Request) -> None:
-    if request.weights not in (None, "f32"):
-        raise UsageError(
-            f"host: weights {request.weights!r} are not supported; this version holds weights in f32"
-        )
+    if request.weights not in (None, *FORMATS):
+        raise UsageError(f"host: no weight format is called {request.weights!r}: {', '.join(FORMATS)}")
     if request.chips not in (None, 1):
         raise UsageError(f"host: there is one host, not {request.chips} chips")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mapper_host.team import thread_count
+
 F32 = npt.NDArray[np.float32]
 RUNS = 15
 """Measurements per constant."""
@@ -65,7 +67,7 @@ def calibrated() -> str:
     """TOML text of a machine "host" measured on this computer now. Takes some seconds; other load disturbs
     it."""
     cache = cache_bytes()
-    probe = Probe()
+    probe, threads = Probe(), thread_count(None)
     constants = {
         "memory.bandwidth": Measured.of(
             probe.bandwidth(_FAR), "B/s", f"matrix-vector products over {_FAR >> 20} MB of weights"
@@ -90,7 +92,8 @@ def calibrated() -> str:
     lines = [
         'name = "host"',
         'target = "host"',
-        f'summary = "{platform.machine()} processor, one thread, measured by mapper machines calibrate"',
+        f'summary = "{platform.machine()} processor, {threads} threads, '
+        'measured by mapper machines calibrate"',
         "",
         f'cache.bytes = {{ value = {cache}, unit = "B", kind = "published", source = "{_CACHE_SOURCE}", '
         f"low = {cache // 4}, high = {cache} }}",
@@ -114,13 +117,15 @@ def cache_bytes() -> int:
 
 
 class Probe:
-    """Programs of single opcodes, timed in the interpreter itself."""
+    """Programs of single opcodes, timed in the interpreter itself, on all threads."""
 
     def _steps(
         self, opcode: int, args: Sequence[int], addresses: Sequence[Sequence[int]]
     ) -> Callable[[], None]:
-        from mapper_host.interpreter import SERVING, interpret
+        from mapper_host.interpreter import SERVING
         from mapper_host.opcodes import OPERANDS
+        from mapper_host.scratch import scratch_bytes
+        from mapper_host.team import Team
 
         assert opcode in SERVING
         rows = np.zeros((len(addresses), 2 + OPERANDS), np.int64)
@@ -128,18 +133,19 @@ class Probe:
         for i, operands in enumerate(addresses):
             rows[i, 2 : 2 + len(operands)] = operands
         flat = np.array([*args, 0], np.int64)
-        floats, barrier = flat.view(np.float64), np.zeros(2, np.int64)
+        team = Team(rows, flat, flat.view(np.float64), scratch_bytes(rows, flat), thread_count(None))
 
         def run() -> None:
-            interpret(rows, flat, floats, 0, len(rows), 0, 1, barrier)
+            team.run(0, len(rows))
 
         return run
 
     def bandwidth(self, working_set: int) -> list[float]:
         """Bytes per second of matrix-vector products that sweep over `working_set` bytes of weights."""
-        from mapper_host.opcodes import LINEAR_NK
+        from mapper_host.opcodes import PROJECT
 
-        k, n = 2048, 64
+        k = 2048
+        n = min(1024, working_set // (16 * k))
         weights = np.ones(working_set // 4 // (k * n) * k * n, np.float32)
         x, y = np.ones(k, np.float32), np.empty(n, np.float32)
         block = 4 * k * n
@@ -147,17 +153,18 @@ class Probe:
             [x.ctypes.data, weights.ctypes.data + i * block, y.ctypes.data]
             for i in range(weights.nbytes // block)
         ]
-        run = self._steps(LINEAR_NK, [1, n, k, 0], places)
+        run = self._steps(PROJECT, [1, k, *[0] * 7, 1, n, 0, 0, 0], places)
         times = max(1, (64 << 20) // weights.nbytes)
         return [weights.nbytes / s for s in seconds(run, times)]
 
     def vector_rate(self) -> list[float]:
         """Operations per second of a matrix product whose operands are cached."""
-        from mapper_host.opcodes import LINEAR_KN
+        from mapper_host.opcodes import PROJECT
 
         m, n, k = 16, 512, 512
-        x, w, y = (np.ones(s, np.float32) for s in ((m, k), (k, n), (m, n)))
-        run = self._steps(LINEAR_KN, [m, n, k, 0], [[a.ctypes.data for a in (x, w, y)]] * 4)
+        x, w, y = (np.ones(s, np.float32) for s in ((m, k), (n, k), (m, n)))
+        args = [m, k, *[0] * 7, 1, n, 0, 0, 0]
+        run = self._steps(PROJECT, args, [[a.ctypes.data for a in (x, w, y)]] * 4)
         return [4 * 2 * m * n * k / s for s in seconds(run, 4)]
 
     def rows_rate(self) -> list[float]:

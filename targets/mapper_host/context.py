@@ -15,18 +15,39 @@ from mapper.errors import LoweringError
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.weights import WeightSymbol
+from mapper_host.held import native
 from mapper_host.opcodes import CODES, ELEMENTWISE, VECTOR
 from mapper_host.program import BlockSteps, Slice, Storage, Value, step
 from mapper_host.strides import broadcast, collapse
+from mapper_kernels.formats import Format
 from mapper_kernels.names import ELEMENTWISE as ELEMENTWISE_NUMBERS
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is held: element type, and whether its two dimensions are exchanged."""
+    """How a weight is held: element type, and whether its last two dimensions are exchanged; or the part of a
+    packed one."""
 
     dtype: str
     turned: bool = False
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [N, K], or a stack [E, N, K], in the format in which the kernels read it."""
+
+    format: Format
+    n: int
+    k: int
+    values: Value
+    scales: Value | None = None
+    zeros: Value | None = None
+
+    @property
+    def operands(self) -> list[Value]:
+        """Its operands of a step, in order."""
+        return [v for v in (self.values, self.scales, self.zeros) if v is not None]
 
 
 @dataclass(eq=False)
@@ -41,6 +62,9 @@ class Weights:
 
     def symbol(self, weight: WeightSymbol, form: Form) -> Value:
         """The weight in another form, converted when it is loaded."""
+        if form.part:
+            assert weight.packing is not None
+            return self.symbol(weight.packing.parts[form.part], Form(form.dtype))
         key = weight.name if weight.dtype == form.dtype else f"{weight.name}:{form.dtype}"
         key += ":transposed" if form.turned else ""
         if key not in self.values:
@@ -51,9 +75,11 @@ class Weights:
             if weight.dtype != form.dtype:
                 source = ["cast", source, np.dtype(_numpy(form.dtype)).name]
             if form.turned:
-                source = ["transpose", source, [1, 0]]
+                rank = len(weight.shape)
+                source = ["transpose", source, [*range(rank - 2), rank - 1, rank - 2]]
             shape = tuple(weight.shape)
-            self._add(key, shape[::-1] if form.turned else shape, form.dtype, source)
+            turned = (*shape[:-2], *shape[:-3:-1])
+            self._add(key, turned if form.turned else shape, form.dtype, source)
         return self.values[key]
 
     def constant(self, array: npt.NDArray[Any], dtype: str) -> Value:
@@ -132,17 +158,32 @@ class Context:
             self.fail(f"computes in f32, not in {value.dtype}")
         return value
 
-    def matrix(self, attribute: str, transposed: bool) -> tuple[Value, bool]:
-        """The matrix that an attribute names, and whether it is [N, K].
-
-        In a program that runs once per token it always is, turned round when it is loaded: rows are then read
-        as few long streams, at twice the speed.
-        """
-        turned = self.serving and not transposed
-        value = self.weight(attribute, "f32", turned)
-        if value is None:
+    def product(self, attribute: str, transposed: bool) -> Matrix:
+        """The matrix that an attribute names as [N, K] or [E, N, K], in its stored format where the kernels
+        have it."""
+        assert self.op is not None
+        name = self.op.attr(attribute)
+        if name is None:
             self.fail(f"has no {attribute}")
-        return value, transposed or turned
+        symbol = self.graph.weights[self.slots.get(name, name)]
+        held = native(symbol, transposed)
+        n, k = symbol.shape[-2:] if transposed else symbol.shape[:-3:-1]
+        if not held.blocked and not held.scale:
+            value = self.weight(attribute, held.name, not transposed)
+            assert value is not None
+            return Matrix(held, n, k, value)
+        assert symbol.packing is not None
+        parts = [
+            self._part(name, symbol, p) for p in ("values", "scales", "zeros") if p in symbol.packing.parts
+        ]
+        return Matrix(held, n, k, *parts)
+
+    def _part(self, name: str, symbol: WeightSymbol, part: str) -> Value:
+        assert symbol.packing is not None
+        form = Form(symbol.packing.parts[part].dtype, False, part)
+        value = self.weights.symbol(symbol, form)
+        self._note_slot(value.storage, name if name in self.slots else "", form)
+        return value
 
     def weight(self, attribute: str, dtype: str | None = "f32", turned: bool = False) -> Value | None:
         """The weight that an attribute of the op at hand names, as elements of `dtype` (None: as stored)."""

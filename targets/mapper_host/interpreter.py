@@ -17,22 +17,28 @@ import numpy as np
 
 from mapper_host.opcodes import (
     ACTIVATION,
+    ATTEND_AT,
     CACHE_APPEND,
     CACHED_ATTENTION,
     COPY,
     EMBED_AT,
+    EXPERTS_DOWN,
+    EXPERTS_UP,
     GATE,
     GATHER,
     LINEAR_KN,
     LINEAR_NK,
+    MERGE_SPLITS,
     NORM,
+    PROJECT,
     ROPE_AT,
+    ROUTE,
     VECTOR,
 )
-from mapper_kernels import attention, elementwise, gemm, index, norm, product, rope
-from mapper_kernels.jit import entry, jit
+from mapper_kernels import attention, elementwise, experts, fused, gemm, index, norm, product, rope
+from mapper_kernels.jit import entry, jit, splice
 from mapper_kernels.memory import atomic_add, atomic_load, atomic_max, f32, f32_2d, f32_3d, f32_4d, i64
-from mapper_kernels.split import SPINS, give_way, share
+from mapper_kernels.split import SPINS, give_way, relax, share
 
 BAD_POSITION, BAD_INDEX, BAD_OPCODE = 1, 2, 3
 FAULTS = {
@@ -44,7 +50,7 @@ FAULTS = {
 SERVING = (
     ACTIVATION, CACHE_APPEND, CACHED_ATTENTION, COPY, EMBED_AT, GATE, GATHER, LINEAR_KN, LINEAR_NK, NORM,
     ROPE_AT,
-    VECTOR,
+    VECTOR, PROJECT, ATTEND_AT, MERGE_SPLITS, ROUTE, EXPERTS_UP, EXPERTS_DOWN,
 )  # fmt: skip
 """Opcodes that `interpret` runs."""
 SOURCES = [
@@ -122,6 +128,15 @@ def _cached_attention(r: Any, a: Any, f: Any, part: int, parts: int) -> int:
 
 
 @jit
+def _attend_at(r: Any, a: Any, f: Any, scratch: int, part: int, parts: int) -> int:
+    past = i64(r[5], 1)[0]
+    if past < 0 or past >= a[4]:
+        return BAD_POSITION
+    fused.attend_cached(r, a, f, past, scratch, part, parts)
+    return 0
+
+
+@jit
 def _embed_at(r: Any, a: Any) -> int:
     rows, d, batch, seq, offset = a[0], a[1], a[2], a[3], a[4]
     first = i64(r[1], 1)[0] + offset
@@ -157,26 +172,28 @@ def meet(barrier: Any, arrivals: int, fault: int) -> Any:
     spins = 0
     while atomic_load(barrier, 0) < arrivals:
         spins += 1
+        relax()
         if spins > SPINS:
             give_way()
     return atomic_load(barrier, 1)
 
 
-@entry(*SOURCES)
-def interpret(
-    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
+@splice
+def _run(
+    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any, scratch: int
 ) -> Any:
-    """Run steps begin..end - 1 as thread `part` of `parts`; 0, or which step failed and how (see `unpack`).
-
-    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; barrier int64 [2], zero at first,
-    shared by the threads: arrivals, and the first fault.
-    """
     arrivals = 0
     for i in range(begin, end):
         first = rows[i, 1]
         op, r, a, f = rows[i, 0], rows[i, 2:], args[first:], floats[first:]
         fault = 0
-        if op in (LINEAR_NK, LINEAR_KN):
+        if op == PROJECT:
+            fused.project(r, a, f, scratch, part, parts)
+        elif op == ATTEND_AT:
+            fault = _attend_at(r, a, f, scratch, part, parts)
+        elif op == MERGE_SPLITS:
+            fused.merge_splits(r, a, part, parts)
+        elif op in (LINEAR_NK, LINEAR_KN):
             _linear(op, r, a, part, parts)
         elif op == NORM:
             _norm(r, a, f, part, parts)
@@ -194,13 +211,84 @@ def interpret(
             elementwise.vector(a[0], r[0], r[1], r[2], a[1], a[2] != 0, part, parts)
         elif op == COPY:
             _copy(r, a, part, parts)
+        elif op in (EXPERTS_UP, EXPERTS_DOWN):
+            known = experts.experts(op == EXPERTS_UP, r, a, f, scratch, part, parts)
+            fault = 0 if known else BAD_INDEX
+        elif op == ROUTE:
+            experts.route_rows(r, a, f, part, parts)
         elif part == 0:
             fault = _lookup(op, r, a)
         if parts > 1:
             arrivals += parts
             failed = meet(barrier, arrivals, 0 if fault == 0 else 8 * i + fault + 1)
-            if failed != 0:
+            # a faster thread may have failed in the next step already; it waits there for this one
+            if failed != 0 and (failed - 1) // 8 <= i:
                 return failed
         elif fault != 0:
             return 8 * i + fault + 1
     return 0
+
+
+GENERATION, BEGIN, END, PARTS, FINISHED, STOP = range(6)
+"""Fields of the control block that a team of threads shares: see `member`."""
+CONTROL = 8
+
+
+@jit
+def _wait(control: Any, seen: int, patience: int) -> Any:
+    """The generation, once it is no longer `seen`; `seen` after `patience` looks, -1 when STOP is set."""
+    looks = 0
+    while True:
+        now = atomic_load(control, GENERATION)
+        if now != seen:
+            return now
+        if atomic_load(control, STOP) != 0:
+            return np.int64(-1)
+        looks += 1
+        if looks > patience:
+            return seen
+        relax()
+        if looks > SPINS:
+            give_way()
+
+
+@entry(*SOURCES)
+def member(
+    rows: Any,
+    args: Any,
+    floats: Any,
+    control: Any,
+    barrier: Any,
+    scratch: int,
+    part: int,
+    seen: int,
+    patience: int,
+) -> Any:
+    """Run steps control[BEGIN]..control[END] - 1 as thread `part` of control[PARTS].
+
+    Thread 0 runs them once, waits for the others, and returns 0, or which step failed and how (see
+    `unpack`). Any other runs them each time control[GENERATION] moves on from `seen`; it returns the last
+    generation that it ran when nothing has happened for `patience` looks, or -1 when control[STOP] is set.
+
+    rows int64 [n, 2 + OPERANDS]; args int64 [m]; floats: args as float64; control int64 [CONTROL] and
+    barrier int64 [2] (arrivals, and the first fault; zero at first) are shared; scratch: address of memory
+    of this thread's own, as much as `scratch.scratch_bytes` says. One function for both roles, because its
+    compilation is what takes long.
+    """
+    while True:
+        if part != 0:
+            now = _wait(control, seen, patience)
+            if now < 0 or now == seen:
+                return now
+            seen = now
+        parts = control[PARTS]
+        result = _run(rows, args, floats, control[BEGIN], control[END], part, parts, barrier, scratch)
+        if part == 0:
+            looks = 0
+            while atomic_load(control, FINISHED) < parts - 1:
+                looks += 1
+                relax()
+                if looks > SPINS:
+                    give_way()
+            return result
+        atomic_add(control, FINISHED, 1)

@@ -23,7 +23,6 @@ from mapper_host.opcodes import (
     REDUCE,
     ROPE,
     ROUND_BLOCKS,
-    ROUTE,
     SCATTER_ELEMENTS,
     SCATTER_ND,
     SOFTMAX,
@@ -60,20 +59,6 @@ def _attention(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
         r[3] if masked else 0, a[10], a[11:15], f32(r[3 + masked], h if sinks else 0), f[19 : 19 + slopes],
         f32_4d(r[3 + masked + sinks], b, h, s, dv), f[17], a[8] != 0, a[7], f[18], part, parts,
     )  # fmt: skip
-
-
-@jit
-def _route(r: Any, a: Any, f: Any, part: int, parts: int) -> None:
-    rows, e, k, corrected = a[0], a[1], a[2], a[3]
-    low, high = share(rows, 1, part, parts)
-    s = np.empty(e, np.float32)
-    correction = f32(r[1], e if corrected else 0)
-    for row in range(low, high):
-        s[:] = f32(r[0] + 4 * row * e, e)
-        moe.route(
-            s, correction, i64(r[1 + corrected] + 8 * row * k, k), f32(r[2 + corrected] + 4 * row * k, k),
-            a[4], a[5], a[6], a[7] != 0, f[8], a[9] != 0, f[10], f[11],
-        )  # fmt: skip
 
 
 @jit
@@ -228,7 +213,7 @@ def _alone(op: int, r: Any, a: Any, f: Any) -> int:
 
 @entry(*SOURCES)
 def interpret_general(
-    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any
+    rows: Any, args: Any, floats: Any, begin: int, end: int, part: int, parts: int, barrier: Any, scratch: int
 ) -> Any:
     """As `interpreter.interpret`, for the other opcodes."""
     arrivals = 0
@@ -251,8 +236,6 @@ def interpret_general(
             for row in range(low, high):
                 at = 4 * row * a[1]
                 elementwise.round_blocks(f32(r[0] + at, a[1]), f32(r[1] + at, a[1]), a[2])
-        elif op == ROUTE:
-            _route(r, a, f, part, parts)
         elif op == MOE:
             fault = _bad_expert(r, a)
             if fault == 0:
@@ -262,7 +245,8 @@ def interpret_general(
         if parts > 1:
             arrivals += parts
             failed = meet(barrier, arrivals, 0 if fault == 0 else 8 * i + fault + 1)
-            if failed != 0:
+            # a faster thread may have failed in the next step already; it waits there for this one
+            if failed != 0 and (failed - 1) // 8 <= i:
                 return failed
         elif fault != 0:
             return 8 * i + fault + 1

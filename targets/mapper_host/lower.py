@@ -28,7 +28,8 @@ RULE_MODULES = (rules_experts, rules_primitive, rules_transformer)
 
 @dataclass(eq=False)
 class Lowered:
-    """One program: blocks of steps, its inputs and outputs by name, and the list of its ops."""
+    """One program: blocks of steps, its inputs and outputs by name, and the list of its ops. `fused`: op ->
+    op whose steps do its work."""
 
     phase: str
     blocks: list[BlockSteps]
@@ -36,6 +37,7 @@ class Lowered:
     outputs: dict[str, Value]
     states: dict[str, Value]
     ops: OpList
+    fused: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

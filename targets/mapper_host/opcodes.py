@@ -11,6 +11,9 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 
+from mapper_kernels.formats import FORMATS
+from mapper_kernels.names import ATTEND_HEAD, EPILOGUES, PROJECT_EACH
+
 OPCODES = (
     "linear_nk", "linear_kn", "norm", "rope_at", "rope", "cache_append", "cached_attention", "attention",
     "embed_at",
@@ -18,14 +21,16 @@ OPCODES = (
     "gather_elements",
     "gather_nd", "scatter_nd", "scatter_elements", "reduce", "softmax", "cumsum", "topk", "argmax",
     "matmul", "conv",
-    "moe", "vector", "route", "round_blocks",
+    "moe", "vector", "route", "round_blocks", "project", "attend_at", "merge_splits",
+    "experts_up", "experts_down",
 )  # fmt: skip
 """Opcode names; the position is the opcode."""
 (
     LINEAR_NK, LINEAR_KN, NORM, ROPE_AT, ROPE, CACHE_APPEND, CACHED_ATTENTION, ATTENTION, EMBED_AT,
     GATE, ACTIVATION, ELEMENTWISE, COPY, FILL, ARANGE, ONE_HOT, TRILU, GATHER, GATHER_ELEMENTS,
     GATHER_ND, SCATTER_ND, SCATTER_ELEMENTS, REDUCE, SOFTMAX, CUMSUM, TOPK, ARGMAX, MATMUL, CONV,
-    MOE, VECTOR, ROUTE, ROUND_BLOCKS,
+    MOE, VECTOR, ROUTE, ROUND_BLOCKS, PROJECT, ATTEND_AT, MERGE_SPLITS,
+    EXPERTS_UP, EXPERTS_DOWN,
 ) = range(len(OPCODES))  # fmt: skip
 
 SIZES = (4, 8, 2, 2, 1, 1, 8, 4, 2, 1, 8, 4, 2, 1, 1)
@@ -53,7 +58,7 @@ CODES = {
     )
 }
 """Element type name -> code."""
-OPERANDS = 10
+OPERANDS = 20
 """Most operands of a step."""
 
 Args = Sequence[int]
@@ -211,6 +216,95 @@ def _moe(a: Args) -> list[int]:
     return [*found, 4 * rows * out]
 
 
+def _stack(e: int, n: int, k: int, a: Args) -> list[int]:
+    """Operands of a stack [E, N, K]; a: format, whether it has zeros, and a bias."""
+    code, zeros, bias = a
+    if code < 0 or zeros not in (0, 1) or bias not in (0, 1):
+        raise ValueError("no such matrix")
+    kind = _FORMATS[code]
+    if zeros and not kind.zeros:
+        raise ValueError("no zero points in this format")
+    rows = [kind.value_bytes(k), *([kind.scale_bytes(k)] if kind.scale else [])]
+    rows += [kind.zero_bytes(k)] if zeros else []
+    return [*(e * n * size for size in rows), *([4 * e * n] if bias else [])]
+
+
+def _experts_up(a: Args) -> list[int]:
+    rows, k, e, d, f, shared, packing, gated, _, _, _, *rest = a
+    odd = packing not in range(3) or gated not in (0, 1) or (packing and gated) or shared not in (0, 1)
+    if odd or min(a[:5]) < 0 or len(rest) != STACK * (1 + gated):
+        raise ValueError("no such experts")
+    found = [4 * rows * d, 8 * rows * k, *([4 * rows * k] if shared else [])]
+    for i in range(1 + gated):
+        found += _stack(e, 2 * f if packing else f, d, rest[STACK * i : STACK * (i + 1)])
+    return [*found, 4 * rows * k * f]
+
+
+def _experts_down(a: Args) -> list[int]:
+    rows, k, e, f, d, shared, *rest = a
+    if shared not in (0, 1) or min(a[:5]) < 0:
+        raise ValueError("no such experts")
+    share = [4 * rows * k] if shared else []
+    return [4 * rows * k * f, 8 * rows * k, *share, *_stack(e, d, f, rest), 4 * rows * d]
+
+
+def _project(a: Args) -> list[int]:
+    m, k, norm, weighted, biased, _, _, epilogue, _, count, *rest = a
+    if (
+        epilogue not in range(len(EPILOGUES))
+        or count not in (1, 2, 3)
+        or len(rest) != PROJECT_EACH * count
+        or m < 0
+    ):
+        raise ValueError("no such product")
+    reads, writes = [4 * m * k, *([4 * k] * (bool(weighted) + bool(biased)) if norm else [])], []
+    for i in range(count):
+        n, code, zeros, bias = rest[PROJECT_EACH * i : PROJECT_EACH * (i + 1)]
+        kind = _FORMATS[code]
+        reads += [n * kind.value_bytes(k), *([n * kind.scale_bytes(k)] if kind.scale else [])]
+        reads += [*([n * kind.zero_bytes(k)] if zeros else []), *([4 * n] if bias else [])]
+        writes.append(4 * m * n)
+        if zeros not in (0, int(kind.zeros)) or code < 0:
+            raise ValueError("no zero points in this format")
+    if epilogue == EPILOGUES.index("plain"):
+        return [*reads, *writes]
+    if count != (2 if epilogue == EPILOGUES.index("gate") else 1) or len({*writes}) != 1:
+        raise ValueError("the epilogue takes another number of products")
+    return (
+        [*reads, *writes[:1], writes[0]] if epilogue == EPILOGUES.index("residual") else [*reads, writes[0]]
+    )
+
+
+def _attend_at(a: Args) -> list[int]:
+    b, h, d, kv, length, dv, _, sinks, _, _, _, rotary, _, rows, splits, code, _ = a[:ATTEND_HEAD]
+    size = (4, 2, 2)[code]
+    caches = [size * b * kv * length * n for n in (d, dv)]
+    reads = [4 * b * h * d, 4 * b * kv * d, 4 * b * kv * dv, *caches, 8]
+    reads += [*([4 * rows * rotary] if rotary else []), *([4 * h] if sinks else [])]
+    if (
+        h % kv
+        or len(a) != ATTEND_HEAD + (h if a[8] else 0)
+        or a[8] not in (0, h)
+        or splits < 1
+        or rotary > d
+        or code < 0
+    ):
+        raise ValueError("no such attention")
+    if rotary and rows < length:
+        raise ValueError("the rotary table is shorter than the cache")
+    return [*reads, *caches, 4 * b * h * (dv if splits == 1 else splits * (dv + 2))]
+
+
+def _merge_splits(a: Args) -> list[int]:
+    rows, heads, splits, dv, sinks = a
+    return [4 * rows * splits * (dv + 2), *([4 * heads] if sinks else []), 4 * rows * dv]
+
+
+_FORMATS = sorted(FORMATS.values(), key=lambda f: f.code)
+STACK = 3
+"""Arguments of a stack of experts: format, whether it has zeros, and a bias."""
+
+
 _EXTENTS: dict[int, Callable[[Args], list[int]]] = {
     LINEAR_NK: _linear,
     LINEAR_KN: _linear,
@@ -245,6 +339,11 @@ _EXTENTS: dict[int, Callable[[Args], list[int]]] = {
     ROUTE: _route,
     ROUND_BLOCKS: lambda a: [4 * a[0] * a[1]] * 2,
     VECTOR: lambda a: [4 * a[1], 4 * (1 if a[2] else a[1]), 4 * a[1]],
+    PROJECT: _project,
+    ATTEND_AT: _attend_at,
+    MERGE_SPLITS: _merge_splits,
+    EXPERTS_UP: _experts_up,
+    EXPERTS_DOWN: _experts_down,
 }
 
 

@@ -1,8 +1,8 @@
 """A program of a schedule as the interpreter takes it: one line per executed step, with raw addresses.
 
 Everything that does not depend on data is checked here, once: that each step has the operands its opcode
-takes, and that every operand lies inside its buffer and its memory. A schedule that passes cannot make the
-interpreter touch a byte outside of the memories.
+takes, that every operand lies inside its buffer, and that no mapped weight is written. A schedule that
+passes cannot make the interpreter touch a byte outside of the memories.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mapper.schedule.tables import Block, Int, Schedule
 from mapper_host.opcodes import OPERANDS, extents
 
 Span = tuple[int, int, int]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,16 @@ class Packed:
 
 def pack(schedule: Schedule, phase: str, memories: Memories) -> Packed:
     """Tables of program `phase` in time order, on these memories. Raises ExecutionFault."""
-    base = np.array([memories.data(i).ctypes.data for i in range(len(schedule.memories))], np.int64)
-    size = np.array([memories.data(i).size for i in range(len(schedule.memories))], np.int64)
+    buffers = [memories.bytes_of(i) for i in range(schedule.buffers.num_rows)]
+    base = np.array([b.ctypes.data for b in buffers], np.int64)
+    size = np.array([b.size for b in buffers], np.int64)
+    fixed = np.array([not b.flags.writeable for b in buffers], np.bool_)
     memory, first, length = (
         np.asarray(schedule.buffers.column(c).to_numpy(), np.int64) for c in ("memory", "offset", "bytes")
     )
     parts = [
-        _Block(b, n, memory, first, length, base, size) for n, b in enumerate(schedule.programs[phase].blocks)
+        _Block(b, n, memory, first, length, size, fixed)
+        for n, b in enumerate(schedule.programs[phase].blocks)
     ]
     steps: list[tuple[int, int, int, int]] = []
     arg_base = 0
@@ -62,8 +66,8 @@ def pack(schedule: Schedule, phase: str, memories: Memories) -> Packed:
         r, w = part.spans(row, repetition)
         rows[i, 0] = part.opcodes[row]
         rows[i, 1] = starts[number] + part.args[0][row]
-        for j, (m, low, _) in enumerate((*r, *w)):
-            rows[i, 2 + j] = base[m] + low
+        for j, (b, offset) in enumerate(part.places(row, repetition)):
+            rows[i, 2 + j] = base[b] + offset
         reads.append(r)
         writes.append(w)
     args = np.concatenate([np.zeros(0, np.int64), *(p.args[1] for p in parts), np.zeros(1, np.int64)])
@@ -75,7 +79,7 @@ class _Block:
     """Columns of one block, its slices checked and ready to be bound."""
 
     def __init__(
-        self, block: Block, number: int, memory: Int, first: Int, length: Int, base: Int, size: Int
+        self, block: Block, number: int, memory: Int, first: Int, length: Int, size: Int, fixed: Bools
     ) -> None:
         steps = block.steps
         self.block, self.number = block, number
@@ -90,13 +94,16 @@ class _Block:
                 self.bound.setdefault(slot, {})[repetition] = to
         for row in range(len(steps)):
             self._check(row, length)
-        for _, buffer, _offset, _count in (self.reads, self.writes):
-            reached = {
-                b for slot in np.unique(buffer) for b in (int(slot), *self.bound.get(int(slot), {}).values())
-            }
-            for b in reached:
-                if first[b] + length[b] > size[memory[b]]:
+        for slices, writing in ((self.reads, False), (self.writes, True)):
+            for b in self._reached(slices[1]):
+                if length[b] > size[b]:
                     raise ExecutionFault(f"buffer {b} ends beyond its memory")
+                if writing and fixed[b]:
+                    raise ExecutionFault(f"block {number} writes buffer {b}, which holds weights of a file")
+
+    def _reached(self, buffer: Int) -> set[int]:
+        slots = {int(slot) for slot in np.unique(buffer)}
+        return slots | {b for slot in slots for b in self.bound.get(slot, {}).values()}
 
     def _check(self, row: int, length: Int) -> None:
         name = f"block {self.number} row {row}"
@@ -132,13 +139,25 @@ class _Block:
         return self._spans(self.reads, row, repetition), self._spans(self.writes, row, repetition)
 
     def _spans(self, slices: tuple[Int, Int, Int, Int], row: int, repetition: int) -> list[Span]:
-        offsets, buffer, offset, count = slices
         found: list[Span] = []
+        for b, offset, count in self._operands(slices, row, repetition):
+            low = int(self.first[b]) + offset
+            found.append((int(self.memory[b]), low, low + count))
+        return found
+
+    def places(self, row: int, repetition: int) -> list[tuple[int, int]]:
+        """(buffer, first byte in it) of each read and write of a step."""
+        both = (*self._operands(self.reads, row, repetition), *self._operands(self.writes, row, repetition))
+        return [(b, offset) for b, offset, _ in both]
+
+    def _operands(
+        self, slices: tuple[Int, Int, Int, Int], row: int, repetition: int
+    ) -> list[tuple[int, int, int]]:
+        offsets, buffer, offset, count = slices
+        found = []
         for i in range(offsets[row], offsets[row + 1]):
             b = int(buffer[i])
-            b = self.bound.get(b, {}).get(repetition, b)
-            low = int(self.first[b] + offset[i])
-            found.append((int(self.memory[b]), low, low + int(count[i])))
+            found.append((self.bound.get(b, {}).get(repetition, b), int(offset[i]), int(count[i])))
         return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mapper.machine import Machine
 from mapper.schedule.tables import Block, Int, Phase, Schedule
 from mapper_host.program import MEMORIES
-from mapper_host.timing import CLOCK_HZ, durations
+from mapper_host.timing import durations
 
 _STREAMED = (MEMORIES.index("weights"), MEMORIES.index("state"))
 
@@ -25,14 +25,14 @@ def streamed(block: Block, memory: Int) -> Int:
 
 
 def step_times(schedule: Schedule, machine: Machine, phase: Phase) -> list[Int]:
-    """Nanoseconds of each step of each block of a program."""
+    """Cycles of each step of each block of a program."""
     memory = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
     blocks = schedule.programs[phase].blocks
     far = [streamed(b, memory) for b in blocks]
     working_set = float(sum(int(f.sum()) * b.repeat for f, b in zip(far, blocks, strict=True)))
     columns = [[b.steps.column(k) for k in ("opcode", "bytes", "flops")] for b in blocks]
     return [
-        durations(machine, opcode, f, moved, flops, working_set)
+        durations(machine, opcode, f, moved, flops, working_set, schedule.clock_hz)
         for f, (opcode, moved, flops) in zip(far, columns, strict=True)
     ]
 
@@ -45,5 +45,5 @@ def retime(schedule: Schedule, machine: Machine) -> Mapping[Phase, float]:
         times = step_times(schedule, machine, phase)
         blocks = schedule.programs[phase].blocks
         total = sum(int(t.sum()) * b.repeat for t, b in zip(times, blocks, strict=True))
-        found[phase] = machine.value("program.overhead") + total / CLOCK_HZ
+        found[phase] = machine.value("program.overhead") + total / schedule.clock_hz
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mapper.ir.op import DataflowOp
-from mapper_host.context import Context, rule
-from mapper_host.opcodes import MOE, ROUTE, bits
+from mapper_host.context import Context, Matrix, rule
+from mapper_host.opcodes import EXPERTS_DOWN, EXPERTS_UP, MOE, ROUTE, bits
+from mapper_host.program import Value
 from mapper_kernels.names import ACTIVATIONS, PACKINGS, SCORINGS
 
 _MATRICES = ("gate", "up", "down")
@@ -28,6 +29,52 @@ def _route(c: Context, op: DataflowOp) -> None:
 
 @rule("moe")
 def _moe(c: Context, op: DataflowOp) -> None:
+    if c.serving and not op.attr("round_block"):
+        _stacks(c, op)
+    else:
+        _dequantised(c, op)
+
+
+def _stacks(c: Context, op: DataflowOp) -> None:
+    """Experts in their stored format, in two steps."""
+    x, index, share = c.f32(op.operands[0]), c.value(op.operands[1]), c.f32(op.operands[2])
+    entering = [m for m in ("gate", "up") if op.attr(m) is not None]
+    stacks = [(c.product(m, op.attr(f"{m}_transposed")), c.weight(f"{m}_bias")) for m in entering]
+    down = (c.product("down", op.attr("down_transposed")), c.weight("down_bias"))
+    (d, inner, out), k = (x.shape[-1], down[0].k, down[0].n), index.shape[-1]
+    symbol = c.graph.weight(op, "down")
+    assert symbol is not None
+    rows, experts, shared = x.items // d, symbol.shape[0], int(op.attr("share_input"))
+    head = [rows, k, experts]
+    h, y = c.temporary((rows, k, inner), "f32"), c.f32_out()
+    chosen = min(rows * k, experts)
+    args = [
+        *head, d, inner, shared, PACKINGS.index(op.attr("packing")), len(stacks) - 1,
+        ACTIVATIONS[op.attr("act")], bits(op.attr("limit")), bits(op.attr("up_offset")),
+    ]  # fmt: skip
+    first = [x, index, *([share] if shared else [])]
+    _emit(c, EXPERTS_UP, args, first, stacks, h, chosen, rows * k * 6 * inner)
+    second = [h, index, *([] if shared else [share])]
+    args = [*head, inner, out, int(not shared)]
+    _emit(c, EXPERTS_DOWN, args, second, [down], y, chosen, rows * k * 2 * out)
+
+
+def _emit(
+    c: Context, opcode: int, args: list[int], entering: list[Value],
+    stacks: list[tuple[Matrix, Value | None]], y: Value, chosen: int, flops: int,
+) -> None:  # fmt: skip
+    """Emit a step of `chosen` experts; flops: operations beside the products'."""
+    pairs, experts = args[0] * args[1], args[2]
+    weights: list[Value] = []
+    for stack, bias in stacks:
+        args = [*args, stack.format.code, int(stack.zeros is not None), int(bias is not None)]
+        weights += [*stack.operands, *([] if bias is None else [bias])]
+        flops += pairs * stack.n * (2 * stack.k + int(bias is not None))
+    moved = chosen * (sum(v.bytes for v in weights) // experts) + sum(v.bytes for v in (*entering, y))
+    c.emit(opcode, args, [*entering, *weights, y], flops, bytes=moved)
+
+
+def _dequantised(c: Context, op: DataflowOp) -> None:
     x, index, share = c.f32(op.operands[0]), c.value(op.operands[1]), c.f32(op.operands[2])
     weights = {n: c.weight(n) for m in _MATRICES for n in (m, f"{m}_bias")}
     down, up = c.need("down"), c.need("up")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mapper.ir.op import DataflowOp, fields, tensor_type
-from mapper_host.context import Context, rule
+from mapper_host.context import Context, Matrix, rule
 from mapper_host.opcodes import (
     ACTIVATION,
     ATTENTION,
@@ -16,6 +16,7 @@ from mapper_host.opcodes import (
     LINEAR_KN,
     LINEAR_NK,
     NORM,
+    PROJECT,
     ROPE,
     ROPE_AT,
     ROUND_BLOCKS,
@@ -26,7 +27,7 @@ from mapper_host.opcodes import (
 )
 from mapper_host.program import Slice, Value
 from mapper_host.strides import broadcast, collapse, row_major
-from mapper_kernels.names import ACTIVATIONS, COMBINATIONS
+from mapper_kernels.names import ACTIVATIONS, COMBINATIONS, EPILOGUES
 
 
 @rule("embed")
@@ -45,22 +46,37 @@ def _embed_at(c: Context, op: DataflowOp) -> None:
     c.emit(EMBED_AT, args, [table, past, y], y.items, bytes=2 * y.bytes)
 
 
-def linear(c: Context, x: Value, matrix: tuple[Value, bool], bias: Value | None, y: Value) -> None:
-    """Emit y = x W + bias over the last axis; W as `Context.matrix` gives it. x is rounded first where the op
-    says so."""
-    weight, transposed = matrix
+def linear(c: Context, x: Value, name: str, transposed: bool, bias: str, y: Value) -> None:
+    """Emit y = x W + b over the last axis, W and b the weights that attributes name. x is rounded first where
+    the op says so."""
     if c.op is not None and (block := c.op.attr("round_block") if "round_block" in fields(type(c.op)) else 0):
         x = rounded(c, x, block)
+    if c.serving:
+        project(c, x, [(c.product(name, transposed), c.weight(bias) if bias else None)], y)
+        return
+    weight = c.need(name)
+    given = c.weight(bias) if bias else None
     n, k = weight.shape if transposed else weight.shape[::-1]
     m = y.items // n if n else 0
-    opcode = LINEAR_NK if transposed else LINEAR_KN
-    args = [m, n, k, int(bias is not None)]
-    c.emit(
-        opcode,
-        args,
-        [x, weight, *([] if bias is None else [bias]), y],
-        2 * m * n * k + (m * n if bias else 0),
-    )
+    operands = [x, weight, *([] if given is None else [given]), y]
+    args = [m, n, k, int(given is not None)]
+    c.emit(LINEAR_NK if transposed else LINEAR_KN, args, operands, 2 * m * n * k + (m * n if given else 0))
+
+
+def project(
+    c: Context, x: Value, matrices: list[tuple[Matrix, Value | None]], y: Value, act: str | None = None
+) -> None:
+    """Emit y = x W^T + b, or with two matrices y = act(first) second."""
+    n, k = matrices[0][0].n, matrices[0][0].k
+    m = y.items // n if n else 0
+    kind = EPILOGUES.index("plain" if act is None else "gate")
+    args = [m, k, 0, 0, 0, 0, 0, kind, ACTIVATIONS[act] if act else 0, len(matrices)]
+    operands: list[Value] = [x]
+    for matrix, bias in matrices:
+        args += [n, matrix.format.code, int(matrix.zeros is not None), int(bias is not None)]
+        operands += [*matrix.operands, *([] if bias is None else [bias])]
+    biased = sum(b is not None for _, b in matrices)
+    c.emit(PROJECT, args, [*operands, y], m * n * (2 * k * len(matrices) + biased + (5 if act else 0)))
 
 
 def rounded(c: Context, x: Value, block: int) -> Value:
@@ -80,8 +96,7 @@ def _round_blocks(c: Context, op: DataflowOp) -> None:
 
 @rule("linear", "lm_head")
 def _linear(c: Context, op: DataflowOp) -> None:
-    x, weight = c.f32(op.operands[0]), c.matrix("weight", op.attr("transposed"))
-    linear(c, x, weight, c.weight("bias"), c.f32_out())
+    linear(c, c.f32(op.operands[0]), "weight", op.attr("transposed"), "bias", c.f32_out())
 
 
 @rule("norm")
@@ -192,7 +207,7 @@ def _latent_attention(c: Context, op: DataflowOp) -> None:
     t, nope = latent.shape[2], op.attr("nope_dim")
     rotated, dv = d - nope, tensor_type(op.results[0]).ints[3]
     both, k, v = (c.temporary(s, "f32") for s in ((b, t, h * (nope + dv)), (b, h, t, d), (b, h, t, dv)))
-    linear(c, latent, c.matrix("weight", op.attr("transposed")), None, both)
+    linear(c, latent, "weight", op.attr("transposed"), "", both)
     width = nope + dv
     walk = (t * h * width, width, h * width, 1)
     copy(c, both, k, SIZES[k.code], (b, h, t, nope), walk, row_major(k.shape))
@@ -273,42 +288,51 @@ def _activation(c: Context, op: DataflowOp) -> None:
     c.emit(ACTIVATION, [x.items, ACTIVATIONS[op.attr("kind")]], [x, c.f32_out()], 4 * x.items)
 
 
+def _inner(c: Context, name: str, transposed: bool) -> int:
+    """Columns of what a matrix makes."""
+    assert c.op is not None
+    symbol = c.graph.weight(c.op, name)
+    assert symbol is not None
+    return symbol.shape[0 if transposed else 1]
+
+
 @rule("mlp")
 def _mlp(c: Context, op: DataflowOp) -> None:
     x = c.f32(op.operands[0])
-    up, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("up", "down"))
-    inner = (*x.shape[:-1], up[0].shape[0 if up[1] else 1])
+    inner = (*x.shape[:-1], _inner(c, "up", op.attr("up_transposed")))
     h, a, y = c.temporary(inner, "f32"), c.temporary(inner, "f32"), c.f32_out()
-    linear(c, x, up, c.weight("up_bias"), h)
+    linear(c, x, "up", op.attr("up_transposed"), "up_bias", h)
     c.emit(ACTIVATION, [h.items, ACTIVATIONS[op.attr("act")]], [h, a], 4 * h.items)
-    linear(c, a, down, c.weight("down_bias"), y)
+    linear(c, a, "down", op.attr("down_transposed"), "down_bias", y)
 
 
 @rule("gated_mlp")
 def _gated_mlp(c: Context, op: DataflowOp) -> None:
     x = c.f32(op.operands[0])
-    gate, up, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("gate", "up", "down"))
-    inner = (*x.shape[:-1], gate[0].shape[0 if gate[1] else 1])
+    inner = (*x.shape[:-1], _inner(c, "gate", op.attr("gate_transposed")))
     g, u, a = (c.temporary(inner, "f32") for _ in range(3))
     y = c.f32_out()
-    linear(c, x, gate, c.weight("gate_bias"), g)
-    linear(c, x, up, c.weight("up_bias"), u)
-    c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
-    linear(c, a, down, c.weight("down_bias"), y)
+    if c.serving and not op.attr("round_block"):
+        both = [(c.product(n, op.attr(f"{n}_transposed")), c.weight(f"{n}_bias")) for n in ("gate", "up")]
+        project(c, x, both, a, op.attr("act"))
+    else:
+        linear(c, x, "gate", op.attr("gate_transposed"), "gate_bias", g)
+        linear(c, x, "up", op.attr("up_transposed"), "up_bias", u)
+        c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
+    linear(c, a, "down", op.attr("down_transposed"), "down_bias", y)
 
 
 @rule("packed_mlp")
 def _packed_mlp(c: Context, op: DataflowOp) -> None:
     x = c.f32(op.operands[0])
-    both, down = (c.matrix(name, op.attr(f"{name}_transposed")) for name in ("gate_up", "down"))
-    width = both[0].shape[0 if both[1] else 1]
+    width = _inner(c, "gate_up", op.attr("gate_up_transposed"))
     rows, inner = x.items // x.shape[-1], width // 2
     wide = c.temporary((rows, width), "f32")
     g, u, a = (c.temporary((rows, inner), "f32") for _ in range(3))
     y = c.f32_out()
-    linear(c, x, both, c.weight("gate_up_bias"), wide)
+    linear(c, x, "gate_up", op.attr("gate_up_transposed"), "gate_up_bias", wide)
     step, second = (1, inner) if op.attr("packing") == "halves" else (2, 1)
     for target, first in ((g, 0), (u, second)):
         copy(c, wide, target, SIZES[wide.code], (rows, inner), (width, step), (inner, 1), first)
     c.emit(GATE, [g.items, ACTIVATIONS[op.attr("act")]], [g, u, a], 5 * g.items)
-    linear(c, a, down, c.weight("down_bias"), y)
+    linear(c, a, "down", op.attr("down_transposed"), "down_bias", y)

@@ -17,25 +17,36 @@ from mapper.machine import Machine
 from mapper.schedule.tables import Int
 from mapper_host.opcodes import (
     ACTIVATION,
+    ATTEND_AT,
     ATTENTION,
     CACHED_ATTENTION,
     CONV,
+    EXPERTS_DOWN,
+    EXPERTS_UP,
     GATE,
     LINEAR_KN,
     LINEAR_NK,
     MATMUL,
+    MERGE_SPLITS,
     MOE,
     NORM,
     OPCODES,
+    PROJECT,
     ROPE,
     ROPE_AT,
 )
 
 CLOCK_HZ = 1e9
-"""The schedule counts nanoseconds: the host's cores have no common, constant clock."""
+"""The schedule counts nanoseconds: the host's cores have no common, constant clock. One with a step of
+more than MOST of them counts microseconds, or milliseconds."""
+MOST = 2**31 - 1
+"""Most cycles of a step: see STEP_SCHEMA."""
 
-VECTOR = (LINEAR_KN, LINEAR_NK, MATMUL, CONV, MOE, ATTENTION, CACHED_ATTENTION)
-ROWS = (NORM, ROPE, ROPE_AT, GATE, ACTIVATION)
+VECTOR = (
+    LINEAR_KN, LINEAR_NK, PROJECT, MATMUL, CONV, MOE, EXPERTS_UP, EXPERTS_DOWN, ATTENTION, CACHED_ATTENTION,
+    ATTEND_AT,
+)  # fmt: skip
+ROWS = (NORM, ROPE, ROPE_AT, GATE, ACTIVATION, MERGE_SPLITS)
 
 
 def rates(machine: Machine) -> npt.NDArray[np.float64]:
@@ -52,13 +63,19 @@ def miss_fraction(working_set: float, cache: float) -> float:
 
 
 def durations(
-    machine: Machine, opcode: Int, streamed: Int, moved: Int, flops: Int, working_set: float
+    machine: Machine,
+    opcode: Int,
+    streamed: Int,
+    moved: Int,
+    flops: Int,
+    working_set: float,
+    clock_hz: float = CLOCK_HZ,
 ) -> Int:
-    """Nanoseconds of each step (at least 1). `moved` are all bytes of a step, `streamed` those of weights
+    """Cycles of each step (at least 1). `moved` are all bytes of a step, `streamed` those of weights
     and state."""
     miss = miss_fraction(working_set, machine.value("cache.bytes"))
     near = machine.value("cache.bandwidth")
     far = machine.value("memory.bandwidth")
     data = streamed * (miss / far + (1.0 - miss) / near) + (moved - streamed) / near
     seconds = machine.value("step.overhead") + np.maximum(data, flops / rates(machine)[opcode])
-    return np.maximum(1, np.ceil(seconds * CLOCK_HZ)).astype(np.int64)
+    return np.maximum(1, np.ceil(seconds * clock_hz)).astype(np.int64)

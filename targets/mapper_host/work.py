@@ -1,4 +1,5 @@
-"""Operations and weight bytes of IR ops on the host: what any lowering must do, from shapes alone."""
+"""Operations and weight bytes of IR ops on the host: what any lowering must do, from shapes and formats
+alone."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp
 from mapper.ir.weights import WeightSymbol
+from mapper_host.held import is_serving, row_bytes
 
 _PRODUCTS = {
     "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
@@ -14,7 +16,7 @@ _PRODUCTS = {
 }  # fmt: skip
 _MATRICES = ("gate", "up", "down")
 _ELEMENT = 4
-"""Bytes of a weight as the kernels read it (float32)."""
+"""Bytes of an element of all other weights (float32)."""
 
 
 def flops_of(graph: Graph, op: DataflowOp) -> int:
@@ -41,7 +43,7 @@ def flops_of(graph: Graph, op: DataflowOp) -> int:
 
 
 def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
-    """Bytes of weights that an op must read at least, as float32."""
+    """Bytes of weights that an op must read at least, as they are held."""
     if op.mnemonic in ("embed", "embed_at"):
         return 0 if not op.result_shape() else _ELEMENT * op.result_shape()[-1]
     if op.mnemonic == "rope_at":
@@ -50,10 +52,22 @@ def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
     if op.mnemonic == "moe":
         # all tokens may choose the same experts
         used = op.operand_shape(1)[-1]
-        return _ELEMENT * used * sum(_one_expert(graph, op, n) for n in op.weights())
+        return used * sum(_bytes(graph, op, n) // _symbol(graph, op, n).shape[0] for n in op.weights())
     if op.mnemonic in ("constant", "load"):
         return 0
-    return sum(_ELEMENT * _elements(graph, op, name) for name in op.weights())
+    return sum(_bytes(graph, op, name) for name in op.weights())
+
+
+def _bytes(graph: Graph, op: DataflowOp, name: str) -> int:
+    """Bytes of a weight as it is held: see `held`."""
+    symbol = _symbol(graph, op, name)
+    if op.mnemonic == "moe" and name in _MATRICES and is_serving(graph) and not op.attr("round_block"):
+        return int(symbol.shape[0]) * row_bytes(symbol, op.attr(f"{name}_transposed"))
+    if not is_serving(graph) or name not in _PRODUCTS.get(
+        op.mnemonic, ("weight",) if op.mnemonic == "latent_attention" else ()
+    ):
+        return _ELEMENT * math.prod(symbol.shape)
+    return row_bytes(symbol, op.attr("transposed" if name == "weight" else f"{name}_transposed"))
 
 
 def _one_expert(graph: Graph, op: DataflowOp, name: str) -> int:
@@ -86,12 +100,12 @@ def graph_weight_bytes(graph: Graph) -> int:
     rows = 0
     for section in graph.sections():
         for op in section.ops:
-            whole = sum(_ELEMENT * _elements(graph, op, n) for n in op.weights())
+            whole = sum(_bytes(graph, op, n) for n in op.weights())
             if op.mnemonic in ("constant", "load") or weight_bytes_of(graph, op) < whole:
                 rows += section.count * weight_bytes_of(graph, op)
                 continue
             for name in op.weights():
                 slot = op.attr(name)
                 for symbol in section.table.get(slot, (slot,)):
-                    seen[symbol] = _ELEMENT * math.prod(graph.weights[symbol].shape)
+                    seen[symbol] = _bytes(graph, op, name)
     return rows + sum(seen.values())

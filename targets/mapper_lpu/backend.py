@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mapper.schedule.mutate import Mutation
     from mapper.schedule.violation import Check
 
-FORMAT = "fp16"
+FORMATS = ("f16", "bf16", "int8", "int8row", "int4", "f8e4m3", "mxfp4")
+"""Products take fp16 operands, and tiles are stored as such: of any other format it is the values that count,
+rounded to fp16; two bytes are stored, moved and counted per weight."""
 
 
 class LpuBackend:
@@ -28,6 +30,7 @@ class LpuBackend:
     name = "lpu"
     summary = "Groq LPU (TSP), one chip: every instruction placed in space and time"
     default_machine = "groq-lpu1"
+    formats = FORMATS
 
     def machine_files(self) -> Sequence[Path]:
         """The machine TOML files of this package."""
@@ -135,7 +138,7 @@ def _check_capacity(graph: Graph, machine: Machine) -> None:
 def _check(request: Request) -> None:
     if request.chips not in (1, None):
         raise LoweringError(f"lpu maps a model onto one chip; {request.chips} chips are not built yet")
-    if request.weights not in (None, FORMAT, "f16", "float16"):
-        raise UsageError(f"lpu has no weight format {request.weights!r}; it has {FORMAT}")
+    if request.weights not in (None, *FORMATS):
+        raise UsageError(f"lpu has no weight format {request.weights!r}; it has {', '.join(FORMATS)}")
     if request.speculative:
         raise LoweringError("lpu: speculative decoding is not built yet")

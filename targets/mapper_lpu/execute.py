@@ -52,7 +52,7 @@ class Executor:
             reason = f"ends after the program's {cycles} cycles ({program.tiles} tiles later)"
             raise program.fault(len(matrix) - 1, reason)
         data = [memories.data(m) for m in range(len(schedule.memories))]
-        flags = [memories.written(m) for m in range(len(schedule.memories))]
+        flags = [memories.written(m).flags() for m in range(len(schedule.memories))]
         addresses = (_addresses(data), _addresses(flags), np.array([len(d) for d in data], np.int64))
         chip = empty_chip(program.timing, program.pool, len(isa.UNITS), program.permutes, addresses)
         end = max(last, int(matrix[:, codes.OUT_CYCLE].max()))

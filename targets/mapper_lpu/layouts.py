@@ -43,7 +43,7 @@ class _Rows:
         rows = len(range(way, self.count, self.ways))
         if rows * LANES > size:
             raise ScheduleError(f"port {self.port.name!r}: buffer {number} is too small for {rows} rows")
-        data, flags = memories.data(memory), memories.written(memory)
+        data, flags = memories.data(memory), memories.written(memory).flags()
         if first + rows * LANES > len(data):
             raise ExecutionFault(f"port {self.port.name!r}: buffer {number} ends outside its memory")
         part = slice(first, first + rows * LANES)

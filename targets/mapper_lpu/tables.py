@@ -12,7 +12,6 @@ from xdsl.ir import SSAValue
 from mapper.ir.cost import costs as costs_of
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp
-from mapper.ir.types import BITS
 from mapper.machine import Machine
 from mapper.schedule.tables import (
     BINDING_SCHEMA,
@@ -175,14 +174,17 @@ def _makers(op: DataflowOp, through: Mapping[SSAValue, SSAValue]) -> list[Datafl
     return [o for o in owners if isinstance(o, DataflowOp)]
 
 
-def _weight_bytes(op: DataflowOp, stored: int, graph: Graph) -> int:
-    """Weight bytes of one run in this target's formats: matrices in fp16, tables as they are stored."""
-    if op.mnemonic not in MATRICES:
-        return stored
-    symbols = graph.weights
-    wide = [symbols[name] for name in sorted(op.weights().values()) if name in symbols]
-    bits = BITS[wide[0].dtype] if wide else 32
-    return stored * 16 // bits
+def _weight_bytes(graph: Graph) -> dict[DataflowOp, int]:
+    """Bytes of the matrices of each op that has some, as this target stores them: in fp16, whatever their
+    format."""
+    found: dict[DataflowOp, int] = {}
+    for section in graph.sections():
+        slots = {slot: graph.weights[symbols[0]] for slot, symbols in section.table.items()}
+        for op in section.ops:
+            if op.mnemonic in MATRICES:
+                held = (slots.get(name) or graph.weights[name] for name in op.weights().values())
+                found[op] = sum(2 * weight.elements for weight in held)
+    return found
 
 
 def ops(
@@ -192,6 +194,7 @@ def ops(
 ) -> pa.Table:
     """The ops table."""
     costs = {op: cost for graph in graphs.values() for op, _, cost in costs_of(graph)}
+    matrices = {op: size for graph in graphs.values() for op, size in _weight_bytes(graph).items()}
     through = {phase: _through(graph) for phase, graph in graphs.items()}
     table: dict[str, list[Any]] = {name: [] for name in OP_SCHEMA.names}
     for number, (phase, op, repeat) in enumerate(rows):
@@ -205,7 +208,7 @@ def ops(
             "operands": [ids[phase].get(p, -1) for p in _makers(op, through[phase])],
             "shape": list(op.result_shape()),
             "flops": costs[op].flops.value,
-            "weight_bytes": _weight_bytes(op, costs[op].weights.value, graphs[phase]),
+            "weight_bytes": matrices.get(op, costs[op].weights.value),
         }
         for name, value in values.items():
             table[name].append(value)

@@ -71,7 +71,8 @@ def test_arguments_cannot_reach_beyond_buffers(graph: Graph, schedule: Schedule)
     column = block.steps.table.schema.get_field_index("args")
     offsets, flat = block.steps.args()
     args = [flat[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())]
-    args[0] = [v + 1 for v in args[0]]
+    assert schedule.opcodes[int(block.steps.column("opcode")[0])] == "project"
+    args[0][1] += 1
     table = block.steps.table.set_column(column, block.steps.table.schema.field(column), [args])
     blocks = (*program.blocks[:-1], replace(block, steps=replace(block.steps, table=table)))
     broken = replace(schedule, programs={**schedule.programs, "decode": replace(program, blocks=blocks)})
@@ -97,7 +98,7 @@ def test_time_follows_the_machine(graph: Graph, schedule: Schedule) -> None:
 
 
 def test_what_is_not_supported_is_refused(graph: Graph) -> None:
-    for request in (replace(REQUEST, weights="int4"), replace(REQUEST, chips=2)):
+    for request in (replace(REQUEST, weights="int3"), replace(REQUEST, chips=2)):
         with pytest.raises(UsageError, match="host"):
             BACKEND.lower(graph, machine(), request)
 
@@ -116,3 +117,13 @@ def test_calibration_writes_a_machine() -> None:
     assert 5e8 < measured.value("memory.bandwidth") < 2e12
     assert 1e8 < measured.value("rate.vector") < 1e13
     assert 1e-9 < measured.value("step.overhead") < 1e-4
+
+
+def test_preparing_a_program_changes_nothing(session: Session, graph: Graph, schedule: Schedule) -> None:
+    given = {"input_ids": np.array([[5, 6, 7, 8, 9]]), "past_length": np.array(0)}
+    session.prepare("prefill", given)
+    assert (session.runs, session.steps) == (0, 0)
+    fresh = Session(schedule, BACKEND.semantics(), graph.folder)
+    assert np.array_equal(session.run("prefill", given)["logits"], fresh.run("prefill", given)["logits"])
+    with pytest.raises(UsageError):
+        session.prepare("prefill", {})

@@ -78,6 +78,14 @@ def test_random_graphs_round_trip_exactly(graph: Graph) -> None:
             np.testing.assert_array_equal(other.load(), weight.load())
 
 
+def test_a_weight_may_be_called_as_the_graph_is() -> None:
+    b = GraphBuilder("f")
+    b.weight(WeightSymbol.of("main", np.ones(3, np.float32)))
+    x = b.input("x", TensorType.of([2, 3], "f32"))
+    text = b.finish({"y": b.add("norm", [x], {"kind": "rms", "eps": 0.0, "weight": "main"})}).print()
+    assert Graph.parse(text).print() == text
+
+
 @pytest.mark.parametrize("special", [float("inf"), float("-inf"), float("nan"), 5e-324, -0.0])
 def test_special_floats_round_trip(special: float) -> None:
     b = GraphBuilder("f")

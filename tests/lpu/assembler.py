@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import mapper_lpu
+from mapper.runtime.written import Written
 from mapper.schedule.tables import (
     BINDING_SCHEMA,
     BUFFER_SCHEMA,
@@ -81,15 +82,20 @@ class Bench:
     rows: int = 64
     buffers: list[tuple[int, int, int]] = field(default_factory=list)
     data_of: dict[int, Bytes] = field(default_factory=dict)
-    flags_of: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    written_of: dict[int, Written] = field(default_factory=dict)
 
     def data(self, memory: int) -> Bytes:
         """Bytes of a slice."""
         return self.data_of.setdefault(memory, np.zeros(self.rows * 320, np.uint8))
 
-    def written(self, memory: int) -> npt.NDArray[np.bool_]:
-        """Flags of a slice."""
-        return self.flags_of.setdefault(memory, np.zeros(self.rows * 320, np.bool_))
+    def bytes_of(self, number: int) -> Bytes:
+        """Bytes of a buffer."""
+        memory, low, size = self.buffers[number]
+        return self.data(memory)[low : low + size]
+
+    def written(self, memory: int) -> Written:
+        """Which bytes of a slice have been written."""
+        return self.written_of.setdefault(memory, Written(self.rows * 320))
 
     def buffer(self, unit: str, row: int = 0, rows: int = 1) -> int:
         """A buffer of some rows of a slice."""

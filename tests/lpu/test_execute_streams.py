@@ -181,12 +181,12 @@ def test_gather_takes_sixteen_bytes_per_superlane() -> None:
 
     bench.run(program(10))
     hole = (3 + chosen[7]) * 320 + 16 * 7 + 4
-    bench.written(30)[hole] = False
+    bench.written(30)[hole : hole + 1] = False
     with pytest.raises(
         ExecutionFault, match=r"cycle 7: mem.e.30 mem.gather: reads bytes that nothing has written"
     ):
         bench.run(program(10))
-    bench.written(30)[hole] = True
+    bench.written(30)[hole : hole + 1] = True
     expected = rows[np.repeat(chosen, 16), np.arange(320)]
     assert np.array_equal(bench.row("mem.e.27"), expected)
     with pytest.raises(ExecutionFault, match="an index is outside the table"):

@@ -101,7 +101,7 @@ def test_unwritten_bytes_and_misfits_are_refused() -> None:
     layout = {"kind": "rows", "dtype": "f32", "ways": 1}
     bench, schedule, port = given(array, layout, 4, 5)
     Executor().place(schedule, port, array, bench)
-    bench.written(44 + 2)[(2 + 3) * 320 + 9] = False
+    bench.written(44 + 2).remove((2 + 3) * 320 + 9, (2 + 3) * 320 + 10)
     with pytest.raises(ExecutionFault, match="'p': byte 2 of row 3 was never written"):
         Executor().fetch(schedule, port, bench)
     with pytest.raises(ScheduleError, match="takes shape"):

@@ -235,7 +235,17 @@ def test_pipelines_are_parsed_into_frozen_dataclasses() -> None:
     served = Serve(phase="prefill", context=64)
     assert parse("serve{phase=prefill, context=64}") == [served]
     assert parse("specialise{batch=1,input_ids=2x16}") == [Specialise((("batch", 1), ("input_ids", (2, 16))))]
-    assert set(registry()) == {"cse", "dce", "fold", "repeat", "serve", "specialise", "unflatten", "unroll"}
+    assert set(registry()) == {
+        "cse",
+        "dce",
+        "fold",
+        "quantise",
+        "repeat",
+        "serve",
+        "specialise",
+        "unflatten",
+        "unroll",
+    }
     with pytest.raises(AttributeError):
         served.phase = "decode"  # type: ignore[misc]
 

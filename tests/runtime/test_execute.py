@@ -20,7 +20,8 @@ from mapper.errors import (
     WeightsMissingError,
 )
 from mapper.runtime.execute import Session
-from mapper.runtime.memories import POISON, allocate, require_written, temporaries
+from mapper.runtime.memories import POISON, allocate, temporaries
+from mapper.runtime.written import require_written
 from mapper.schedule.edit import Place, step_at, with_step
 from mapper.schedule.tables import ModelRef, Schedule
 from tests.schedule import toy
@@ -111,7 +112,7 @@ def test_memories_start_poisoned_and_know_what_lasts() -> None:
     made = toy.schedule()
     memories = allocate(made)
     assert len(memories.data(0)) == 320 + 64 * 2 + 16
-    assert (memories.data(0) == POISON).all() and not memories.written(0).any()
+    assert (memories.data(0) == POISON).all() and not memories.written(0)[:].any()
     with pytest.raises(ExecutionFault, match="byte 0"):
         require_written(memories.written(0), 0, 4, "a step")
     assert temporaries(made) == [(0, 0, 16), (0, 64, 80), (0, 128, 144), (0, 256, 272)]

@@ -85,3 +85,17 @@ def test_operators_leave_the_original_alone() -> None:
     for a, b in zip(made.programs["decode"].blocks, again.programs["decode"].blocks, strict=True):
         assert a.steps.table.equals(b.steps.table)
     assert np.array_equal(made.constants["start"], again.constants["start"])
+
+
+def test_operands_commute_by_opcode_or_by_first_argument() -> None:
+    made = toy.schedule()
+    name, other = made.opcodes[:2]
+    for names, args, expected in (
+        ([name], [], True),
+        ([f"{name} 2"], [2, 7], True),
+        ([f"{name} 2"], [1, 2], False),
+        ([f"{name} 2"], [], False),
+        ([other], [2], False),
+    ):
+        assert equivalence.commutes(replace(made, plan={"commutative": names}), 0, args) == expected
+    assert not equivalence.commutes(replace(made, plan=None), 0, [2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mapper.errors import CapacityError, UsageError
@@ -89,6 +89,11 @@ POLICIES = st.builds(
 
 
 @given(LIVES, POLICIES, st.integers(400, 4000))
+@example(  # what a request reserves is given back whole
+    Workload(requests=60, prompt=300, output=80, concurrency=1, spread=0.0),
+    Policy(tokens=32, sequences=1, mixed=False, chunked=False, reserve=True),
+    400,
+)
 @settings(max_examples=200, deadline=None)
 def test_littles_law_holds_exactly_and_every_request_is_served(
     work: Workload, policy: Policy, cache: int

@@ -25,6 +25,7 @@ class ScalarBackend:
     name: str = "scalar"
     summary: str = "an example: one arithmetic unit and one memory, one operation at a time"
     default_machine: str = "scalar-1"
+    formats: tuple[str, ...] = ("f32",)
 
     def machine_files(self) -> Sequence[Path]:
         """The shipped machine file."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mapper.errors import ExecutionFault
 from mapper.runtime.interface import Memories
-from mapper.runtime.memories import require_written
+from mapper.runtime.written import require_written
 from mapper.schedule.tables import Phase, Port, Schedule
 
 from .opcodes import OPCODES, SIZES

@@ -1,0 +1,47 @@
+"""How many chips a model needs, from its serving graph and the machine alone: what `--chips auto` takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from mapper.errors import CapacityError
+from mapper.ir.graph import Graph
+from mapper.ir.op import tensor_type
+from mapper.machine import Machine
+from mapper.schedule.tables import Phase
+
+MOST_CHIPS = 64
+_TABLES = ("embed", "embed_at", "rope_at")
+_MARGIN = 1.002
+"""Alignment of buffers, vectors, partial sums."""
+
+
+def chips_for(graphs: Mapping[Phase, Graph], machine: Machine, item: int) -> int:
+    """The fewest chips, in powers of two, whose memory holds matrices of `item` bytes an element, caches, and
+    the values of all phases. Tables are on every chip. Raises CapacityError."""
+    room = machine.value("memory.hbm.capacity") * (1 - machine.value("memory.hbm.reserved"))
+    first = next(iter(graphs.values()))
+    tables = {op.attr("table") for op in first.ops() if op.mnemonic in _TABLES}
+    shared = sum(w.elements for n, w in first.weights.items() if n in tables)
+    every = sum(w.elements for n, w in first.weights.items())
+    heads = {op.attr("weight") for op in first.ops() if op.mnemonic == "lm_head"} & tables
+    split = every - shared + sum(first.weights[n].elements for n in heads)
+    states = [tensor_type(first.input_values[n]) for n in first.inputs_with_role("state")]
+    caches = sum(math.prod(t.ints) for t in states)
+    values = sum(_values(g) for g in graphs.values())
+    chips = 1
+    while _MARGIN * ((split + caches) / chips * item + shared * item + values * 4) > room:
+        chips *= 2
+        if chips > MOST_CHIPS:
+            need = (split + caches) * item
+            raise CapacityError(
+                f"gpu: {need} bytes of weights and caches do not fit {MOST_CHIPS} x {machine.name}"
+            )
+    return chips
+
+
+def _values(graph: Graph) -> int:
+    """Elements of all activations, those of a repeat once (views count again: an upper figure)."""
+    results = (v for op in graph.ops() if op.mnemonic not in ("repeat", "cache_append") for v in op.results)
+    return sum(math.prod(tensor_type(v).ints) for v in results)

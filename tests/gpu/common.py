@@ -1,0 +1,28 @@
+"""Machines and compiled schedules that the tests of this target share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mapper import driver
+from mapper.machine import Machine, parse, read
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINES = ROOT / "targets" / "mapper_gpu" / "machines"
+EXAMPLE = ROOT / "examples" / "tiny-llama-op18.onnx"
+
+
+def h100(megakernel: bool = False, **values: float) -> Machine:
+    """The H100's machine in a style, with some constants changed (dots as double underscores)."""
+    machine = read(MACHINES / "h100-sxm.toml")
+    text = machine.text
+    if megakernel:
+        text = text.replace("megakernel = { value = 0", "megakernel = { value = 1")
+    return parse(text).replace({k.replace("__", "."): v for k, v in values.items()})
+
+
+def built(model: Path | str = EXAMPLE, **options: object) -> driver.Compiled:
+    """A compiled model whose checks all hold."""
+    done = driver.build(model, "gpu", **options)  # type: ignore[arg-type]
+    assert {k: v[0].message for k, v in done.report.violations.items() if v} == {}
+    return done
