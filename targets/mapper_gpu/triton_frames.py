@@ -55,22 +55,24 @@ class Columns:
         return sum(self.extents)
 
 
-def columns(first: str, width: int, total: int, heads: HeadShape | None, least: int = 1) -> Columns:
-    """The columns first .. first + width of `total`; `first` is an expression. Extents are at least
-    `least`."""
+def columns(
+    first: str, width: int, total: int, heads: HeadShape | None, least: int = 1, mark: str = ""
+) -> Columns:
+    """The columns first .. first + width of `total`; `first` is an expression. Extents are at least `least`.
+    `mark` tells the variables of several such runs in one kernel apart."""
     if heads is None:
         extent = max(least, power(width))
-        lines = [f"n = {first} + tl.arange(0, {extent})"]
+        lines = [f"n{mark} = {first} + tl.arange(0, {extent})"]
         mask = ""
         if extent != width or total % width:
             inside = f"(tl.arange(0, {extent}) < {width}) & " if extent != width else ""
-            lines.append(f"n_ok = {inside}(n < {total})")
-            mask = "n_ok[None, :]"
-        return Columns(tuple(lines), (Group("", "n[None, :]", mask),), (extent,))
+            lines.append(f"n_ok{mark} = {inside}(n{mark} < {total})")
+            mask = f"n_ok{mark}[None, :]"
+        return Columns(tuple(lines), (Group(mark, f"n{mark}[None, :]", mask),), (extent,))
     count = width // heads.head
     lines, groups, extents = [], [], []
-    for suffix, place, size in heads.parts:
-        lanes = power(size)
+    for part, place, size in heads.parts:
+        lanes, suffix = power(size), part + mark
         padded = max(power(count), -(-least // lanes))
         e, n, extent = f"e{suffix}", f"n{suffix}", padded * lanes
         if lanes * padded == lanes:

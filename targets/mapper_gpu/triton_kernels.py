@@ -22,6 +22,9 @@ CHUNK = 1024
 """Columns of a row that are held at a time."""
 TENSOR_ROWS = 64
 """Rows from which tokens take the long side of the tensor core's product (wgmma's M)."""
+EPILOGUE_ELEMENTS = 32768
+"""Results of a tile from which its epilogue goes in two runs of columns: the accumulators are then half of the
+registers, and what the epilogue loads beside all of them at once would spill."""
 Context = dict[str, Any]
 
 
@@ -83,10 +86,9 @@ def _product(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
         if i:
             work.reserve(first)
         lane = _lane_heads(program, heads)
-        cols = columns(f"(column - {tiles['starts'][i]}) * {tiles['widths'][i]}" if tiles["starts"][i]
-                       else f"column * {tiles['widths'][i]}", tiles["widths"][i], tiles["totals"][i], lane,
-                       1 if vector else 16)  # fmt: skip
-        lanes.append(_lane(work, stage, setting, cols, rows, exact, length, i))
+        first_column = _first_column(tiles, i)
+        runs = _runs(first_column, tiles["widths"][i], tiles["totals"][i], lane, rows, 1 if vector else 16)
+        lanes.append(_lane(work, stage, setting, runs, rows, exact, length, i))
     return {
         "template": "product.py.j2", **tiles, "rows": rows, "height": tile["m"], "total_rows": tile["rows"],
         "exact": exact, "stats": stats, "lanes": lanes, "length": length,
@@ -94,6 +96,23 @@ def _product(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
         + (f", K in {splits}" if splits > 1 else ""),
         **_tuning(record, lanes, setting),
     }  # fmt: skip
+
+
+def _first_column(tiles: Context, lane: int) -> str:
+    """The expression of the first column of a lane's tile."""
+    start, width = tiles["starts"][lane], tiles["widths"][lane]
+    return f"(column - {start}) * {width}" if start else f"column * {width}"
+
+
+def _runs(
+    first: str, width: int, total: int, heads: HeadShape | None, rows: int, least: int
+) -> list[Columns]:
+    """The columns of a tile, in one run, or in two where the tile's results are many."""
+    half, grain = width // 2, heads.head if heads else 1
+    if rows * width < EPILOGUE_ELEMENTS or width % 2 or half % grain:
+        return [columns(first, width, total, heads, least)]
+    return [columns(f"{first} + {i * half}" if i else first, half, total, heads, least, mark)
+            for i, mark in enumerate(("", "_2"))]  # fmt: skip
 
 
 def _tuning(record: Json, lanes: list[Context], setting: Setting) -> Context:
@@ -163,38 +182,41 @@ def _row_width(work: Statements, register: str) -> int:
     return _row_width(work, source)
 
 
-def _lane(work: Statements, stage: Stage, setting: Setting, cols: Columns, rows: int, exact: bool,
+def _lane(work: Statements, stage: Stage, setting: Setting, runs: list[Columns], rows: int, exact: bool,
           length: int, number: int) -> Context:  # fmt: skip
     tile = stage.record["tile"]
     vector, splits = tile["engine"] == "vector", tile["splits"]
     products = [i for i in work.program["code"] if i[0] == "matmul"]
     form = products[0][4]
-    block = _step(vector, rows, cols.extent * len(products), form, length)
+    block = _step(vector, rows, sum(c.extent for c in runs) * len(products), form, length)
     mask = "" if length % block == 0 else "k_ok[None, :]"
     begin = f"split * {length} + " if splits > 1 else ""
     inner = _rows_frame("k", (Group("", "k[None, :]", mask),), rows, exact)
     x = work.value(products[0][2], inner)[0]
     load_x = work.take()
-    n_frame = _rows_frame("n", cols.groups, rows, exact)
+    frames = [_rows_frame(f"n{i}", cols.groups, rows, exact) for i, cols in enumerate(runs)]
     accumulators: list[tuple[str, str]] = []
     for _, out, _, weight, _ in products:
         o = work.operand(work.made[weight][2])
-        names = []
-        for g in cols.groups:
-            name = work.fresh(f"acc{g.suffix}")
-            names.append(name)
-            w = _weight(work.parameters.name(o), o, g, mask, length, splits)
-            work.lines += _multiply(name, x, w, form, vector, rows)
-            accumulators.append((name, _zeros(vector, rows, g, cols, block)))
-        work.bind(out, n_frame, names)
+        for cols, frame in zip(runs, frames, strict=True):
+            names = []
+            for g in cols.groups:
+                name = work.fresh(f"acc{g.suffix}")
+                names.append(name)
+                w = _weight(work.parameters.name(o), o, g, mask, length, splits)
+                work.lines += _multiply(name, x, w, form, vector, rows)
+                accumulators.append((name, _zeros(vector, rows, g, cols, block)))
+            work.bind(out, frame, names)
     body = work.take()
     after = [_finish(name, vector, rows) for name, _ in accumulators if vector or rows < TENSOR_ROWS]
-    if splits > 1:
-        _partials(work, stage, setting, n_frame, number)
-    else:
-        work.store(n_frame)
+    for frame in frames:
+        if splits > 1:
+            _partials(work, stage, setting, frame, number)
+        else:
+            work.store(frame)
     return {
-        "columns": list(cols.lines), "extents": list(cols.extents), "block": block, "k_mask": bool(mask),
+        "columns": [line for c in runs for line in c.lines], "extents": [e for c in runs for e in c.extents],
+        "block": block, "k_mask": bool(mask),
         "begin": begin, "x": _rounded(load_x, x, form, vector), "body": body,
         "zeros": [f"{name} = {zero}" for name, zero in accumulators], "after": after,
         "epilogue": work.take(),
@@ -274,7 +296,7 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
     exact = (tile["rows"] % tile["m"] == 0 and rows == tile["m"]) or rows == tile["rows"]
     lanes: list[Context] = []
     for i, program in enumerate(stage.programs):
-        start, width, heads = tiles["starts"][i], tiles["widths"][i], head_shape([program])
+        width, heads = tiles["widths"][i], head_shape([program])
         piece = width
         while (
             rows * power(piece) > WARPS_ELEMENTS
@@ -282,8 +304,7 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
             and not (heads and piece // 2 % heads.head)
         ):
             piece //= 2
-        first = f"(column - {start}) * {width}" if start else f"column * {width}"
-        first += " + n0" if piece < width else ""
+        first = _first_column(tiles, i) + (" + n0" if piece < width else "")
         cols = columns(first, piece, tiles["totals"][i], heads)
         work = Statements(program, parameters, setting.batch)
         frame = _rows_frame("n", cols.groups, rows, exact)
