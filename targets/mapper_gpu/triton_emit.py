@@ -20,6 +20,8 @@ from mapper_gpu.triton_code import Parameters
 if TYPE_CHECKING:
     import jinja2
 
+    from mapper_gpu.hardware import Gpu
+
 Json = Any
 JOIN, STAGE = 15, 16
 """Where a step's immediates hold its tile's number among merges, and its kernel's stage (columns.FIELDS)."""
@@ -63,14 +65,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the writer of a kernel needs to know beside the stage: batch and tokens of the phase, bytes from
-    one part of a split to the next, shared memory of an SM."""
+    """What the writer of a kernel needs to know beside the stage: batch and tokens of the phase, the first
+    byte of every value, and the machine."""
 
     batch: int
     tokens: int
     chips: int
     offsets: Mapping[str, int]
-    shared: float
+    gpu: Gpu
 
     def stride(self, first: str, second: str, item: int = 4) -> int:
         """Elements between two values of the same kind."""
@@ -83,13 +85,12 @@ def source(schedule: Schedule, phase: Phase) -> Source:
     from mapper_gpu.hardware import gpu
     from mapper_gpu.triton_kernels import write
 
-    chip = gpu(parse(schedule.machine_toml, schedule.machine))
     numbers = _numbers(schedule, phase)
     offset, _ = extents(schedule)
     tokens = schedule.programs[phase].sequence
     setting = Setting(
         int(schedule.plan["batch"]), tokens, schedule.chips, {v: offset[n] for v, n in numbers.items()},
-        chip.shared,
+        gpu(parse(schedule.machine_toml, schedule.machine)),
     )  # fmt: skip
     kernels: list[dict[str, Any]] = []
     blocks: list[tuple[int, tuple[Launch, ...]]] = []

@@ -22,6 +22,10 @@ CHUNK = 1024
 """Columns of a row that are held at a time."""
 TENSOR_ROWS = 64
 """Rows from which tokens take the long side of the tensor core's product (wgmma's M)."""
+PIPELINE = 4
+"""Stages of the pipeline that arithmetic asks for."""
+LEAST_ROWS = 16
+"""Rows of tokens that shared memory holds at least."""
 EPILOGUE_ELEMENTS = 32768
 """Results of a tile from which its epilogue goes in two runs of columns: the accumulators are then half of the
 registers, and what the epilogue loads beside all of them at once would spill."""
@@ -94,7 +98,7 @@ def _product(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
         "exact": exact, "stats": stats, "lanes": lanes, "length": length,
         "what": f"tile {tile['m']}x{tile['n']} on {tile['engine']}"
         + (f", K in {splits}" if splits > 1 else ""),
-        **_tuning(record, lanes, setting),
+        **_tuning(stage, lanes, setting),
     }  # fmt: skip
 
 
@@ -115,15 +119,22 @@ def _runs(
             for i, mark in enumerate(("", "_2"))]  # fmt: skip
 
 
-def _tuning(record: Json, lanes: list[Context], setting: Setting) -> Context:
-    """Warps, and as many stages of the pipeline through shared memory as fit, four at most."""
-    tile = record["tile"]
-    columns_ = max(sum(lane["extents"]) for lane in lanes) * max(b["mats"] for b in record["lanes"])
-    stage = STEP_BYTES * (columns_ + tile["m"])
-    stages = int(max(2, min(4, setting.shared // stage)))
+def _tuning(stage: Stage, lanes: list[Context], setting: Setting) -> Context:
+    """Warps, and the stages of the pipeline through shared memory: four, or as many as hold what an SM must
+    have in flight to stream its share of HBM (Little's law); no more than fit."""
+    tile, chip = stage.record["tile"], setting.gpu
+    widths = [sum(lane["extents"]) * b["mats"] for lane, b in zip(lanes, stage.record["lanes"], strict=True)]
     rows = min(tile["m"], tile["rows"])
-    return {"warps": 8 if columns_ * rows >= WARPS_ELEMENTS else 4,
-            "stages": 1 if tile["engine"] == "vector" else stages}  # fmt: skip
+    warps = 8 if max(widths) * rows >= WARPS_ELEMENTS else 4
+    if tile["engine"] == "vector":
+        return {"warps": warps, "stages": 1}
+    flight = chip.stream * chip.hbm_latency / min(stage.tasks, chip.sms)
+    wanted = max(PIPELINE, 1 + math.ceil(flight / (STEP_BYTES * max(widths))))
+    # where the tensor core reads its operands through tensor memory, which came with fp4, Triton keeps the
+    # buffers of all branches of a kernel at once
+    held = [STEP_BYTES * (width + max(LEAST_ROWS, rows)) for width in widths]
+    each = sum(held) if "fp4" in chip.tensor else max(held)
+    return {"warps": warps, "stages": int(max(2, min(wanted, chip.shared // each)))}
 
 
 def _lane_heads(program: Json, heads: HeadShape | None) -> HeadShape | None:

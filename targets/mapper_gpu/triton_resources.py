@@ -14,16 +14,20 @@ from mapper_gpu.triton_emit import Launch
 
 POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "i64": "*i64"}
 WARP = 32
+PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+"""The tensor core's instructions, and how they are told in PTX."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers per thread, bytes of shared memory per block, bytes of stack per thread (spills), threads,
-    and the tensor core's instruction: "wgmma", "mma" or ""."""
+    """Registers per thread, bytes of shared memory per block, bytes of stack per thread (spills), loads and
+    stores of the stack inside of loops, threads, and the tensor core's instruction: "tcgen05", "wgmma",
+    "mma" or ""."""
 
     registers: int
     shared: int
     stack: int
+    looped: int
     threads: int
     product: str
 
@@ -46,12 +50,35 @@ def resources(kernel: Any, launch: Launch, capability: int = 90) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=False
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+        usage, code = (_said(tool, option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise UsageError(f"{launch.kernel}: cuobjdump says nothing of its resources: {said.stderr.strip()}")
+        raise UsageError(f"{launch.kernel}: cuobjdump says nothing of its resources: {usage.strip()}")
     text = made.asm["ptx"]
-    product = "wgmma" if "wgmma" in text else "mma" if "mma.sync" in text else ""
-    return Resources(int(found[1]), int(made.metadata.shared), int(found[2]), launch.warps * WARP, product)
+    product = next((name for name, mark in PRODUCTS.items() if mark in text), "")
+    return Resources(
+        int(found[1]), int(made.metadata.shared), int(found[2]), looped_spills(code), launch.warps * WARP,
+        product,
+    )  # fmt: skip
+
+
+def _said(tool: Path, option: str, file: str) -> str:
+    done = subprocess.run([tool, option, file], capture_output=True, text=True, check=False)
+    return done.stdout or done.stderr
+
+
+def looped_spills(sass: str) -> int:
+    """Loads and stores of the stack between the target of a branch that goes back and the branch itself."""
+    spills: list[int] = []
+    loops: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        found = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*);", line)
+        if found is None:
+            continue
+        here = int(found[1], 16)
+        if re.search(r"\b(LDL|STL)\b", found[2]):
+            spills.append(here)
+        back = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", found[2])
+        if back and int(back[1], 16) < here:
+            loops.append((int(back[1], 16), here))
+    return sum(any(low <= at <= high for low, high in loops) for at in spills)
