@@ -116,10 +116,15 @@ class Runner:
         low = self._offset[number]
         return self.memory[low : low + self._size[number]].view(dtype)
 
+    @staticmethod
+    def launch(b: Bound, kernel: Any, tensors: Sequence[torch.Tensor]) -> None:
+        """Run one kernel."""
+        kernel[(b.launch.grid,)](*tensors, num_warps=b.launch.warps, num_stages=b.launch.stages)
+
     def run(self) -> None:
         """All kernels in order."""
-        for b, kernel, tensors in self.launches:
-            kernel[(b.launch.grid,)](*tensors, num_warps=b.launch.warps, num_stages=b.launch.stages)
+        for launch in self.launches:
+            self.launch(*launch)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph; kernels are compiled by a first run on a side stream."""
