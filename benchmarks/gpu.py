@@ -1,174 +1,80 @@
 """The emitted decode step of Llama-3.1-8B on an NVIDIA GPU: measured beside modelled, and beside PyTorch.
 
-    python -m benchmarks.gpu                        # batch 1 and 32, context 2048, bf16 random weights
+    python -m benchmarks.gpu                        # batch 1 and 32, context 2048, random weights in bf16
     python -m benchmarks.gpu --batch 1 --json
+    python -m benchmarks.gpu --dry-run              # a small shape, through the same code, without a GPU too
 
-Per kernel: device time by CUDA events, and the schedule's. Per step: the kernels in a CUDA graph, the
-schedule, `torch.compile` of the same decoder, and that decoder in a hand-captured CUDA graph. The PyTorch
-decoder takes its weights from the schedule's memory image; its logits are a second opinion on the kernels'.
-Without a GPU it says so and exits with 2; `--tiny` runs a small shape on the CPU under Triton's interpreter
-and compares the logits alone."""
+Per fused kernel: device time, one run with its launch gap, and the schedule's. Per step: the kernels in a CUDA graph,
+the schedule, the same decoder in plain PyTorch in a CUDA graph, and that decoder through `torch.compile` in a CUDA
+graph. The PyTorch decoder takes its weights from the schedule's memory image; its logits are a second opinion on the
+kernels'. Without a GPU the dry run takes Triton's interpreter: it compares logits, and its times say nothing.
+
+Exits with 1 where logits differ, with 2 without a GPU. Needs 40 GB of GPU memory for batch 1, 60 GB for 32."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mapper
-from mapper.errors import MapperError
+from benchmarks.gpu_decoder import Image, Shape, decoder
+from mapper.errors import MapperError, UsageError
 from mapper.schedule.tables import Schedule
-from mapper.schedule.values import evaluate
+
+if TYPE_CHECKING:
+    from mapper_gpu.triton_timing import Device
 
 MODEL = "llama-3.1-8b"
+SMALL = 2
+"""Layers of the dry run."""
 MACHINES = (
-    ("H200", "h200-sxm"),
+    ("GB200", "gb200"),
     ("GH200", "gh200"),
-    ("H100", "h100-sxm"),
+    ("B300", "b300"),
     ("B200", "b200"),
+    ("H200", "h200-sxm"),
+    ("H100", "h100-sxm"),
+    ("A100-SXM4-40GB", "a100-40g-sxm"),
     ("A100", "a100-80g-sxm"),
 )
-"""What a device calls itself, and the machine file whose predictions are shown beside it."""
+"""Part of what a device calls itself, the first that fits, and the machine file that it is compiled for."""
+OTHERWISE = "h100-sxm"
+REPEATS = 20
+"""Replays of which a time is the median."""
 ALLOWED = {"f32": 1e-4, "bf16": 3e-2}
 """Difference of logits, over their largest, between the kernels and PyTorch: bf16 keeps 8 bits."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The decoder: what the PyTorch side needs of its configuration."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    dim: int
-    eps: float
-
-
-def compiled(tiny: bool, batch: int, context: int, machine: str, folder: Path) -> tuple[Schedule, Shape]:
-    """The decode schedule and the decoder's shape."""
-    from mapper.zoo.families import config, shortened
-    from mapper.zoo.families import tiny as small
+def compiled(
+    dry: bool, weights: str, batch: int, context: int, machine: str, folder: Path
+) -> tuple[Schedule, Shape]:
+    """The decode schedule, in `folder`/schedule, and the decoder's shape."""
+    from mapper.zoo.families import config, shortened, tiny
     from mapper.zoo.files import write
 
     made = config(MODEL)
-    made = shortened(small(made), 2) if tiny else made
-    write(made, folder / "model.onnx", "f32" if tiny else "bf16", None)
+    if dry:
+        made = replace(shortened(tiny(made), SMALL), context=max(context, 64))
+    write(made, folder / "model.onnx", weights, None)
     schedule = mapper.compile(folder / "model.onnx", target="gpu", machine=machine, batch=batch,
                               context=context, phase="decode", out=folder / "schedule")  # fmt: skip
-    return schedule, Shape(len(made.layers), made.heads, made.kv_heads, made.head_dim, made.eps)
+    rope = made.layers[0].rope
+    assert rope is not None
+    return schedule, Shape(
+        len(made.layers), made.heads, made.kv_heads, made.head_dim, rope.width, made.eps
+    )
 
 
-class Image:
-    """The schedule's memory on a device: random weights, caches of `context` rows, and a token."""
-
-    def __init__(self, schedule: Schedule, device: str) -> None:
-        import torch
-
-        from mapper_gpu.triton_run import image_bytes
-
-        self.schedule, self.ports = schedule, {p.name: p for p in schedule.ports}
-        self.memory = torch.zeros(image_bytes(schedule), dtype=torch.uint8, device=device)
-        self._offset, self._size = (schedule.buffers.column(c).to_pylist() for c in ("offset", "bytes"))
-        torch.manual_seed(2024)
-        for port in schedule.ports:
-            flat = self.flat(port.name)
-            if port.kind == "state":
-                flat.normal_()
-            elif port.name.startswith("weight:rope"):
-                table = evaluate(port.source, _absent, schedule.constants.__getitem__)
-                flat.copy_(torch.from_numpy(table.reshape(-1).copy()))
-            elif port.kind == "weight" and port.shape[0] == 1:
-                flat.normal_(1.0, 0.1)
-            elif port.kind == "weight":
-                # queries and keys are sharpened, so that attention is not uniform
-                gain = 3.0 if "q_proj" in port.name or "k_proj" in port.name else 1.0
-                flat.normal_(0.0, gain * port.shape[1] ** -0.5)
-        self.flat("input_ids").copy_(torch.arange(1, schedule.request.batch + 1))
-        self.flat("past_length").fill_(schedule.request.context - 1)
-
-    def flat(self, name: str) -> Any:
-        """A port's buffer as a flat tensor."""
-        import torch
-
-        port = self.ports[name]
-        low = self._offset[port.buffers[0]]
-        return self.memory[low : low + self._size[port.buffers[0]]].view(getattr(torch, port.dtype))
-
-    def rows(self, name: str) -> Any:
-        """A port's [rows, width] array in row-major order, out of its panels."""
-        port = self.ports[name]
-        width, panel = port.shape[-1], int(port.layout["panel"])
-        return self.flat(name).view(width // panel, -1, panel).transpose(0, 1).reshape(-1, width)
-
-
-def _absent(name: str) -> Any:
-    raise MapperError(f"weight {name} is random")
-
-
-def decoder(image: Image, shape: Shape) -> Callable[[], Any]:
-    """The same step in plain PyTorch, on static caches of its own: a function of no arguments that gives the
-    logits [batch, vocabulary]."""
-    import torch
-    from torch.nn import functional
-
-    names = [n for n in image.ports if n.startswith("weight:")]
-    find = lambda *parts: image.rows(next(n for n in names if all(p in n for p in parts)))  # noqa: E731
-    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-             "input_layernorm", "post_attention_layernorm")  # fmt: skip
-    layers = [{p: find(f"layers.{i}.", p) for p in parts} for i in range(shape.layers)]
-    caches = [tuple(image.flat(f"cache.{k}.{i}").clone().view(_cache(image, f"cache.{k}.{i}"))
-                    for k in ("key", "value")) for i in range(shape.layers)]  # fmt: skip
-    table, final, head = find("embed_tokens"), find("model.norm"), find("lm_head")
-    cos, sin = find("rope").view(2, -1, shape.dim // 2)
-    ids, past = image.flat("input_ids").clone(), image.flat("past_length").clone()
-    batch = ids.shape[0]
-
-    def norm(x: Any, weight: Any) -> Any:
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + shape.eps)
-        return (scaled * weight).to(table.dtype)
-
-    def turn(x: Any) -> Any:
-        a, b = x.float().view(batch, -1, shape.dim).chunk(2, -1)
-        c, s = cos[past], sin[past]
-        return torch.cat((a * c - b * s, b * c + a * s), -1).to(table.dtype)
-
-    def step() -> Any:
-        x = table[ids].float()
-        for w, (keys, values) in zip(layers, caches, strict=True):
-            h = norm(x, w["input_layernorm"])
-            q, k = turn(functional.linear(h, w["q_proj"])), turn(functional.linear(h, w["k_proj"]))
-            v = functional.linear(h, w["v_proj"]).view(batch, -1, shape.dim)
-            # caches are [heads, batch, positions, elements]
-            keys.index_copy_(2, past, k.transpose(0, 1)[:, :, None])
-            values.index_copy_(2, past, v.transpose(0, 1)[:, :, None])
-            made = functional.scaled_dot_product_attention(
-                q[:, :, None], keys.transpose(0, 1), values.transpose(0, 1), enable_gqa=True
-            )
-            x = x + functional.linear(made.reshape(batch, -1), w["o_proj"]).float()
-            h = norm(x, w["post_attention_layernorm"])
-            inner = functional.silu(functional.linear(h, w["gate_proj"]).float())
-            inner = inner * functional.linear(h, w["up_proj"]).float()
-            x = x + functional.linear(inner.to(table.dtype), w["down_proj"]).float()
-        return functional.linear(norm(x, final), head).float()
-
-    return step
-
-
-def _cache(image: Image, name: str) -> tuple[int, ...]:
-    batch, heads, length, dim = image.ports[name].shape
-    return heads, batch, length, dim
-
-
-def difference(image: Image, run: Callable[[], Any], step: Callable[[], Any]) -> float:
+def difference(image: Image, run: Callable[[], object], step: Callable[[], Any]) -> float:
     """Largest difference of the logits over their largest magnitude."""
     import torch
 
@@ -178,122 +84,145 @@ def difference(image: Image, run: Callable[[], Any], step: Callable[[], Any]) ->
     return float((mine - other).abs().max() / other.abs().max())
 
 
-def timed(run: Callable[[], Any], repeats: int = 50) -> float:
-    """Median seconds of a step on the GPU."""
+def torch_compiled(step: Callable[[], Any], dry: bool) -> Callable[[], Any]:
+    """The step through torch.compile, as one graph; the dry run leaves out Inductor, which takes minutes."""
     import torch
 
-    found = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - begin)
-    return sorted(found)[repeats // 2]
+    torch._dynamo.reset()
+    # its own CUDA graphs are off: they copy inputs that a step changes, as it does its caches
+    options: dict[str, Any] = {"backend": "aot_eager"} if dry else {"mode": "max-autotune-no-cudagraphs"}
+    return torch.compile(step, fullgraph=True, **options)  # type: ignore[no-any-return]
 
 
-def captured(step: Callable[[], Any]) -> Callable[[], None]:
-    """A step in a CUDA graph, after three runs on a side stream."""
-    import torch
+def steps(
+    device: Device, run: Callable[[], object], step: Callable[[], Any], dry: bool, with_compile: bool
+) -> tuple[dict[str, float], str]:
+    """Seconds of a step by way of running it, and why torch.compile gave none."""
+    found = {"mapper, CUDA graph": device.seconds(device.capture(run), REPEATS),
+             "PyTorch, CUDA graph": device.seconds(device.capture(step), REPEATS)}  # fmt: skip
+    if not with_compile:
+        return found, "left out"
+    try:
+        fast = device.capture(torch_compiled(step, dry))
+    except Exception as error:  # whatever Inductor raises: the other figures stand without its
+        return found, (str(error).strip().splitlines() or [type(error).__name__])[0]
+    found["torch.compile, CUDA graph"] = device.seconds(fast, REPEATS)
+    return found, ""
 
-    side = torch.cuda.Stream()
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        step()
-    return graph.replay  # type: ignore[no-any-return]
 
-
-def measure(tiny: bool, batch: int, context: int, device: str, machine: str) -> dict[str, Any]:
-    """One point: the differences of the logits, and on a GPU all times."""
-    import torch
-
+def measure(
+    device: Device, place: str, machine: str, batch: int, asked: argparse.Namespace
+) -> dict[str, Any]:
+    """One point: the difference of the logits, and all times in seconds."""
     from mapper_gpu.triton_run import Runner, module
+    from mapper_gpu.triton_timing import timed
 
     with tempfile.TemporaryDirectory() as name:
-        schedule, shape = compiled(tiny, batch, context, machine, Path(name))
-        image = Image(schedule, device)
+        schedule, shape = compiled(
+            asked.dry_run, asked.weights, batch, asked.context, machine, Path(name)
+        )
+        image = Image(schedule, place)
         kernels = module(schedule, "decode", Path(name) / "schedule")
         runner = Runner(schedule, "decode", kernels, image.memory)
         step = decoder(image, shape)
-        found: dict[str, Any] = {"batch": batch, "context": context, "machine": machine, "device": device}
-        found["difference"] = difference(image, runner.run, step)
-        found["allowed"] = ALLOWED["f32" if tiny else "bf16"]
-        if device == "cpu":
-            return found
-        graph = runner.capture()
-        found["device"] = torch.cuda.get_device_name()
-        found["step"] = {
-            "modelled": schedule.programs["decode"].cycles / schedule.clock_hz,
-            "kernels in a CUDA graph": timed(graph.replay),
-            "PyTorch in a CUDA graph": timed(captured(step)),
-        }
-        fast = torch.compile(step, mode="max-autotune-no-cudagraphs")
-        found["step"]["torch.compile in a CUDA graph"] = timed(captured(fast))
-        found["kernels"] = _kernels(runner)
+        found: dict[str, Any] = {
+            "device": device.name, "machine": machine, "batch": batch, "context": asked.context,
+            "weights": asked.weights, "dry_run": asked.dry_run,
+            "difference": difference(image, runner.run, step), "allowed": ALLOWED[asked.weights],
+        }  # fmt: skip
+        taken, missing = steps(device, runner.run, step, asked.dry_run, not asked.no_torch_compile)
+        found["step"] = {"modelled": schedule.programs["decode"].cycles / schedule.clock_hz, **taken}
+        if missing:
+            found["torch.compile"] = missing
+        found["kernels"] = [asdict(t) for t in timed(schedule, runner, device, REPEATS)]
     return found
-
-
-def _kernels(runner: Any) -> list[dict[str, Any]]:
-    """Measured and modelled time of each kernel, a repeated one once with its count; a merge is part of the
-    kernel before it in the model."""
-    rows: dict[str, dict[str, Any]] = {}
-    for launch, seconds in runner.seconds():
-        row = rows.setdefault(
-            launch.kernel, {"kernel": launch.kernel, "count": 0, "measured": 0.0, "modelled": launch.seconds}
-        )
-        row["count"] += 1
-        row["measured"] += seconds
-    return [{**r, "measured": r["measured"] / r["count"]} for r in rows.values()]
 
 
 def show(found: dict[str, Any]) -> None:
     """The tables of one point."""
-    print(f"\nbatch {found['batch']}, context {found['context']}, {found['device']}, as {found['machine']}")
+    from mapper_gpu.triton_cli import HEADING, line
+    from mapper_gpu.triton_timing import Timed
+
     print(
-        f"logits differ from PyTorch's by {found['difference']:.2e} of the largest, "
-        f"limit {found['allowed']:g}"
+        f"\n{found['device']}, compiled for {found['machine']}: batch {found['batch']}, "
+        f"context {found['context']}, {found['weights']}"
     )
-    for row in found.get("kernels", ()):
-        print(f"  {row['kernel']:<44} x{row['count']:<4} {row['measured'] * 1e6:>9.2f} us measured "
-              f"{row['modelled'] * 1e6:>9.2f} us modelled")  # fmt: skip
-    for name, seconds in found.get("step", {}).items():
-        print(f"  step, {name:<34} {seconds * 1e3:>9.3f} ms")
+    if found["dry_run"]:
+        print("dry run: a small shape, whose times say nothing")
+    print(f"logits differ from PyTorch's by {found['difference']:.2e} of the largest, "
+          f"limit {found['allowed']:g}")  # fmt: skip
+    print(HEADING)
+    for row in found["kernels"]:
+        print(line(Timed(**row)))
+    for name, seconds in found["step"].items():
+        print(f"step, {name:<34} {seconds * 1e3:>9.3f} ms")
+    if "torch.compile" in found:
+        print(f"no torch.compile: {found['torch.compile']}")
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="The emitted decode step on a GPU, beside PyTorch.")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--context", type=int, default=2048, help="rows of cache that a step reads")
+    parser.add_argument("--dry-run", action="store_true", help="a small shape; runs without a GPU too")
+    parser.add_argument("--weights", choices=sorted(ALLOWED), default="bf16")
+    parser.add_argument("--machine", help="the machine file to compile for; default: by the device's name")
+    parser.add_argument("--no-torch-compile", action="store_true", help="leave out what takes minutes")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def here(dry: bool) -> tuple[Device, str]:
+    """The device, and torch's name for it. Raises UsageError without packages or a GPU."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("triton") is None:
+        raise UsageError("this needs torch and triton: pip install 'inference-mapper[gpu]'")
+    import torch
+
+    from mapper_gpu.triton_timing import Cpu, Cuda
+
+    if torch.cuda.is_available():
+        return Cuda(), "cuda"
+    if not dry:
+        raise UsageError("no NVIDIA GPU is here, so nothing is measured; --dry-run goes without")
+    os.environ["TRITON_INTERPRET"] = "1"
+    return Cpu(), "cpu"
+
+
+def points(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """All points asked for. Raises MapperError."""
+    device, place = here(asked.dry_run)
+    import torch
+
+    known = next((file for part, file in MACHINES if part in device.name), None)
+    machine = asked.machine or known or OTHERWISE
+    if known is None and asked.machine is None and place == "cuda":
+        print(f"note: no machine file is for {device.name}; compiled for {machine}", file=sys.stderr)
+    found = []
+    for batch in asked.batch:
+        try:
+            found.append(measure(device, place, machine, batch, asked))
+        except torch.OutOfMemoryError as error:
+            raise UsageError(f"batch {batch} does not fit the GPU's memory: {_first(error)}") from error
+        if not asked.json:
+            show(found[-1])
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where the logits agree, 1 where they do not, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description="The emitted decode step on a GPU, beside PyTorch.")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args(arguments)
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("triton") is None:
-        print("error: this needs torch and triton: pip install 'inference-mapper[gpu]'", file=sys.stderr)
-        return 2
-    import torch
-
-    gpu = torch.cuda.is_available()
-    if not gpu and not asked.tiny:
-        print("error: no NVIDIA GPU is here, so nothing is measured", file=sys.stderr)
-        return 2
-    if not gpu:
-        os.environ["TRITON_INTERPRET"] = "1"
-    called = torch.cuda.get_device_name() if gpu else ""
-    machine = next((file for part, file in MACHINES if part in called), "h100-sxm")
+    """0 where the logits agree, 1 where they do not, 2 without a GPU and on bad input."""
+    asked = parsed(arguments)
     try:
-        found = [
-            measure(asked.tiny, b, asked.context, "cuda" if gpu else "cpu", machine) for b in asked.batch
-        ]
+        found = points(asked)
     except MapperError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for point in [] if asked.json else found:
-        show(point)
     if asked.json:
         print(json.dumps(found))
     return 0 if all(p["difference"] <= p["allowed"] for p in found) else 1

@@ -8,10 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mapper.errors import MapperError, UsageError
 from mapper.runtime.verify import Verification
 from mapper.schedule.tables import Schedule
+
+if TYPE_CHECKING:
+    from mapper_gpu.triton_timing import Timed
 
 
 def main(folder: Path, arguments: Sequence[str] | None = None) -> int:
@@ -58,27 +62,42 @@ def verify(schedule: Schedule, folder: Path, model: str | None, tokens: int) -> 
     from mapper import execution
     from mapper.runtime import verify as runtime
     from mapper.runtime.execute import Session
-    from mapper.runtime.inputs import interface, states
-    from mapper.runtime.oracle import oracle
+    from mapper.runtime.inputs import interface
     from mapper_gpu.triton_run import TritonSemantics
 
     path, names = execution.model_file(schedule, model), interface(schedule.roles)
     ids = runtime.seeded_prompt(schedule)
     steps = min(tokens, max(schedule.request.context - ids.shape[1], 0))
     session = Session(schedule, TritonSemantics(folder, device()), path.parent)
-    judge = execution.judge_for(schedule, path, names, {})
-    return runtime.verify(session, oracle(path, names, states(schedule)), judge, steps, ids, {})
+    with execution.oracles(schedule, path, names, {}) as (beside, judge, _):
+        return runtime.verify(session, beside, judge, steps, ids, {})
 
 
 def times(schedule: Schedule, folder: Path) -> None:
-    """Print measured and modelled time of each kernel of the decode step, on values of no meaning."""
+    """Print measured and modelled time of each kernel of the decode step at a full context, on weights and
+    caches of zeros."""
     import torch
 
     from mapper_gpu.triton_run import Runner, image_bytes, module
+    from mapper_gpu.triton_timing import Cuda, timed
 
     if "decode" not in schedule.programs:
         return
     memory = torch.zeros(image_bytes(schedule), dtype=torch.uint8, device="cuda")
     runner = Runner(schedule, "decode", module(schedule, "decode", folder), memory)
-    for launch, seconds in runner.seconds():
-        print(f"{launch.kernel:<44} {seconds * 1e6:>9.2f} us   modelled {launch.seconds * 1e6:>9.2f} us")
+    (past,) = (p for p in schedule.ports if p.name == "past_length")
+    runner.buffer(past.buffers[0], torch.int64).fill_(schedule.request.context - 1)
+    print(HEADING)
+    for t in timed(schedule, runner, Cuda()):
+        print(line(t))
+
+
+HEADING = f"{'kernel':<40} {'launches':>8} {'runs':>5} {'measured':>11} {'modelled':>11} {'HBM':>10}"
+
+
+def line(t: Timed) -> str:
+    """A kernel as one line: times in microseconds, HBM bytes over the measured time in GB/s."""
+    return (
+        f"{t.kernel:<40} {t.launches:>8} {t.count:>5} {t.measured * 1e6:>8.2f} us {t.modelled * 1e6:>8.2f} us "
+        f"{t.bytes / t.measured / 1e9:>5.0f} GB/s"
+    )

@@ -42,17 +42,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's function, its programs, the buffers of its parameters and their formats, and
-    the modelled seconds of the kernel (0 for its merges, which they hold)."""
+    """One launch: the kernel's function, its programs, the buffers of its parameters and their formats; the
+    number of its stage, and the modelled seconds and HBM bytes of all stages of its fused kernel."""
 
     kernel: str
-    label: str
     grid: int
     buffers: tuple[int, ...]
     formats: tuple[str, ...]
     warps: int
     stages: int
+    number: int
     seconds: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ def source(schedule: Schedule, phase: Phase) -> Source:
             written = write(stage, parameters, setting)
             kernels.append(written)
             launches.append(Launch(
-                written["name"], stage.record["name"], stage.tasks,
+                written["name"], stage.tasks,
                 tuple(numbers[value] for value, _ in parameters.known), tuple(parameters.formats.values()),
-                written["warps"], written["stages"],
-                float(stage.record["seconds"]) if stage.number == 0 else 0.0,
+                written["warps"], written["stages"], stage.number,
+                float(stage.record["seconds"]), float(stage.record["hbm_bytes"]),
             ))  # fmt: skip
         blocks.append((block.repeat, tuple(launches)))
     text = environment().get_template("kernels.py.j2").render(

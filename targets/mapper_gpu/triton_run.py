@@ -2,7 +2,7 @@
 
 The kernels work on the schedule's memory image: one tensor of bytes per chip's memory, buffers where the
 buffer table has them. `TritonSemantics` lets the runtime execute and verify a schedule by these kernels;
-`Runner` holds the bound launches for timing and for a CUDA graph."""
+`Runner` holds the bound launches, which triton_timing captures and times."""
 
 from __future__ import annotations
 
@@ -118,52 +118,18 @@ class Runner:
 
     @staticmethod
     def launch(b: Bound, kernel: Any, tensors: Sequence[torch.Tensor]) -> None:
-        """Run one kernel."""
-        kernel[(b.launch.grid,)](*tensors, num_warps=b.launch.warps, num_stages=b.launch.stages)
+        """Run one kernel. Raises UsageError where the device has less than the schedule's machine."""
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            kernel[(b.launch.grid,)](*tensors, num_warps=b.launch.warps, num_stages=b.launch.stages)
+        except OutOfResources as error:
+            raise UsageError(f"{b.launch.kernel} does not fit this device: {error}") from error
 
     def run(self) -> None:
         """All kernels in order."""
         for launch in self.launches:
             self.launch(*launch)
-
-    def capture(self) -> torch.cuda.CUDAGraph:
-        """The step as a CUDA graph; kernels are compiled by a first run on a side stream."""
-        import torch
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.run()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run()
-        return graph
-
-    def seconds(self, repeats: int = 20) -> list[tuple[Launch, float]]:
-        """Each launch's device time [s], the median of `repeats` runs, by CUDA events around it.
-
-        An event pair costs about a microsecond, which is part of what it measures."""
-        import torch
-
-        self.run()
-        found: list[list[float]] = [[] for _ in self.launches]
-        for _ in range(repeats):
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(self.launches) + 1)]
-            marks[0].record()
-            for mark, (b, kernel, tensors) in zip(marks[1:], self.launches, strict=True):
-                kernel[(b.launch.grid,)](*tensors, num_warps=b.launch.warps, num_stages=b.launch.stages)
-                mark.record()
-            torch.cuda.synchronize()
-            for i, times in enumerate(found):
-                times.append(marks[i].elapsed_time(marks[i + 1]) * 1e-3)
-        return [(b.launch, _median(t)) for (b, _, _), t in zip(self.launches, found, strict=True)]
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
 
 
 class TritonSemantics(GpuSemantics):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import Image
+from benchmarks.gpu_decoder import Image
 from mapper.schedule.store import load
 from mapper.schedule.tables import Schedule
 from mapper_gpu.triton_emit import Stage, extents, stages
