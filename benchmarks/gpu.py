@@ -7,9 +7,9 @@
 Per fused kernel: device time, one run with its launch gap, and the schedule's. Per step: the kernels in a CUDA graph,
 the schedule, the same decoder in plain PyTorch in a CUDA graph, and that decoder through `torch.compile` in a CUDA
 graph. The PyTorch decoder takes its weights from the schedule's memory image; its logits are a second opinion on the
-kernels'. Without a GPU the dry run takes Triton's interpreter: it compares logits, and its times say nothing.
+kernels', and the errors of both are taken against float64. Without a GPU the dry run takes Triton's interpreter: it holds the logits, and its times say nothing.
 
-Exits with 1 where logits differ, with 2 without a GPU. Needs 40 GB of GPU memory for batch 1, 60 GB for 32."""
+Exits with 1 where the kernels' error is more than four times PyTorch's, with 2 without a GPU. Needs 40 GB of GPU memory for batch 1, 60 GB for 32."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ MACHINES = (
 OTHERWISE = "h100-sxm"
 REPEATS = 20
 """Replays of which a time is the median."""
-ALLOWED = {"f32": 1e-4, "bf16": 3e-2}
-"""Difference of logits, over their largest, between the kernels and PyTorch: bf16 keeps 8 bits."""
+ALLOWED = 4.0
+"""The kernels' error of logits against float64 may be so many times PyTorch's in the same format."""
 
 
 def compiled(
@@ -74,14 +74,15 @@ def compiled(
     )
 
 
-def difference(image: Image, run: Callable[[], object], step: Callable[[], Any]) -> float:
-    """Largest difference of the logits over their largest magnitude."""
+def errors(image: Image, shape: Shape, run: Callable[[], object], step: Callable[[], Any]) -> tuple[float, float]:
+    """Largest error of the logits against float64, over their largest magnitude: the kernels', and PyTorch's."""
     import torch
 
     with torch.no_grad():
+        exact = decoder(image, shape, exact=True)()
         run()
-        mine, other = image.rows("logits").float(), step()
-    return float((mine - other).abs().max() / other.abs().max())
+        mine, other = (float((x - exact).abs().max() / exact.abs().max()) for x in (image.rows("logits"), step()))
+    return mine, other
 
 
 def torch_compiled(step: Callable[[], Any], dry: bool) -> Callable[[], Any]:
@@ -128,8 +129,8 @@ def measure(
         found: dict[str, Any] = {
             "device": device.name, "machine": machine, "batch": batch, "context": asked.context,
             "weights": asked.weights, "dry_run": asked.dry_run,
-            "difference": difference(image, runner.run, step), "allowed": ALLOWED[asked.weights],
         }  # fmt: skip
+        found["error"], found["error_pytorch"] = errors(image, shape, runner.run, step)
         taken, missing = steps(device, runner.run, step, asked.dry_run, not asked.no_torch_compile)
         found["step"] = {"modelled": schedule.programs["decode"].cycles / schedule.clock_hz, **taken}
         if missing:
@@ -149,8 +150,8 @@ def show(found: dict[str, Any]) -> None:
     )
     if found["dry_run"]:
         print("dry run: a small shape, whose times say nothing")
-    print(f"logits differ from PyTorch's by {found['difference']:.2e} of the largest, "
-          f"limit {found['allowed']:g}")  # fmt: skip
+    print(f"error of the logits against float64, over the largest: {found['error']:.2e}; PyTorch's: "
+          f"{found['error_pytorch']:.2e}")  # fmt: skip
     print(HEADING)
     for row in found["kernels"]:
         print(line(Timed(**row)))
@@ -166,7 +167,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, default=2048, help="rows of cache that a step reads")
     parser.add_argument("--dry-run", action="store_true", help="a small shape; runs without a GPU too")
-    parser.add_argument("--weights", choices=sorted(ALLOWED), default="bf16")
+    parser.add_argument("--weights", choices=("bf16", "f32"), default="bf16")
     parser.add_argument("--machine", help="the machine file to compile for; default: by the device's name")
     parser.add_argument("--no-torch-compile", action="store_true", help="leave out what takes minutes")
     parser.add_argument("--json", action="store_true")
@@ -216,7 +217,7 @@ def _first(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where the logits agree, 1 where they do not, 2 without a GPU and on bad input."""
+    """0 where the logits are right, 1 where they are not, 2 without a GPU and on bad input."""
     asked = parsed(arguments)
     try:
         found = points(asked)
@@ -225,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if asked.json:
         print(json.dumps(found))
-    return 0 if all(p["difference"] <= p["allowed"] for p in found) else 1
+    return 0 if all(p["error"] <= ALLOWED * p["error_pytorch"] for p in found) else 1
 
 
 if __name__ == "__main__":
