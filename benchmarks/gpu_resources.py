@@ -45,7 +45,6 @@ def rows(machine: str, folder: Path) -> Iterator[dict[str, Any]]:
                 fits = (
                     found.shared <= limits.value("sm.shared")
                     and found.registers * found.threads * 4 <= limits.value("sm.registers")
-                    and not found.looped
                 )
                 yield {"machine": machine, "phase": phase, "kernel": launch.kernel, "grid": launch.grid,
                        "pipeline": launch.stages, **asdict(found), "fits": fits}  # fmt: skip
@@ -63,7 +62,7 @@ def points(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where all kernels fit, 1 where one does not, 2 on bad input."""
+    """0 where all kernels fit and no loop spills, 1 where not, 2 on bad input."""
     parser = argparse.ArgumentParser(description="Registers, shared memory and spills of the emitted kernels.")
     parser.add_argument("--machine", nargs="+", choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if asked.json:
         print(json.dumps(found))
-    return 0 if all(row["fits"] for row in found) else 1
+    return 0 if all(row["fits"] and not row["looped"] for row in found) else 1
 
 
 if __name__ == "__main__":
