@@ -11,14 +11,20 @@ from mapper.errors import LoweringError
 from mapper.schedule.tables import Block, Schedule
 from mapper_gpu.columns import FIELDS
 
+NOTE = (
+    "Triton source: {} in {{folder}}; python {{folder}}/run.py holds it against onnxruntime, and times it on a GPU "
+    "(needs torch and triton)"
+)
+
 
 def artifacts(schedule: Schedule) -> Sequence[Artifact]:
     """All of them, from the schedule alone."""
     from mapper.report.perfetto import trace
 
     source, reason = triton_source(schedule)
+    note = f"has no Triton source: {reason}" if reason else ""
     return (
-        Artifact("kernels.txt", kernels(schedule, reason).encode()),
+        Artifact("kernels.txt", kernels(schedule, reason).encode(), note),
         Artifact("tasks.txt", tasks(schedule).encode()),
         Artifact("trace.json", trace(schedule)),
         *source,
@@ -40,7 +46,8 @@ def triton_source(schedule: Schedule) -> tuple[list[Artifact], str]:
         ]
     except LoweringError as error:
         return [], str(error)
-    return [*found, Artifact("run.py", environment().get_template("run.py.j2").render().encode())], ""
+    run = environment().get_template("run.py.j2").render().encode()
+    return [*found, Artifact("run.py", run, NOTE.format(", ".join(a.name for a in found)))], ""
 
 
 def kernels(schedule: Schedule, reason: str = "") -> str:

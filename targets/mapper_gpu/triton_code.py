@@ -27,7 +27,7 @@ WIDE = 1 << 31
 """Elements from which indices take 64 bits."""
 _SIGMOID = "1.0 / (1.0 + tl.exp(-{0}))"
 _TANH = "(2.0 / (1.0 + tl.exp(-2.0 * ({0}))) - 1.0)"
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": "{0} / (1.0 + tl.exp(-{0}))",
     "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",
     "gelu_tanh": "0.5 * {0} * (1.0 + "
@@ -40,7 +40,7 @@ _ACTIVATIONS = {
     "tanh": _TANH,
     "identity": "{0}",
 }
-_POINTS = {
+POINTS = {
     "tanh": _TANH, "sigmoid": _SIGMOID, "relu": "tl.maximum({0}, 0.0)", "exp": "tl.exp({0})", "neg": "-{0}",
     "softplus": "tl.maximum({0}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({0})))", "sqrt": "tl.sqrt({0})",
     "abs": "tl.abs({0})", "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}",
@@ -310,14 +310,14 @@ class Statements:
         for names in columns:
             if scalar is not None:
                 names.insert(int(scalar[0]), repr(float(scalar[1])))
-        form = _ACTIVATIONS[fn[4:]] if fn.startswith("act:") else _POINTS[fn]
+        form = ACTIVATIONS[fn[4:]] if fn.startswith("act:") else POINTS[fn]
         name = {"add": "added", "mul": "scaled"}.get(fn, fn.split(":")[-1])
         return self._assign(name, frame, [form.format(*names) for names in columns])
 
     def _gate(self, frame: Frame, out: str, act: str, gate: str, up: str) -> list[str]:
         pairs = zip(self.value(gate, frame), self.value(up, frame), strict=True)
         return self._assign("gated", frame, [
-            f"({_ACTIVATIONS[act].format(a)}) * {b}" for a, b in pairs
+            f"({ACTIVATIONS[act].format(a)}) * {b}" for a, b in pairs
         ])  # fmt: skip
 
     # results -------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ def source(schedule: Schedule, phase: Phase) -> Source:
     from mapper.machine import parse
     from mapper_gpu.hardware import gpu
     from mapper_gpu.triton_kernels import write
+    from mapper_gpu.triton_scope import refuse_unknown
 
     numbers = _numbers(schedule, phase)
     offset, _ = extents(schedule)
@@ -93,6 +94,8 @@ def source(schedule: Schedule, phase: Phase) -> Source:
         int(schedule.plan["batch"]), tokens, schedule.chips, {v: offset[n] for v, n in numbers.items()},
         gpu(parse(schedule.machine_toml, schedule.machine)),
     )  # fmt: skip
+    for program in schedule.plan["programs"][phase]:
+        refuse_unknown(program)
     kernels: list[dict[str, Any]] = []
     blocks: list[tuple[int, tuple[Launch, ...]]] = []
     records = schedule.plan["blocks"][phase]

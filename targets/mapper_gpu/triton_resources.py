@@ -50,15 +50,16 @@ def resources(kernel: Any, launch: Launch, capability: int = 90) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage, code = (_said(tool, option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise UsageError(f"{launch.kernel}: cuobjdump says nothing of its resources: {usage.strip()}")
+        usage = _said(tool, "--dump-resource-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise UsageError(f"{launch.kernel}: cuobjdump says nothing of its resources: {usage.strip()}")
+        stack = int(found[2])
+        looped = looped_spills(_said(tool, "--dump-sass", file.name)) if stack else 0
     text = made.asm["ptx"]
     product = next((name for name, mark in PRODUCTS.items() if mark in text), "")
     return Resources(
-        int(found[1]), int(made.metadata.shared), int(found[2]), looped_spills(code), launch.warps * WARP,
-        product,
+        int(found[1]), int(made.metadata.shared), stack, looped, launch.warps * WARP, product
     )  # fmt: skip
 
 
