@@ -4,12 +4,14 @@
     python -m benchmarks.gpu --batch 1 --json
     python -m benchmarks.gpu --dry-run              # a small shape, through the same code, without a GPU too
 
-Per fused kernel: device time, one run with its launch gap, and the schedule's. Per step: the kernels in a CUDA graph,
-the schedule, the same decoder in plain PyTorch in a CUDA graph, and that decoder through `torch.compile` in a CUDA
-graph. The PyTorch decoder takes its weights from the schedule's memory image; its logits are a second opinion on the
-kernels', and the errors of both are taken against float64. Without a GPU the dry run takes Triton's interpreter: it holds the logits, and its times say nothing.
+Per fused kernel: device time, one run with its launch gap, and the schedule's. Per step: the kernels in a
+CUDA graph, the schedule, the same decoder in plain PyTorch in a CUDA graph, and that decoder through
+`torch.compile` in a CUDA graph. The PyTorch decoder takes its weights from the schedule's memory image; its
+logits are a second opinion on the kernels', and the errors of both are taken against float64. Without a GPU
+the dry run takes Triton's interpreter: it holds the logits, and its times say nothing.
 
-Exits with 1 where the kernels' error is more than four times PyTorch's, with 2 without a GPU. Needs 40 GB of GPU memory for batch 1, 60 GB for 32."""
+Exits with 1 where the kernels' error is more than four times PyTorch's, with 2 without a GPU. Needs about 30
+GB of GPU memory for batch 1, 60 GB for 32."""
 
 from __future__ import annotations
 
@@ -69,19 +71,21 @@ def compiled(
                               context=context, phase="decode", out=folder / "schedule")  # fmt: skip
     rope = made.layers[0].rope
     assert rope is not None
-    return schedule, Shape(
-        len(made.layers), made.heads, made.kv_heads, made.head_dim, rope.width, made.eps
-    )
+    return schedule, Shape(len(made.layers), made.heads, made.kv_heads, made.head_dim, rope.width, made.eps)
 
 
-def errors(image: Image, shape: Shape, run: Callable[[], object], step: Callable[[], Any]) -> tuple[float, float]:
-    """Largest error of the logits against float64, over their largest magnitude: the kernels', and PyTorch's."""
+def errors(
+    image: Image, shape: Shape, run: Callable[[], object], step: Callable[[], Any]
+) -> tuple[float, float]:
+    """Largest error of the logits against float64, over their largest magnitude: the kernels', PyTorch's."""
     import torch
 
     with torch.no_grad():
         exact = decoder(image, shape, exact=True)()
         run()
-        mine, other = (float((x - exact).abs().max() / exact.abs().max()) for x in (image.rows("logits"), step()))
+        mine, other = (
+            float((x - exact).abs().max() / exact.abs().max()) for x in (image.rows("logits"), step())
+        )
     return mine, other
 
 
@@ -119,9 +123,7 @@ def measure(
     from mapper_gpu.triton_timing import timed
 
     with tempfile.TemporaryDirectory() as name:
-        schedule, shape = compiled(
-            asked.dry_run, asked.weights, batch, asked.context, machine, Path(name)
-        )
+        schedule, shape = compiled(asked.dry_run, asked.weights, batch, asked.context, machine, Path(name))
         image = Image(schedule, place)
         kernels = module(schedule, "decode", Path(name) / "schedule")
         runner = Runner(schedule, "decode", kernels, image.memory)

@@ -50,8 +50,8 @@ class Image:
         self.flat("past_length").fill_(schedule.request.context - 1)
 
     def _gain(self, name: str) -> float:
-        """Queries are sharpened, so that attention is not uniform; what is added to the hidden state is scaled as
-        in GPT-2, so that rounding errors do not grow from layer to layer beyond what can be told."""
+        """Queries are sharpened, so that attention is not uniform; what is added to the hidden state is
+        scaled as in GPT-2, so that rounding errors do not grow from layer to layer until they hide all else."""
         if "q_proj" in name:
             return 2.0
         layers = sum(name.startswith("cache.key") for name in self.ports)
@@ -78,8 +78,8 @@ def _absent(name: str) -> Any:
 
 def decoder(image: Image, shape: Shape, exact: bool = False) -> Callable[[], Any]:
     """The same step in plain PyTorch, on static caches of its own: a function of no arguments that gives the
-    logits [batch, vocabulary]. Products are in the weights' format, the hidden state in float32; `exact` has all
-    in float64, one weight at a time."""
+    logits [batch, vocabulary]. Products are in the weights' format, the hidden state in float32; `exact` has
+    all in float64, one weight at a time."""
     import torch
     from torch.nn import functional
 

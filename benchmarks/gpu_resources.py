@@ -1,11 +1,11 @@
 """What the emitted kernels of Llama-3.1-8B take of an SM, told by Triton's assembler: no GPU is needed.
 
-    python -m benchmarks.gpu_resources                                  # decode at batch 1 and 32: sm_80, sm_90, sm_100
+    python -m benchmarks.gpu_resources               # decode at batch 1 and 32: sm_80, sm_90, sm_100
     python -m benchmarks.gpu_resources --machine h100-sxm --phase prefill --prompt 512 --json
 
-One line per kernel: registers per thread, shared memory per block, spilled bytes per thread and how many of the
-loads and stores of spills are inside of loops, the tensor core's instruction. Exits with 1 where a kernel takes more
-than an SM of the machine has, or spills inside of a loop."""
+One line per kernel: registers per thread, shared memory per block, spilled bytes per thread and how many of
+the loads and stores of spills are inside of loops, the tensor core's instruction. Exits with 1 where a kernel
+takes more than an SM of the machine has, or spills inside of a loop."""
 
 from __future__ import annotations
 
@@ -42,12 +42,21 @@ def rows(machine: str, folder: Path) -> Iterator[dict[str, Any]]:
         for _, launches in source(schedule, phase).blocks:
             for launch in launches:
                 found = resources(getattr(kernels, launch.kernel), launch, CAPABILITIES[machine])
-                fits = (
-                    found.shared <= limits.value("sm.shared")
-                    and found.registers * found.threads * 4 <= limits.value("sm.registers")
-                )
+                fits = found.shared <= limits.value(
+                    "sm.shared"
+                ) and found.registers * found.threads * 4 <= limits.value("sm.registers")
                 yield {"machine": machine, "phase": phase, "kernel": launch.kernel, "grid": launch.grid,
                        "pipeline": launch.stages, **asdict(found), "fits": fits}  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """A kernel as one line."""
+    return (
+        f"{row['machine']:<13} batch {row['batch']:<3} {row['phase']:<8} {row['kernel']:<36}"
+        f"{row['grid']:>6} x {row['threads']:<4}{row['registers']:>4} registers{row['shared']:>8} B shared"
+        f"{row['stack']:>5} B spilled, {row['looped']} in loops  {row['product']:<8}"
+        f"{'' if row['fits'] else 'DOES NOT FIT'}"
+    )
 
 
 def points(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -55,15 +64,19 @@ def points(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for machine in asked.machine:
         for batch in asked.batch:
             with tempfile.TemporaryDirectory() as folder:
-                mapper.compile(MODEL, target="gpu", machine=machine, batch=batch, prompt=asked.prompt,
-                               context=asked.context, weights="bf16", phase=asked.phase, out=folder)  # fmt: skip
+                mapper.compile(
+                    MODEL, target="gpu", machine=machine, batch=batch, prompt=asked.prompt,
+                    context=asked.context, weights="bf16", phase=asked.phase, out=folder,
+                )  # fmt: skip
                 for row in rows(machine, Path(folder)):
                     yield {"batch": batch, **row}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where all kernels fit and no loop spills, 1 where not, 2 on bad input."""
-    parser = argparse.ArgumentParser(description="Registers, shared memory and spills of the emitted kernels.")
+    parser = argparse.ArgumentParser(
+        description="Registers, shared memory and spills of the emitted kernels."
+    )
     parser.add_argument("--machine", nargs="+", choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--phase", choices=("decode", "prefill", "both"), default="decode")
@@ -79,13 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in points(asked):
             found.append(row)
             if not asked.json:
-                print(
-                    f"{row['machine']:<13} batch {row['batch']:<3} {row['phase']:<8} {row['kernel']:<36}"
-                    f"{row['grid']:>6} x {row['threads']:<4}{row['registers']:>4} registers{row['shared']:>8} B shared"
-                    f"{row['stack']:>5} B spilled, {row['looped']} in loops  {row['product']:<8}"
-                    f"{'' if row['fits'] else 'DOES NOT FIT'}",
-                    flush=True,
-                )
+                print(line(row), flush=True)
     except MapperError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,8 @@ __all__ = [
 class Artifact:
     """A file that is generated from a schedule: listing, memory map, source, trace. `name` is relative.
 
-    `note` is what `mapper compile` says of it in a line, if anything; `{folder}` in it is the schedule's directory.
+    `note` is what `mapper compile` says of it in a line, if anything; `{folder}` in it is the schedule's
+    directory.
     """
 
     name: str

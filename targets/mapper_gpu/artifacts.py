@@ -12,8 +12,8 @@ from mapper.schedule.tables import Block, Schedule
 from mapper_gpu.columns import FIELDS
 
 NOTE = (
-    "Triton source: {} in {{folder}}; python {{folder}}/run.py holds it against onnxruntime, and times it on a GPU "
-    "(needs torch and triton)"
+    "Triton source: {} in {{folder}}; python {{folder}}/run.py holds it against onnxruntime, and times it on "
+    "a GPU (needs torch and triton)"
 )
 
 

@@ -98,6 +98,6 @@ HEADING = f"{'kernel':<40} {'launches':>8} {'runs':>5} {'measured':>11} {'modell
 def line(t: Timed) -> str:
     """A kernel as one line: times in microseconds, HBM bytes over the measured time in GB/s."""
     return (
-        f"{t.kernel:<40} {t.launches:>8} {t.count:>5} {t.measured * 1e6:>8.2f} us {t.modelled * 1e6:>8.2f} us "
-        f"{t.bytes / t.measured / 1e9:>5.0f} GB/s"
+        f"{t.kernel:<40} {t.launches:>8} {t.count:>5} {t.measured * 1e6:>8.2f} us "
+        f"{t.modelled * 1e6:>8.2f} us {t.bytes / t.measured / 1e9:>5.0f} GB/s"
     )

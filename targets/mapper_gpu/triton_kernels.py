@@ -27,8 +27,8 @@ PIPELINE = 4
 LEAST_ROWS = 16
 """Rows of tokens that shared memory holds at least."""
 EPILOGUE_ELEMENTS = 32768
-"""Results of a tile from which its epilogue goes in two runs of columns: the accumulators are then half of the
-registers, and what the epilogue loads beside all of them at once would spill."""
+"""Results of a tile from which its epilogue goes in two runs of columns: the accumulators are then half of
+the registers, and what the epilogue loads beside all of them at once would spill."""
 Context = dict[str, Any]
 
 

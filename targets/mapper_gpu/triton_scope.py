@@ -1,4 +1,4 @@
-"""What has Triton source: instructions, formats and places that the templates know. The rest is refused by name."""
+"""What has Triton source: instructions, formats and places that the templates know; the rest is refused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from mapper.errors import LoweringError
 from mapper_gpu.triton_code import ACTIVATIONS, POINTS, TYPES, Json
 
 OPERANDS = {
-    "read": 2, "embed": 3, "positions": 5, "norm": 8, "rope": 9, "point": 4, "gate": 4, "append": 5, "columns": 2,
-    "matmul": 4, "sum": 2, "concat": 2, "attend": 13, "finish": 4, "merge": 4, "write": 2,
+    "read": 2, "embed": 3, "positions": 5, "norm": 8, "rope": 9, "point": 4, "gate": 4, "append": 5,
+    "columns": 2, "matmul": 4, "sum": 2, "concat": 2, "attend": 13, "finish": 4, "merge": 4, "write": 2,
 }  # fmt: skip
 """Instruction -> how many operands it has. One more or less means another thing than the templates emit."""
 ROWS = ("m", "n", "all", "cache")
@@ -18,7 +18,9 @@ def refuse_unknown(program: Json) -> None:
     """Raises LoweringError that names what has no Triton source in a program, if anything."""
     for op, *operands in program["code"]:
         if OPERANDS.get(op) != len(operands):
-            raise _refusal(program, f"{op!r}" if op not in OPERANDS else f"{op!r} of {len(operands)} operands")
+            raise _refusal(
+                program, f"{op!r}" if op not in OPERANDS else f"{op!r} of {len(operands)} operands"
+            )
         if op == "matmul" and operands[3] not in TYPES:
             raise _refusal(program, f"products in {operands[3]}")
         if op == "gate" and operands[1] not in ACTIVATIONS:

@@ -1,8 +1,9 @@
 """Measured time of emitted kernels beside the modelled: every fused kernel in a CUDA graph of its own.
 
-A graph holds all repetitions of one fused kernel, one after the other, so that nothing waits for the CPU and each
-repetition reads weights that the L2 does not hold any more; its time over their number is a kernel with its launch gap,
-which the model's figure has too. Where there is no GPU, `Cpu` runs the same code without graphs: its times say nothing."""
+A graph holds all repetitions of one fused kernel, one after the other, so that nothing waits for the CPU and
+each repetition reads weights that the L2 does not hold any more; its time over their number is a kernel with
+its launch gap, which the model's figure has too. Where there is no GPU, `Cpu` runs the same code without
+graphs: its times say nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mapper.schedule.tables import Schedule
@@ -47,8 +50,8 @@ class Cuda:
         return str(torch.cuda.get_device_name())
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
-        """A CUDA graph's replay, after warm-up on a side stream, which capturing asks for: inside of a capture
-        nothing may be compiled, and no memory be allocated but from the graph's pool."""
+        """A CUDA graph's replay, after warm-up on a side stream, which capturing asks for: inside of a
+        capture nothing may be compiled, and no memory be allocated but from the graph's pool."""
         import torch
 
         side = torch.cuda.Stream()
@@ -65,7 +68,7 @@ class Cuda:
         return replay
 
     def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """By CUDA events between replays that follow each other, so that the device never waits for the CPU."""
+        """By CUDA events between replays that follow each other: the device never waits for the CPU."""
         import torch
 
         for _ in range(WARM):
@@ -76,7 +79,7 @@ class Cuda:
             run()
             mark.record()
         torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) * 1e-3
+        return float(statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))) * 1e-3
 
 
 class Cpu:
@@ -98,8 +101,8 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Timed:
-    """One fused kernel: how many launches it takes (merges are launches of their own) and how often it runs in a
-    step; measured and modelled seconds of one run, with one launch gap; HBM bytes of one run."""
+    """One fused kernel: how many launches it takes (merges are launches of their own) and how often it runs
+    in a step; measured and modelled seconds of one run, with one launch gap; HBM bytes of one run."""
 
     kernel: str
     launches: int
@@ -118,13 +121,16 @@ def timed(schedule: Schedule, runner: Runner, device: Device, repeats: int = 20)
     found = []
     for runs in fused(runner.launches).values():
         entries = [entry for run in runs for entry in run]
-        replay = device.capture(lambda entries=entries: [runner.launch(*e) for e in entries])  # type: ignore[misc]
+        replay = device.capture(partial(_all, runner, entries))
         first = runs[0][0][0].launch
         seconds = device.seconds(replay, repeats) / len(runs)
-        found.append(
-            Timed(first.kernel, len(runs[0]), len(runs), seconds, first.seconds + gap, first.bytes)
-        )
+        found.append(Timed(first.kernel, len(runs[0]), len(runs), seconds, first.seconds + gap, first.bytes))
     return found
+
+
+def _all(runner: Runner, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        runner.launch(*entry)
 
 
 def fused(launches: Sequence[Entry]) -> dict[str, list[list[Entry]]]:

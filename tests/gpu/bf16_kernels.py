@@ -1,5 +1,5 @@
-"""Runs each emitted kernel of a decode step under Triton's interpreter on bf16 weights and caches, and holds it
-against float64 and a bound on its rounding errors: see running_error.
+"""Runs each emitted kernel of a decode step under Triton's interpreter on bf16 weights and caches, and holds
+it against float64 and a bound on its rounding errors: see running_error.
 
     python -m tests.gpu.bf16_kernels FOLDER     # prints, as JSON, one object per stored value
 

@@ -1,9 +1,9 @@
 """A kernel's programs in float64 with running error analysis: what the emitted bf16 kernels are held against.
 
-Every register is its exact value, from the operands as they are stored, and a bound on the error of any float32
-evaluation of it whose products take operands in the program's format (Higham, Accuracy and Stability of Numerical
-Algorithms, sections 3.1 and 3.3). The unit roundoff of a format with p bits is 2**-p. Shares nothing with the
-emitter and the executor but the plan's programs."""
+Every register is its exact value, from the operands as they are stored, and a bound on the error of any
+float32 evaluation of it whose products take operands in the program's format (Higham, Accuracy and Stability
+of Numerical Algorithms, sections 3.1 and 3.3). The unit roundoff of a format with p bits is 2**-p. Shares
+nothing with the emitter and the executor but the plan's programs."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Reference:
     program: Any = None
 
     def run(self, program: Any, part: tuple[int, int] = (0, 1)) -> list[tuple[Any, Bounded, int]]:
-        """(operand, what is stored in it, its past: -1 unless it is a cache) of each write of a program; of the
-        part (number, of how many) of K where K is split."""
+        """(operand, what is stored in it, its past: -1 unless it is a cache) of each write of a program; of
+        the part (number, of how many) of K where K is split."""
         self.program, self.registers, self.part = program, {}, part
         found = []
         for op, *rest in program["code"]:
@@ -82,7 +82,9 @@ class Reference:
         terms = [self.partial[reads[p]] for p in parts]
         error = sum((t.error for t in terms), np.zeros(1))
         size = sum((abs(t.value) + t.error for t in terms), np.zeros(1))
-        self.registers[out] = Bounded(sum((t.value for t in terms), np.zeros(1)), error + len(terms) * SINGLE * size)
+        self.registers[out] = Bounded(
+            sum((t.value for t in terms), np.zeros(1)), error + len(terms) * SINGLE * size
+        )
 
     def _embed(self, out: str, ids: str, table: str) -> None:
         value = self.registers[table].value[self.registers[ids].value.astype(int).ravel()]
