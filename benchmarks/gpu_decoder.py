@@ -51,7 +51,7 @@ class Image:
 
     def _gain(self, name: str) -> float:
         """Queries are sharpened, so that attention is not uniform; what is added to the hidden state is
-        scaled as in GPT-2, so that rounding errors do not grow from layer to layer until they hide all else."""
+        scaled as in GPT-2, so that rounding errors do not grow from layer to layer."""
         if "q_proj" in name:
             return 2.0
         layers = sum(name.startswith("cache.key") for name in self.ports)
