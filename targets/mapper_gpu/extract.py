@@ -21,6 +21,7 @@ from mapper.ir.sections import Section as GraphSection
 from mapper.ir.types import numpy_dtype
 from mapper_gpu.hardware import COMPUTE, element_bytes
 from mapper_gpu.nodes import Matrix, Node, Section, Value
+from mapper_gpu.packed import packed_of
 
 Shape = tuple[int, ...]
 
@@ -239,9 +240,11 @@ class _Extractor:
         weight = self.graph.weights[self.table[symbol][0] if symbol in self.table else symbol]
         n, k = weight.shape[::-1] if turned else weight.shape
         rows = count or n
-        self.rows[self.row]["weight_bytes"] += int(rows * k * element_bytes(self.form))
+        made = Matrix(symbol, rows, k, self.form, first=first, of=0 if rows == n else n, turned=turned,
+                      low=packed_of(weight, turned))  # fmt: skip
+        self.rows[self.row]["weight_bytes"] += int(made.bytes)
         self.rows[self.row]["flops"] += 2 * self.height * rows * k
-        return Matrix(symbol, rows, k, self.form, first=first, of=0 if rows == n else n, turned=turned)
+        return made
 
     def linear(
         self, x: str, weight: Matrix, bias: Mapping[str, Any] | None, name: str, first: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mapper.schedule.tables import Port
 from mapper_gpu.extract import Extracted
 from mapper_gpu.kernel import Kernel
 from mapper_gpu.nodes import Matrix, Node
+from mapper_gpu.packed import Part
 from mapper_gpu.programs import vector_name
 from mapper_gpu.storage import NUMPY, Memory, Storage
 
@@ -28,7 +29,8 @@ Key = tuple[Any, ...]
 @dataclass(frozen=True)
 class Held:
     """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
-    [k, n]), and how chips share it. A vector has k = 0; a rope table keeps its shape."""
+    [k, n]), and how chips share it. A vector has k = 0; a rope table keeps its shape. Of a low-bit weight
+    each `part` is held, k its columns."""
 
     symbol: str
     kind: str
@@ -39,6 +41,7 @@ class Held:
     split: str
     dtype: str
     copies: int = 1
+    part: Part | None = None
 
 
 class Weights:
@@ -84,6 +87,7 @@ class Weights:
                 held.split,
                 held.dtype,
                 held.copies,
+                held.part,
             )
             if key not in layouts:
                 name = (
@@ -91,9 +95,14 @@ class Weights:
                     if not held.first and held.kind != "vector"
                     else f"{held.symbol}[{held.first}:]"
                 )
-                taken = sum(k[0] == held.symbol and k[1] == held.first for k in layouts)
+                same = (held.symbol, held.first, held.part)
+                taken = sum((k[0], k[1], k[-1]) == same for k in layouts)
                 name += f"#{taken}" if taken else ""
-                layouts[key] = memory.add(Storage(name, rows, width, held.dtype, panel))
+                made = Storage(name, rows, width, held.dtype, panel)
+                if held.part is not None:
+                    made = replace(made, name=f"{name}.{held.part.name}", bits=held.part.bits,
+                                   per=max(1, held.part.per))  # fmt: skip
+                layouts[key] = memory.add(made)
             self.storages[held] = layouts[key]
 
     def lookup(self, phase: Any, e: Extracted) -> dict[str, Storage]:
@@ -118,7 +127,10 @@ class Weights:
                 continue
             seen.add(s)
             shape = self._whole(held)
-            layout = {"kind": "panels", "panel": s.panel, "split": held.split, "copies": held.copies}
+            layout: Json = {"kind": "panels", "panel": s.panel, "split": held.split, "copies": held.copies}
+            if held.part is not None and held.part.bits:
+                layout |= {"bits": held.part.bits, "columns": shape[1]}
+                shape = (shape[0], self._part(held).elements // self.symbols[held.symbol].shape[0])
             buffers = tuple(range(s.first, s.first + self.chips))
             kind: Any = "weight"
             found.append(
@@ -134,6 +146,12 @@ class Weights:
             )
         return found
 
+    def _part(self, held: Held) -> WeightSymbol:
+        """The stored array of a part."""
+        packing = self.symbols[held.symbol].packing
+        assert packing is not None and held.part is not None
+        return packing.parts[held.part.name]
+
     def _whole(self, held: Held) -> tuple[int, int]:
         n = held.n * (self.chips // held.copies if held.split == "n" else 1)
         if held.kind in ("vector", "rope"):
@@ -142,6 +160,8 @@ class Weights:
 
     def _source(self, held: Held, shape: tuple[int, int]) -> Json:
         symbol = self.symbols[held.symbol]
+        if held.part is not None:
+            return self._coded(held, symbol.shape[0])
         source: Json = weight_source(symbol).expression
         if numpy_dtype(symbol.dtype).name != NUMPY[held.dtype]:
             source = ["cast", source, NUMPY[held.dtype]]
@@ -153,6 +173,15 @@ class Weights:
             source = ["transpose", source, [1, 0]]
         rows = symbol.shape[1] if held.turned else symbol.shape[0]
         return source if shape[0] == rows else ["slice", source, 0, held.first, held.first + shape[0]]
+
+    def _coded(self, held: Held, rows: int) -> Json:
+        """Rows of a part, as [rows, what is stored of each]."""
+        part = self._part(held)
+        source: Json = weight_source(part).expression
+        if len(part.shape) != 2 or part.shape[0] != rows:
+            source = ["reshape", source, [rows, part.elements // rows]]
+        n = self._whole(held)[0]
+        return source if n == rows else ["slice", source, 0, held.first, held.first + n]
 
     def files(self) -> dict[str, Any]:
         """Schedule.weights."""
@@ -177,7 +206,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
         if node.kind in ("embed", "positions"):
             yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, False, "", form)
         else:
-            yield w.label, _matrix(w, form)
+            yield from _matrix(w, form)
     if node.kind == "rope":
         table = node.attr("table")
         yield (
@@ -204,5 +233,15 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             )
 
 
-def _matrix(w: Matrix, form: str) -> Held:
-    return Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies)
+def _matrix(w: Matrix, form: str) -> Iterator[tuple[str, Held]]:
+    if w.low is None:
+        yield w.label, Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies)
+        return
+    for part in w.low.parts:
+        kind, split = "matrix", w.split
+        if not part.per:  # one for a whole row: on every chip that has a part of it
+            kind, split = "rows", "" if w.split == "k" else w.split
+        yield (
+            f"{w.label}.{part.name}",
+            Held(w.name, kind, w.n, part.width(w.k), w.first, False, split, part.dtype, w.copies, part),
+        )
