@@ -249,11 +249,20 @@ class _Extractor:
     def linear(
         self, x: str, weight: Matrix, bias: Mapping[str, Any] | None, name: str, first: int = 0
     ) -> str:
-        out = self.add("linear", [x], self.fresh(weight.n), [weight], name=name)
+        block = self.rounding(weight)
+        rounding = {"round": block} if block else {}
+        out = self.add("linear", [x], self.fresh(weight.n), [weight], name=name, **rounding)
         if bias is None:
             return out
         part = {**bias, "first": first, "length": weight.n}
         return self.add("point", [out], self.fresh(weight.n), fn="bias", vector=part, name="bias")
+
+    def rounding(self, weight: Matrix) -> int:
+        """Columns of x that the op rounds to 8 bits together (0: it does not)."""
+        block = int(self.op.attr("round_block")) if self.op is not None else 0
+        if block and (weight.low is None or weight.low.block != block):
+            self.fail(f"activations rounded in blocks of {block} beside weights without such blocks")
+        return block
 
     def constant(self, ssa: SSAValue) -> Any:
         """The array of a constant operand, or None."""
@@ -359,8 +368,6 @@ def _embed_at(c: _Extractor, op: DataflowOp) -> None:
 
 @_rule("linear", "lm_head")
 def _linear(c: _Extractor, op: DataflowOp) -> None:
-    if op.attr("round_block"):
-        c.fail("activations rounded in blocks")
     x = c.view(op.operands[0], "rows")
     symbol, turned = op.attr("weight"), not op.attr("transposed")
     bias = c.vector(op.attr("bias"), "n")
@@ -506,8 +513,6 @@ def _attention(c: _Extractor, op: DataflowOp) -> None:
 
 @_rule("gated_mlp", "mlp", "packed_mlp")
 def _mlp(c: _Extractor, op: DataflowOp) -> None:
-    if op.attr("round_block"):
-        c.fail("activations rounded in blocks")
     x, act = c.view(op.operands[0], "rows").name, op.attr("act")
     turned = {n: not op.attr(f"{n}_transposed") for n in op.weights() if not n.endswith("bias")}
     if op.mnemonic == "packed_mlp":

@@ -66,6 +66,18 @@ def floats(kind: str) -> Array:
     return value.astype(np.float32)
 
 
+def round_blocks(task: Task, r: dict[str, Any], out: str, x: str, block: int) -> None:
+    """x [rows, k] in whole steps of 1/127 of the largest magnitude of each block of columns, as kernels that
+    multiply integers take it (MatMulNBits, accuracy_level 4). Coordinates begin at a block."""
+    v = r[x]
+    if task.at[4] % block:
+        task.fail(f"activations rounded in blocks of {block} from column {task.at[4]} on")
+    starts = np.arange(0, v.shape[1], block)
+    step = np.repeat(np.maximum.reduceat(np.abs(v), starts, axis=1), block, axis=1)[:, : v.shape[1]]
+    step = step / np.float32(127)
+    r[out] = np.where(step > 0, np.rint(v / np.where(step > 0, step, 1)) * step, 0).astype(np.float32)
+
+
 def dequantise(
     task: Task, r: dict[str, Any], out: str, values: str, scales: str, zeros: str | None, kind: str,
     bits: int, block: int, scale: str, form: str,

@@ -210,6 +210,13 @@ def product_program(
                 b.emit("columns", b.registers[key], made)
             made = b.registers[key]
         source = made or b.read(x, "m", "k")
+        block = nodes[i].attr("round", 0)
+        if block:
+            rounded = f"={x}/round"
+            if rounded not in b.registers:
+                b.registers[rounded] = f"r{len(b.registers)}"
+                b.emit("round_blocks", b.registers[rounded], source, block)
+            source = b.registers[rounded]
         weight = _weight(b, nodes[i].weights[0], i)
         b.emit("matmul", b.register(nodes[i].output), source, weight, nodes[i].weights[0].dtype)
     if not split:

@@ -211,5 +211,6 @@ MEANINGS: dict[str, Callable[..., None]] = {
     "embed": _embed, "positions": _positions, "norm": _norm, "rope": _rope, "columns": _columns,
     "matmul": _matmul, "sum": _sum, "concat": _concat, "point": _point, "gate": _gate, "attend": _attend,
     "merge": _merge, "finish": _finish, "dequantise": lowbit_ops.dequantise,
+    "round_blocks": lowbit_ops.round_blocks,
 }  # fmt: skip
 """Instruction name -> what it does to a task's registers."""
