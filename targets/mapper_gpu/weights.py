@@ -4,6 +4,7 @@ chip."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,6 +74,7 @@ class Weights:
     def allocate(self, memory: Memory) -> None:
         """Storages of all of them. A table that is laid out like a matrix is the same storage."""
         layouts: dict[Key, Storage] = {}
+        seen: Counter[Key] = Counter()
         for held, cuts in self.cuts.items():
             rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
             if held.kind == "vector" or held.kind == "rope":
@@ -96,8 +98,8 @@ class Weights:
                     else f"{held.symbol}[{held.first}:]"
                 )
                 same = (held.symbol, held.first, held.part)
-                taken = sum((k[0], k[1], k[-1]) == same for k in layouts)
-                name += f"#{taken}" if taken else ""
+                name += f"#{seen[same]}" if seen[same] else ""
+                seen[same] += 1
                 made = Storage(name, rows, width, held.dtype, panel)
                 if held.part is not None:
                     made = replace(made, name=f"{name}.{held.part.name}", bits=held.part.bits,
