@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mapper.bounds import Bound
 from mapper.ir.graph import Graph
@@ -11,7 +11,7 @@ from mapper.ir.op import DataflowOp, tensor_type
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase, Request
 from mapper_gpu.capacity import chips_for
-from mapper_gpu.packed import form_of, held_bytes, item_bytes
+from mapper_gpu.packed import form_of, held_bytes, item_bytes, turned_of
 
 _PRODUCTS = {
     "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
@@ -65,14 +65,8 @@ def _weights(graph: Graph, op: DataflowOp) -> int:
 
 def _read(graph: Graph, op: DataflowOp, item: int) -> float:
     """Bytes of the matrices that an op reads whole, low-bit ones as stored."""
-    found = ((graph.weight(op, n), not op.attr(flag)) for n, flag in _turned(op))
+    found = ((graph.weight(op, n), turned_of(op, n)) for n in _PRODUCTS.get(op.mnemonic, ()))
     return sum(held_bytes(w, item, turned) for w, turned in found if w is not None)
-
-
-def _turned(op: DataflowOp) -> Iterator[tuple[str, str]]:
-    """(weight, the flag that says whether it is [N, K]) of a product."""
-    for name in _PRODUCTS.get(op.mnemonic, ()):
-        yield name, "transposed" if name == "weight" else f"{name}_transposed"
 
 
 def _flops(graph: Graph, op: DataflowOp) -> int:

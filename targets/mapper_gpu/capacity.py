@@ -25,7 +25,7 @@ def chips_for(graphs: Mapping[Phase, Graph], machine: Machine, item: int) -> int
     first = next(iter(graphs.values()))
     tables = {op.attr("table") for op in first.ops() if op.mnemonic in _TABLES}
     shared = sum(w.elements for n, w in first.weights.items() if n in tables)
-    matrices = sum(held_bytes(w, item) for n, w in used(first) if n not in tables)
+    matrices = sum(held_bytes(w, item, turned) for n, w, turned in used(first) if n not in tables)
     heads = {op.attr("weight") for op in first.ops() if op.mnemonic == "lm_head"} & tables
     split = matrices + item * sum(first.weights[n].elements for n in heads)
     states = [tensor_type(first.input_values[n]) for n in first.inputs_with_role("state")]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 _LAYOUT = {"e4m3": (4, 3, 7), "e2m1": (2, 1, 1)}
 """Kind -> bits of exponent, bits of mantissa, bias."""
+_KINDS = {"int": (2, 4, 8), "e4m3": (8,), "e2m1": (4,)}
 _ROUNDED = {"bf16": "bfloat16", "f16": "float16"}
 
 
@@ -86,6 +87,8 @@ def dequantise(
     [n, blocks] (one per row where `block` is 0). Coordinates begin at a block."""
     codes = r[values]
     rows, columns = codes.shape
+    if bits not in _KINDS.get(kind, ()) or form not in ("f32", *_ROUNDED):
+        task.fail(f"codes of {bits} bits of {kind}, operands of {form}")
     count = -(-columns // block) if block else 1
     factor = np.exp2(r[scales].astype(np.float32) - 127) if scale == "u8" else r[scales].astype(np.float32)
     parts = [factor] + ([] if zeros is None else [r[zeros].astype(np.float32)])

@@ -15,10 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mapper.ir.graph import Graph
-from mapper.ir.weights import WeightSymbol
+from mapper.ir.op import DataflowOp
+from mapper.ir.weights import Packing, WeightSymbol
+from mapper.passes.quantise import PRODUCTS
 
 SCALES = {"f16": 2, "bf16": 2, "f32": 4, "u8": 1}
 """Types of stored scales and zero points, and their bytes; u8 scales are exponents (E8M0)."""
+CODES = "codes"
+"""The type of zero points that are packed like the values."""
+INTEGERS = {"i8": 8, "u8": 8, "i4": 4, "u4": 4}
+"""Types of plain stored integers, and their bits; signed ones are held offset by half of their range."""
 FORMS = ("f32", "bf16", "f16")
 """Element types that weights, activations and caches are held in."""
 OPERATIONS = 4.0
@@ -64,7 +70,7 @@ class Packed:
     def parts(self) -> tuple[Part, ...]:
         """What is stored."""
         found = [Part("values", "u8", self.bits, 1), Part("scales", self.scale, 0, self.block)]
-        if self.zero == "codes":
+        if self.zero == CODES:
             found.append(Part("zeros", "u8", self.bits, self.block))
         elif self.zero:
             found.append(Part("zeros", self.zero, 0, self.block))
@@ -79,7 +85,7 @@ class Packed:
     def grain(self) -> int:
         """Columns of K that tiles must not share: whole blocks, and whole bytes of every part."""
         packed = 8 // self.bits
-        zeros = self.block * packed if self.zero == "codes" else 1
+        zeros = self.block * packed if self.zero == CODES else 1
         return math.lcm(self.whole, packed, max(1, zeros))
 
     def row_bytes(self, k: int) -> int:
@@ -88,40 +94,65 @@ class Packed:
 
 
 def packed_of(weight: WeightSymbol, turned: bool = False) -> Packed | None:
-    """How a weight is held in low bits; None where its values are (other layouts than rows of [N, K], blocks
-    in another order, stacks). `turned` says that the product takes it as [K, N]."""
+    """How a weight is held in low bits; None where its values are (blocks across K, in another order, or of
+    half bytes; stacks; types that are not known). `turned` says that the product takes it as [K, N]."""
     packing = weight.packing
-    if packing is None or turned or len(weight.shape) != 2:
+    if packing is None or len(weight.shape) != 2 or packing.order is not None:
         return None
-    scheme, zeros = packing.scheme, packing.zeros
-    if scheme.layout != "rows" or packing.order is not None or packing.scales.dtype not in SCALES:
+    if packing.scheme.layout == "plain":
+        return _plain(packing, weight.shape, turned)
+    scheme, zeros, scales = packing.scheme, packing.zeros, packing.scales.dtype
+    if turned or scales not in SCALES or (scales == "u8" and scheme.kind != "e2m1"):
         return None
-    if (packing.scales.dtype == "u8" and scheme.kind != "e2m1") or scheme.block * scheme.bits % 8:
+    zero = "" if zeros is None else CODES if zeros.dtype == "u8" else zeros.dtype
+    across = zero == CODES and not scheme.block  # one per row, packed along the rows
+    if across or scheme.block * scheme.bits % 8 or zero not in ("", CODES, *SCALES):
         return None
-    zero = ""
-    if zeros is not None:
-        zero = "codes" if zeros.dtype == "u8" else zeros.dtype
-        if (zero != "codes" and zero not in SCALES) or (zero == "codes" and not scheme.block):
-            return None
-    return Packed(scheme.name, scheme.bits, scheme.block, scheme.kind, packing.scales.dtype, zero)
+    return Packed(scheme.name, scheme.bits, scheme.block, scheme.kind, scales, zero)
+
+
+def _plain(packing: Packing, shape: tuple[int, ...], turned: bool) -> Packed | None:
+    """Integers of the weight's own shape, with a scale for all, per row, or per row and block of K."""
+    scheme, scales, bits = packing.scheme, packing.scales, INTEGERS.get(packing.values.dtype)
+    rows, columns = (1, 0) if turned else (0, 1)
+    axis = scheme.axis % 2
+    per_row = scales.elements == 1 or (not scheme.block and axis == rows and len(scales.shape) == 1)
+    per_block = scheme.block and axis == columns and len(scales.shape) == 2
+    if bits is None or scales.dtype not in SCALES or scales.dtype == "u8" or not (per_row or per_block):
+        return None
+    block = scheme.block if per_block and scales.elements > 1 else 0
+    if (packing.zeros is not None and packing.zeros.dtype != packing.values.dtype) or block * bits % 8:
+        return None
+    middle = packing.zeros is None and packing.values.dtype.startswith("i")
+    return Packed(scheme.name, bits, block, "int", scales.dtype, "" if middle else CODES)
+
+
+def turned_of(op: DataflowOp, attribute: str) -> bool:
+    """Whether an op takes a matrix as [K, N]."""
+    flag = PRODUCTS.get(op.mnemonic, {}).get(attribute)
+    return flag is not None and not op.attr(flag)
 
 
 def held_bytes(weight: WeightSymbol, item: float, turned: bool = False) -> float:
     """Bytes of a matrix in memory: of its parts, or of its values at `item` bytes each."""
     held = packed_of(weight, turned)
-    return weight.elements * item if held is None else weight.shape[0] * held.row_bytes(weight.shape[1])
+    if held is None:
+        return weight.elements * item
+    n, k = weight.shape[::-1] if turned else weight.shape
+    return n * held.row_bytes(k)
 
 
-def used(graph: Graph) -> Iterator[tuple[str, WeightSymbol]]:
-    """(name, symbol) of every weight that an op names, those of all repetitions, each once."""
+def used(graph: Graph) -> Iterator[tuple[str, WeightSymbol, bool]]:
+    """(name, symbol, whether it is taken as [K, N]) of every weight that an op names, those of all
+    repetitions, each once."""
     seen: set[str] = set()
     for section in graph.sections():
         for op in section.ops:
-            for slot in op.weights().values():
+            for attribute, slot in op.weights().items():
                 for name in section.table.get(slot, (slot,)):
                     if name not in seen:
                         seen.add(name)
-                        yield name, graph.weights[name]
+                        yield name, graph.weights[name], turned_of(op, attribute)
 
 
 def form_of(graph: Graph, asked: str | None, f16: bool = True) -> str:
@@ -131,7 +162,7 @@ def form_of(graph: Graph, asked: str | None, f16: bool = True) -> str:
     if asked in FORMS:
         return asked
     sizes: dict[str, int] = {}
-    for _, w in used(graph):
+    for _, w, _ in used(graph):
         derived = w.packing.values.derivation if w.packing is not None else None
         own = w.dtype if derived is None else derived.source.dtype
         sizes[own] = sizes.get(own, 0) + w.elements

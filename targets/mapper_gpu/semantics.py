@@ -23,8 +23,9 @@ class GpuSemantics:
     """See mapper.backend.Semantics.
 
     Layouts: "copies" (the array in C order on every chip), "panels" ([rows, width] as width/panel blocks,
-    cut among chips along n or k, or copied; with "bits" the array's rows are `columns` packed elements, and
-    a panel's rows are packed too), "cache" ([heads, batch, positions, elements], heads cut among chips)."""
+    cut among chips along n or k, or copied; with "bits" the array's rows are `columns` packed elements (an
+    element each where "loose"), and a panel's rows are packed too), "cache" ([heads, batch, positions,
+    elements], heads cut among chips)."""
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
         """Write the array into the buffers of all chips."""
@@ -73,7 +74,10 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
         raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")
     bits = int(layout.get("bits", 0))
     if bits:
-        array = lowbit_ops.unpacked(array, bits, int(layout["columns"]))
+        columns = int(layout["columns"])
+        if bits not in (2, 4, 8):
+            raise ExecutionFault(f"port {port.name}: elements of {bits} bits")
+        array = array if layout.get("loose") else lowbit_ops.unpacked(array, bits, columns)
     axis = {"n": 0, "k": 1, "": None}[layout["split"]]
     if axis == 0 and array.shape[0] == 1:
         axis = 1

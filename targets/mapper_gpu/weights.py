@@ -19,7 +19,7 @@ from mapper.schedule.tables import Port
 from mapper_gpu.extract import Extracted
 from mapper_gpu.kernel import Kernel
 from mapper_gpu.nodes import Matrix, Node
-from mapper_gpu.packed import Part
+from mapper_gpu.packed import INTEGERS, Part
 from mapper_gpu.programs import vector_name
 from mapper_gpu.storage import NUMPY, Memory, Storage
 
@@ -131,8 +131,10 @@ class Weights:
             shape = self._whole(held)
             layout: Json = {"kind": "panels", "panel": s.panel, "split": held.split, "copies": held.copies}
             if held.part is not None and held.part.bits:
+                stored = self._stored(held, shape[0])
                 layout |= {"bits": held.part.bits, "columns": shape[1]}
-                shape = (shape[0], self._part(held).elements // self.symbols[held.symbol].shape[0])
+                layout |= {"loose": True} if stored is None else {}
+                shape = stored or shape
             buffers = tuple(range(s.first, s.first + self.chips))
             kind: Any = "weight"
             found.append(
@@ -148,11 +150,20 @@ class Weights:
             )
         return found
 
-    def _part(self, held: Held) -> WeightSymbol:
-        """The stored array of a part."""
+    def _stored(self, held: Held, rows: int) -> tuple[int, int] | None:
+        """The shape of an array of packed elements, whole rows as the file has them; None where the array has
+        an element for each."""
+        symbol, part = self.symbols[held.symbol], self._part(held)
+        assert symbol.packing is not None
+        if symbol.packing.scheme.layout == "plain" or part is None:
+            return None
+        return rows, part.elements // symbol.shape[0]
+
+    def _part(self, held: Held) -> WeightSymbol | None:
+        """The stored array of a part; None for zero points that are all 0."""
         packing = self.symbols[held.symbol].packing
         assert packing is not None and held.part is not None
-        return packing.parts[held.part.name]
+        return packing.parts.get(held.part.name)
 
     def _whole(self, held: Held) -> tuple[int, int]:
         n = held.n * (self.chips // held.copies if held.split == "n" else 1)
@@ -177,13 +188,37 @@ class Weights:
         return source if shape[0] == rows else ["slice", source, 0, held.first, held.first + shape[0]]
 
     def _coded(self, held: Held, rows: int) -> Json:
-        """Rows of a part, as [rows, what is stored of each]."""
-        part = self._part(held)
-        source: Json = weight_source(part).expression
-        if len(part.shape) != 2 or part.shape[0] != rows:
-            source = ["reshape", source, [rows, part.elements // rows]]
+        """Rows of a part, as [rows, what is stored of each]; of plain integers an element for each."""
+        symbol, part = self.symbols[held.symbol], self._part(held)
+        assert symbol.packing is not None
+        if symbol.packing.scheme.layout == "plain":
+            rows = symbol.shape[1] if held.turned else rows
+            source = self._plain(held, part, rows)
+        else:
+            assert part is not None
+            source = weight_source(part).expression
+            if len(part.shape) != 2 or part.shape[0] != rows:
+                source = ["reshape", source, [rows, part.elements // rows]]
         n = self._whole(held)[0]
         return source if n == rows else ["slice", source, 0, held.first, held.first + n]
+
+    def _plain(self, held: Held, part: WeightSymbol | None, rows: int) -> Json:
+        """A part of plain integers by rows of the product; signed codes offset by half of their range, and
+        what all rows share given to each."""
+        if part is None:
+            return ["zeros", [rows, held.k], "uint8"]
+        source: Json = weight_source(part).expression
+        if part.elements == 1 or len(part.shape) < 2:
+            source = ["reshape", source, [part.elements, 1]]
+        elif held.turned:
+            source = ["transpose", source, [1, 0]]
+        if part.dtype in INTEGERS:
+            half = 1 << INTEGERS[part.dtype] - 1 if part.dtype.startswith("i") else 0
+            source = ["add", ["cast", source, "int16"], ["full", [1, 1], "int16", half]]
+        if part.elements == 1:
+            kind = "int16" if part.dtype in INTEGERS else numpy_dtype(part.dtype).name
+            source = ["add", source, ["zeros", [rows, 1], kind]]
+        return ["cast", source, "uint8"] if part.dtype in INTEGERS else source
 
     def files(self) -> dict[str, Any]:
         """Schedule.weights."""
@@ -245,5 +280,5 @@ def _matrix(w: Matrix, form: str) -> Iterator[tuple[str, Held]]:
             kind, split = "rows", "" if w.split == "k" else w.split
         yield (
             f"{w.label}.{part.name}",
-            Held(w.name, kind, w.n, part.width(w.k), w.first, False, split, part.dtype, w.copies, part),
+            Held(w.name, kind, w.n, part.width(w.k), w.first, w.turned, split, part.dtype, w.copies, part),
         )
