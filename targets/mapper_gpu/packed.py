@@ -31,7 +31,7 @@ OPERATIONS = 4.0
 """Operations of the vector units that make an operand of a code, counted as fused multiply-adds of two
 results are (so at the file's `vector.f32`): a 32-bit word of two operands takes one logical instruction, at
 half the rate, and one instruction each to centre and to scale, two operands at a time (Kim et al. 2022,
-arXiv:2211.10017, section 3: interleaved conversion through fp16 bit patterns)."""
+arXiv:2211.10017: conversion through the bit patterns of fp16). Assumed: no kernel was measured."""
 
 
 @dataclass(frozen=True)
