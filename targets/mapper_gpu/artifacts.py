@@ -22,7 +22,7 @@ def artifacts(schedule: Schedule) -> Sequence[Artifact]:
     from mapper.report.perfetto import trace
 
     source, reason = triton_source(schedule)
-    note = f"has no Triton source: {reason}" if reason else ""
+    note = f"Triton source: none; {reason.removeprefix('gpu: ')}" if reason else ""
     return (
         Artifact("kernels.txt", kernels(schedule, reason).encode(), note),
         Artifact("tasks.txt", tasks(schedule).encode()),

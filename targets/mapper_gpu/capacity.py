@@ -10,6 +10,7 @@ from mapper.ir.graph import Graph
 from mapper.ir.op import tensor_type
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase
+from mapper_gpu.packed import held_bytes, used
 
 MOST_CHIPS = 64
 _TABLES = ("embed", "embed_at", "rope_at")
@@ -24,19 +25,19 @@ def chips_for(graphs: Mapping[Phase, Graph], machine: Machine, item: int) -> int
     first = next(iter(graphs.values()))
     tables = {op.attr("table") for op in first.ops() if op.mnemonic in _TABLES}
     shared = sum(w.elements for n, w in first.weights.items() if n in tables)
-    every = sum(w.elements for n, w in first.weights.items())
+    matrices = sum(held_bytes(w, item, turned) for n, w, turned in used(first) if n not in tables)
     heads = {op.attr("weight") for op in first.ops() if op.mnemonic == "lm_head"} & tables
-    split = every - shared + sum(first.weights[n].elements for n in heads)
+    split = matrices + item * sum(first.weights[n].elements for n in heads)
     states = [tensor_type(first.input_values[n]) for n in first.inputs_with_role("state")]
     caches = sum(math.prod(t.ints) for t in states)
     values = sum(_values(g) for g in graphs.values())
     chips = 1
-    while _MARGIN * ((split + caches) / chips * item + shared * item + values * 4) > room:
+    while _MARGIN * ((split + caches * item) / chips + shared * item + values * 4) > room:
         chips *= 2
         if chips > MOST_CHIPS:
-            need = (split + caches) * item
+            need = split + caches * item
             raise CapacityError(
-                f"gpu: {need} bytes of weights and caches do not fit {MOST_CHIPS} x {machine.name}"
+                f"gpu: {need:.0f} bytes of weights and caches do not fit {MOST_CHIPS} x {machine.name}"
             )
     return chips
 

@@ -21,6 +21,7 @@ from mapper.ir.sections import Section as GraphSection
 from mapper.ir.types import numpy_dtype
 from mapper_gpu.hardware import COMPUTE, element_bytes
 from mapper_gpu.nodes import Matrix, Node, Section, Value
+from mapper_gpu.packed import packed_of
 
 Shape = tuple[int, ...]
 
@@ -239,18 +240,29 @@ class _Extractor:
         weight = self.graph.weights[self.table[symbol][0] if symbol in self.table else symbol]
         n, k = weight.shape[::-1] if turned else weight.shape
         rows = count or n
-        self.rows[self.row]["weight_bytes"] += int(rows * k * element_bytes(self.form))
+        made = Matrix(symbol, rows, k, self.form, first=first, of=0 if rows == n else n, turned=turned,
+                      low=packed_of(weight, turned))  # fmt: skip
+        self.rows[self.row]["weight_bytes"] += int(made.bytes)
         self.rows[self.row]["flops"] += 2 * self.height * rows * k
-        return Matrix(symbol, rows, k, self.form, first=first, of=0 if rows == n else n, turned=turned)
+        return made
 
     def linear(
         self, x: str, weight: Matrix, bias: Mapping[str, Any] | None, name: str, first: int = 0
     ) -> str:
-        out = self.add("linear", [x], self.fresh(weight.n), [weight], name=name)
+        block = self.rounding(weight)
+        rounding = {"round": block} if block else {}
+        out = self.add("linear", [x], self.fresh(weight.n), [weight], name=name, **rounding)
         if bias is None:
             return out
         part = {**bias, "first": first, "length": weight.n}
         return self.add("point", [out], self.fresh(weight.n), fn="bias", vector=part, name="bias")
+
+    def rounding(self, weight: Matrix) -> int:
+        """Columns of x that the op rounds to 8 bits together (0: it does not)."""
+        block = int(self.op.attr("round_block")) if self.op is not None else 0
+        if block and (weight.low is None or weight.low.block != block):
+            self.fail(f"activations rounded in blocks of {block} beside weights without such blocks")
+        return block
 
     def constant(self, ssa: SSAValue) -> Any:
         """The array of a constant operand, or None."""
@@ -356,8 +368,6 @@ def _embed_at(c: _Extractor, op: DataflowOp) -> None:
 
 @_rule("linear", "lm_head")
 def _linear(c: _Extractor, op: DataflowOp) -> None:
-    if op.attr("round_block"):
-        c.fail("activations rounded in blocks")
     x = c.view(op.operands[0], "rows")
     symbol, turned = op.attr("weight"), not op.attr("transposed")
     bias = c.vector(op.attr("bias"), "n")
@@ -503,8 +513,6 @@ def _attention(c: _Extractor, op: DataflowOp) -> None:
 
 @_rule("gated_mlp", "mlp", "packed_mlp")
 def _mlp(c: _Extractor, op: DataflowOp) -> None:
-    if op.attr("round_block"):
-        c.fail("activations rounded in blocks")
     x, act = c.view(op.operands[0], "rows").name, op.attr("act")
     turned = {n: not op.attr(f"{n}_transposed") for n in op.weights() if not n.endswith("bias")}
     if op.mnemonic == "packed_mlp":

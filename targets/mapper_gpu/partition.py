@@ -46,7 +46,7 @@ def _section(e: Extracted, chips: int, logits: str) -> Extracted:
             sharded.add(node.output)
         elif node.kind == "linear" and node.inputs[0] in sharded:
             w = node.weights[0]
-            node = replace(node, weights=(replace(w, k=_part(w.k, chips, node), split="k"),))
+            node = replace(node, weights=(_along_k(w, chips, node),))
             made += [node, _sum(node, values, renamed)]
             continue
         elif node.kind == "attention":
@@ -99,6 +99,17 @@ def _part(size: int, chips: int, node: Node) -> int:
     if size % chips:
         raise LoweringError(f"gpu: {node.attr('name')}: {size} columns do not divide among {chips} chips")
     return size // chips
+
+
+def _along_k(w: Matrix, chips: int, node: Node) -> Matrix:
+    """A chip's columns of K, whole blocks where these share a scale."""
+    k = _part(w.k, chips, node)
+    if w.low is not None and k % w.low.whole:
+        raise LoweringError(
+            f"gpu: {node.attr('name')}: {chips} chips would cut the blocks of {w.low.block} along its "
+            f"{w.k} columns"
+        )
+    return replace(w, k=k, split="k")
 
 
 def _sum(node: Node, values: dict[str, Value], renamed: dict[str, str]) -> Node:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.schedule.dtypes import dtype
+from mapper_gpu import lowbit_ops
 
 if TYPE_CHECKING:
     from mapper_gpu.execute import Task
@@ -209,6 +210,7 @@ def _finish(task: Task, r: Registers, out: str, x: str, stats: str, sinks: str |
 MEANINGS: dict[str, Callable[..., None]] = {
     "embed": _embed, "positions": _positions, "norm": _norm, "rope": _rope, "columns": _columns,
     "matmul": _matmul, "sum": _sum, "concat": _concat, "point": _point, "gate": _gate, "attend": _attend,
-    "merge": _merge, "finish": _finish,
+    "merge": _merge, "finish": _finish, "dequantise": lowbit_ops.dequantise,
+    "round_blocks": lowbit_ops.round_blocks,
 }  # fmt: skip
 """Instruction name -> what it does to a task's registers."""

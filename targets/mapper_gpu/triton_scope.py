@@ -11,6 +11,7 @@ OPERANDS = {
 }  # fmt: skip
 """Instruction -> how many operands it has. One more or less means another thing than the templates emit."""
 ROWS = ("m", "n", "all", "cache")
+KEYS = {"value", "dtype", "rows", "width", "panel", "r", "c", "chip"}
 COLUMNS = ("k", "n", "q", "all", "keys", "heads", "stats", "groups")
 
 
@@ -28,6 +29,8 @@ def refuse_unknown(program: Json) -> None:
         if op == "point" and not _known(operands[1]):
             raise _refusal(program, f"{operands[1]!r}")
     for operand in (*program["reads"], *program["writes"]):
+        if odd := sorted(operand.keys() - KEYS):
+            raise _refusal(program, f"an operand with {odd[0]!r}")
         if operand["dtype"] not in TYPES:
             raise _refusal(program, f"values stored as {operand['dtype']}")
         if operand["r"] not in ROWS or not (operand["c"] in COLUMNS or isinstance(operand["c"], list)):
