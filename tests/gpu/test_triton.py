@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ import numpy as np
 import pytest
 
 import mapper
-from mapper.errors import ScheduleError
+from mapper import driver
+from mapper.errors import LoweringError, ScheduleError
 from mapper.schedule.store import load
 from mapper.schedule.tables import Schedule
 from mapper.zoo.families import config, shortened, tiny
@@ -27,6 +30,7 @@ from mapper.zoo.files import write
 from mapper_gpu.triton_emit import STAGE, source
 from mapper_gpu.triton_resources import looped_spills
 from mapper_gpu.triton_run import module
+from mapper_gpu.triton_scope import refuse_unknown
 from tests.gpu.common import EXAMPLE as MODEL
 from tests.gpu.common import MACHINES, ROOT
 
@@ -103,6 +107,49 @@ def test_two_chips_get_no_source_and_are_told_so(tmp_path: Path) -> None:
     assert not list((tmp_path / "s").glob("*.py"))
     assert (
         "Triton source is for one chip, and this schedule has 2" in (tmp_path / "s/kernels.txt").read_text()
+    )
+
+
+def test_low_bit_weights_get_no_source_and_the_schedule_stands(tmp_path: Path) -> None:
+    compiled(tmp_path / "s", prompt=4, context=32, weights="int4")
+    assert not list((tmp_path / "s").glob("*.py"))
+    assert "no Triton source for 'dequantise'" in (tmp_path / "s/kernels.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The program of a product."""
+    schedule = compiled(tmp_path_factory.mktemp("p") / "s", prompt=4, context=32, phase="decode")
+    return next(p for p in schedule.plan["programs"]["decode"] if p["kind"] == "product")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda p: p["code"].append(["shuffle", "r0"]), "'shuffle'"),
+    (lambda p: p["code"][0].append(7), "'read' of 3 operands"),
+    (lambda p: p["reads"][0].update(dtype="fp8"), "values stored as fp8"),
+    (lambda p: p["reads"][0].update(bits=4), "an operand with 'bits'"),
+    (lambda p: p["reads"][0].update(r="experts"), "an operand at rows 'experts'"),
+    (lambda p: p["code"].append(["matmul", "r9", "r0", "r1", "int8"]), "products in int8"),
+    (lambda p: p["code"].append(["gate", "r9", "swish2", "r0", "r1"]), "the activation 'swish2'"),
+])  # fmt: skip
+def test_what_the_templates_do_not_know_is_refused_by_name(
+    change: Callable[[Any], object], said: str, program: Any
+) -> None:
+    refuse_unknown(program)
+    changed = deepcopy(program)
+    change(changed)
+    with pytest.raises(LoweringError, match=f"no Triton source for {said}"):
+        refuse_unknown(changed)
+
+
+def test_compile_says_where_the_source_is(tmp_path: Path) -> None:
+    done = driver.build(MODEL, "gpu", prompt=4, context=32, out=tmp_path / "s")
+    (note,) = done.result.notes
+    assert note.startswith(f"Triton source: triton_prefill.py, triton_decode.py in {tmp_path / 's'}; python ")
+    assert str(tmp_path / "s" / "run.py") in note and (tmp_path / "s" / "run.py").exists()
+    other = driver.build(MODEL, "gpu", prompt=4, context=32, chips=2, out=tmp_path / "t")
+    assert other.result.notes == (
+        "Triton source: none; Triton source is for one chip, and this schedule has 2",
     )
 
 
