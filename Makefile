@@ -21,7 +21,7 @@ demo: $(STAMP)  ## compile the example model for lpu and host, execute both, com
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(STAMP)  ## lint, format, types, import contracts, dead code
 	$(BIN)/ruff check .
