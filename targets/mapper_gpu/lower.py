@@ -24,10 +24,11 @@ from mapper.schedule.tables import (
     Request,
     Schedule,
 )  # fmt: skip
-from mapper_gpu import extract as extraction
 from mapper_gpu.columns import between, block_of, columns_of, cycles
 from mapper_gpu.describe import describe
-from mapper_gpu.extract import Extracted
+from mapper_gpu.extract import extract
+from mapper_gpu.extractor import Extracted
+from mapper_gpu.extractor import Program as Work
 from mapper_gpu.grid import OPCODES, Maker
 from mapper_gpu.hardware import Gpu, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
@@ -42,7 +43,7 @@ class Lowered:
     """One phase: its sections with their kernels, and the storage of each value by name."""
 
     phase: Phase
-    work: extraction.Program
+    work: Work
     kernels: list[tuple[Kernel, ...]]
     storages: dict[str, Storage] = field(default_factory=dict)
     programs: list[Any] = field(default_factory=list)
@@ -61,12 +62,12 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     found: list[Lowered] = []
     for phase, graph in graphs.items():
         tokens = request.prompt if phase == "prefill" else 1
-        work = partition(
-            extraction.extract(graph, phase, request.batch, tokens, request.context, form), chips
-        )
+        work = partition(extract(graph, phase, request.batch, tokens, request.context, form), chips)
         work = replace(work, sections=tuple(_operands(e, form) for e in work.sections))
         found.append(Lowered(phase, work, [kernels_of(chip, e.section, chips) for e in work.sections]))
     weights = Weights(graphs, chips, form)
+    for item in found:
+        weights.symbols |= item.work.constants
     for item in found:
         for e, kernels in zip(item.work.sections, item.kernels, strict=True):
             weights.need(item.phase, e, kernels)
@@ -242,14 +243,17 @@ def _schedule(
     form: str,
 ) -> Schedule:
     ops: list[dict[str, Any]] = []
-    fused: dict[str, int] = {}
+    fused: dict[str, int | list[int]] = {}
     programs: dict[str, Program] = {}
     for item in found:
         base = len(ops)
         for row in item.work.ops:
             operands = [o + base if o >= 0 else -1 for o in row["operands"]]
             ops.append({**row, "id": len(ops), "operands": operands})
-        fused |= {str(k + base): v + base for k, v in _fused(item).items()}
+        fused |= {
+            str(k + base): [b + base for b in v] if isinstance(v, list) else v + base
+            for k, v in _fused(item).items()
+        }
         blocks = tuple(_based(b, base) for b in item.blocks)
         programs[item.phase] = Program(item.phase, blocks, item.cycles, item.work.tokens)
     plan: dict[str, Any] = {
@@ -310,22 +314,23 @@ def _based(block: Block, base: int) -> Block:
     return replace(block, steps=replace(block.steps, table=table))
 
 
-def _fused(item: Lowered) -> dict[int, int]:
-    """Op -> op whose steps do its work, for ops without steps of their own."""
+def _fused(item: Lowered) -> dict[int, int | list[int]]:
+    """Op -> op whose steps do its work, for ops without steps of their own; what every lane of a product
+    repeats -> the ops of all lanes."""
     own: set[int] = set()
-    pairs: list[tuple[int, int]] = []
+    pairs: list[tuple[int, list[int]]] = []
     for e, kernels in zip(item.work.sections, item.kernels, strict=True):
         nodes = e.section.nodes
         for k in kernels:
             heads = [nodes[b.linears[0]].op for b in k.branches] or [_doer(nodes, k)]
             own |= set(heads)
             for b in k.branches:
-                pairs += [(nodes[i].op, nodes[b.linears[0]].op) for i in (*b.linears, *b.nodes)]
-            pairs += [(nodes[i].op, heads[0]) for i in k.nodes]
-    found: dict[int, int] = {}
+                pairs += [(nodes[i].op, [nodes[b.linears[0]].op]) for i in (*b.linears, *b.nodes)]
+            pairs += [(nodes[i].op, list(dict.fromkeys(heads))) for i in k.nodes]
+    found: dict[int, int | list[int]] = {}
     for op, by in pairs:
         if op not in own:
-            found.setdefault(op, by)
+            found.setdefault(op, by[0] if len(by) == 1 else by)
     return found
 
 

@@ -39,12 +39,25 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Pick:
+    """Rows of a stored weight in another order: of every `stride` rows those at the places `inner`."""
+
+    stride: int
+    inner: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """The places in short: what is picked starts somewhere else each time."""
+        return f"{self.inner[0]}+{len(self.inner)} of {self.stride}"
+
+
+@dataclass(frozen=True)
 class Matrix:
     """A weight [n, k] (rows are outputs), `count` of which are read of `total` stored (experts, heads).
 
     `split` is the axis that tensor parallelism cuts: "n", "k" or "" for a copy on every chip; `copies` chips
     in a row hold the same part. `first` and `of` say that these are rows first .. first + n of a stored
-    weight of `of` rows (0: all of it).
+    weight of `of` rows (0: all of it); `pick` that they are rows of all of it in another order.
     """
 
     name: str
@@ -58,10 +71,13 @@ class Matrix:
     of: int = 0
     turned: bool = False
     copies: int = 1
+    pick: Pick | None = None
 
     @property
     def label(self) -> str:
         """Its name, with the first row where it is a part."""
+        if self.pick is not None:
+            return f"{self.name}[{self.pick.label}]"
         return f"{self.name}[{self.first}]" if self.of else self.name
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mapper.errors import LoweringError
-from mapper_gpu.extract import Extracted, Program
+from mapper_gpu.extractor import Extracted, Program
 from mapper_gpu.nodes import HEADS, POINTS, Matrix, Node, Section, Value
 
 
@@ -118,8 +118,9 @@ def _heads(node: Node, chips: int) -> Mapping[str, object]:
         if a[name] % chips:
             raise LoweringError(f"gpu: {a[name]} {name.replace('_', ' ')} do not divide among {chips} chips")
         a[name] //= chips
-    if a.get("sinks"):
-        a["sinks"] = _vector(a["sinks"], chips)
+    for name in ("sinks", "slopes"):
+        if a.get(name):
+            a[name] = _vector(a[name], chips)
     return a
 
 

@@ -94,7 +94,8 @@ def vector_name(vector: Mapping[str, Any]) -> str:
     """The storage name of a vector's part."""
     first = vector.get("first", 0)
     whole = vector["length"] * vector.get("chips", 1) // vector.get("copies", 1)
-    return f"vector:{vector['symbol']}:{first}:{whole}"
+    pick = vector.get("pick")
+    return f"vector:{vector['symbol']}:{first if pick is None else pick.label}:{whole}"
 
 
 def _vector(b: Builder, vector: Mapping[str, Any] | None, c: str) -> str | None:
@@ -240,7 +241,8 @@ def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: 
         a["softcap"],
     ]
     out, stats = b.register(node.output), b.register(f"{node.output}.stats")
-    b.emit("attend", out, stats, q, k, v, past, *numbers)
+    slopes = None if a["slopes"] is None else b.read(vector_name(a["slopes"]), "all", "groups")
+    b.emit("attend", out, stats, q, k, v, past, *numbers, slopes)
     if partial is None:
         sinks = None if a["sinks"] is None else b.read(vector_name(a["sinks"]), "all", "groups")
         b.emit("finish", out, out, stats, sinks)

@@ -154,7 +154,7 @@ def _gate(task: Task, r: Registers, out: str, act: str, gate: str, up: str) -> N
 
 def _attend(
     task: Task, r: Registers, out: str, stats: str, q: str, k: str, v: str, past: str, dim: int, value: int,
-    group: int, tokens: int, window: int, scale: float, softcap: float,
+    group: int, tokens: int, window: int, scale: float, softcap: float, slopes: str | None,
 ) -> None:  # fmt: skip
     """out [rows, group * value]: unnormalised; stats [rows, 2 * group]: maxima, then sums, of this
     stretch."""
@@ -171,6 +171,8 @@ def _attend(
     scores[..., known] = (asked @ keys[known].T) * np.float32(scale)
     if softcap:
         scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
+    if slopes is not None:
+        scores = scores + r[slopes][0][None, :, None] * (at[None, :] - place[:, None])[:, None, :]
     scores = np.where(seen[:, None, :], scores, np.float32(-np.inf))
     top = scores.max(-1)
     shares = np.exp(scores - np.where(np.isfinite(top), top, 0)[..., None])

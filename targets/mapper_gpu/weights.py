@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from mapper.ir.graph import Graph
 from mapper.ir.types import numpy_dtype
 from mapper.ir.weights import WeightSymbol
 from mapper.schedule.tables import Port
-from mapper_gpu.extract import Extracted
+from mapper_gpu.extractor import Extracted
 from mapper_gpu.kernel import Kernel
-from mapper_gpu.nodes import Matrix, Node
+from mapper_gpu.nodes import Matrix, Node, Pick
 from mapper_gpu.programs import vector_name
 from mapper_gpu.storage import NUMPY, Memory, Storage
 
@@ -28,7 +28,8 @@ Key = tuple[Any, ...]
 @dataclass(frozen=True)
 class Held:
     """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
-    [k, n]), and how chips share it. A vector has k = 0; a rope table keeps its shape."""
+    [k, n]; or those rows that `pick` names), and how chips share it. A vector has k = 0; a rope table keeps
+    its shape."""
 
     symbol: str
     kind: str
@@ -39,6 +40,7 @@ class Held:
     split: str
     dtype: str
     copies: int = 1
+    pick: Pick | None = None
 
 
 class Weights:
@@ -59,12 +61,12 @@ class Weights:
             for i in k.nodes:
                 for label, held in _of(e.section.nodes[i], self.form):
                     for name in e.slots.get(held.symbol, (held.symbol,)):
-                        one = Held(name, *list(held.__dict__.values())[1:])
+                        one = replace(held, symbol=name)
                         self.cuts[one] = math.lcm(
                             self.cuts.get(one, 1), splits if one.kind == "matrix" else 1
                         )
                     names = e.slots.get(held.symbol, (held.symbol,))
-                    found[label] = [Held(n, *list(held.__dict__.values())[1:]) for n in names]
+                    found[label] = [replace(held, symbol=n) for n in names]
         self.users[phase, id(e)] = sorted(found.items())
 
     def allocate(self, memory: Memory) -> None:
@@ -84,14 +86,17 @@ class Weights:
                 held.split,
                 held.dtype,
                 held.copies,
+                held.pick,
             )
             if key not in layouts:
-                name = (
-                    held.symbol
-                    if not held.first and held.kind != "vector"
-                    else f"{held.symbol}[{held.first}:]"
+                name = held.symbol
+                if held.pick is not None:
+                    name += f"[{held.pick.label}]"
+                elif held.first or held.kind == "vector":
+                    name += f"[{held.first}:]"
+                taken = sum(
+                    k[0] == held.symbol and k[1] == held.first and k[-1] == held.pick for k in layouts
                 )
-                taken = sum(k[0] == held.symbol and k[1] == held.first for k in layouts)
                 name += f"#{taken}" if taken else ""
                 layouts[key] = memory.add(Storage(name, rows, width, held.dtype, panel))
             self.storages[held] = layouts[key]
@@ -147,11 +152,19 @@ class Weights:
             source = ["cast", source, NUMPY[held.dtype]]
         if held.kind in ("vector", "rope"):
             total = symbol.elements
+            if held.pick is not None:
+                return [
+                    "reshape",
+                    _picked(["reshape", source, [total, 1]], held.pick, [total, 1]),
+                    [1, shape[1]],
+                ]
             source = ["reshape", source, [1, total]]
             return source if shape[1] == total else ["slice", source, 1, held.first, held.first + shape[1]]
         if held.turned:
             source = ["transpose", source, [1, 0]]
-        rows = symbol.shape[1] if held.turned else symbol.shape[0]
+        rows, k = symbol.shape[::-1] if held.turned else symbol.shape
+        if held.pick is not None:
+            return _picked(source, held.pick, [rows, k])
         return source if shape[0] == rows else ["slice", source, 0, held.first, held.first + shape[0]]
 
     def files(self) -> dict[str, Any]:
@@ -171,6 +184,21 @@ class Weights:
         return dict(sorted(found.items()))
 
 
+def _picked(source: Json, pick: Pick, shape: list[int]) -> Json:
+    """The expression of the rows of an array [rows, k] that `pick` names."""
+    rows, k = shape
+    grouped = ["reshape", source, [rows // pick.stride, pick.stride, k]]
+    runs: list[list[int]] = []
+    for i in pick.inner:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] = i + 1
+        else:
+            runs.append([i, i + 1])
+    parts = [["slice", grouped, 1, a, b] for a, b in runs]
+    made = parts[0] if len(parts) == 1 else ["concat", parts, 1]
+    return ["reshape", made, [rows // pick.stride * len(pick.inner), k]]
+
+
 def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
     """(name in programs, what is held) of a node's weights."""
     for w in node.weights:
@@ -184,7 +212,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             f"rope:{table['symbol']}",
             Held(table["symbol"], "rope", math.prod(table["shape"]), 0, 0, False, "", "f32"),
         )
-    for name in ("weight", "bias", "vector", "sinks"):
+    for name in ("weight", "bias", "vector", "sinks", "slopes"):
         v = node.attr(name)
         if isinstance(v, Mapping):
             split = "n" if v.get("chips", 1) > 1 else ""
@@ -200,9 +228,10 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
                     split,
                     "f32",
                     v.get("copies", 1),
+                    v.get("pick"),
                 ),
             )
 
 
 def _matrix(w: Matrix, form: str) -> Held:
-    return Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies)
+    return Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies, w.pick)
