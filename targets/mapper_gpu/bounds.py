@@ -25,15 +25,21 @@ def bounds_of(
     """Bounds on one run of a phase's serving graph on all of the request's chips.
 
     Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value
-    that the step sees. Both at the pins' rate. Products run at the dense peak of the weights' format."""
+    that the step sees. Both at the pins' rate. Of experts those are read that some token chooses where all
+    choices are equally likely. Products run at the dense peak of the weights' format."""
     served, item = graphs[phase], item_bytes(source, request)
     chips = request.chips or chips_for(graphs, machine, item)
     form = {4: "f32", 2: "bf16"}[item]
-    weights = sum(s.count * sum(_weights(served, op) for op in s.ops) for s in served.sections()) * item
+    weights = item * sum(
+        s.count * sum(_weights(served, op) + _experts(served, op)[0] for op in s.ops)
+        for s in served.sections()
+    )
     state = 0
     if phase == "decode":
         state = sum(s.count * sum(_cache(op, item) for op in s.ops) for s in served.sections())
-    flops = sum(s.count * sum(_flops(served, op) for op in s.ops) for s in served.sections())
+    flops = sum(
+        s.count * sum(_flops(served, op) + _experts(served, op)[1] for op in s.ops) for s in served.sections()
+    )
     rate = max(machine.value(k) for k in (f"tensor.{form}", "vector.f32") if k in machine.constants)
     hbm, kept = machine.value("memory.hbm.bandwidth"), machine.value("memory.l2.capacity")
     total = weights + state
@@ -69,6 +75,16 @@ def _weights(graph: Graph, op: DataflowOp) -> int:
     """Elements of the matrices that an op reads whole."""
     found = [graph.weight(op, name) for name in _PRODUCTS.get(op.mnemonic, ())]
     return sum(w.elements for w in found if w is not None)
+
+
+def _experts(graph: Graph, op: DataflowOp) -> tuple[float, float]:
+    """(elements that an even routing reads, operations of the chosen experts' products)."""
+    if op.mnemonic != "moe":
+        return 0.0, 0.0
+    found = [w for w in (graph.weight(op, name) for name in ("gate", "up", "down")) if w is not None]
+    count, tokens, chosen = found[0].shape[0], math.prod(op.operand_shape(0)[:-1]), op.operand_shape(1)[-1]
+    each = sum(w.elements for w in found) // count
+    return count * (1 - (1 - chosen / count) ** tokens) * each, 2.0 * tokens * chosen * each
 
 
 def _flops(graph: Graph, op: DataflowOp) -> int:

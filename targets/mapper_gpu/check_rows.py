@@ -15,7 +15,17 @@ FIXED = (
     "program", "kernel", "m0", "m1", "n0", "n1", "k0", "k1", "near", "work", "engine", "sharers", "lead",
     "pages", "page", "join", "stage",
 )  # fmt: skip
-KINDS = ("product", "product_merge", "attention", "attention_merge", "rows", "heads", "collective")
+KINDS = (
+    "product",
+    "product_merge",
+    "attention",
+    "attention_merge",
+    "rows",
+    "heads",
+    "collective",
+    "experts",
+    "route",
+)
 
 
 @dataclass(frozen=True)

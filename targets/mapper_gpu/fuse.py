@@ -9,6 +9,8 @@ HBM bytes at the stream rate plus its launch. A kernel has one shape of reductio
                 point and head nodes on their columns
     attention   one attention, with head nodes on its queries
     collective  one all-reduce or all-gather, with point nodes behind it
+    experts     one product of the chosen experts, with what is done inside of it
+    route       routing of all tokens at once: one task
     heads       point and head nodes of one width with an append, by sequence and head
     rows        anything else without a heavy node: row by row
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mapper_gpu.nodes import HEADS, HEAVY, POINTS, ROWS, Node, Section
+from mapper_gpu.nodes import EXPERTS, HEADS, HEAVY, POINTS, ROUTES, ROWS, Node, Section
 
 Cost = Callable[[str, tuple[int, ...]], float]
 """(kind of kernel, its nodes) -> seconds."""
@@ -110,6 +112,8 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
         return "product" if legal and not down & sum(1 << h for h in heavy) else None
     if len(heavy) != 1:
         return None
+    if kind in EXPERTS:
+        return "experts" if len(members) == 1 else None
     if kind == "attention":
         legal = above <= {"rope", "head_norm", "point"} and not below
         return "attention" if legal else None
@@ -118,6 +122,8 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
 
 def _light(dag: Dag, members: Sequence[int]) -> str | None:
     kinds = {dag.nodes[i].kind for i in members}
+    if kinds & set(ROUTES[1:]):
+        return "route" if kinds <= set(ROUTES) else None
     if "append" not in kinds:
         return "rows"
     widths = {dag.widths[v] for i in members for v in dag.nodes[i].inputs}

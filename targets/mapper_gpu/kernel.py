@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mapper_gpu import flash, product
+from mapper_gpu import experts, flash, product
 from mapper_gpu.collective import Collective, allgather, allreduce
+from mapper_gpu.experts import ExpertTile, Grouped
 from mapper_gpu.flash import Attention, Split
 from mapper_gpu.fuse import Group, fuse
 from mapper_gpu.hardware import COMPUTE, ENGINES, Gpu, element_bytes
@@ -43,7 +44,8 @@ class Branch:
 class Kernel:
     """One fused kernel. `nodes` are numbers of the section's nodes. `reads` are values from outside,
     `stores` those that it leaves in memory; `tile` is set for products, `split` for attention, `rows`
-    (tokens per task) for the others, `collective` for collectives. `timed.seconds` does not hold the launch
+    (tokens per task) for the others, `collective` for collectives, `grouped` and `expert_tile` for experts.
+    `timed.seconds` does not hold the launch
     gap."""
 
     name: str
@@ -60,6 +62,8 @@ class Kernel:
     attention: Attention | None = None
     rows: int = 0
     collective: Collective | None = None
+    grouped: Grouped | None = None
+    expert_tile: ExpertTile | None = None
 
 
 def kernels_of(gpu: Gpu, section: Section, chips: int = 1) -> tuple[Kernel, ...]:
@@ -101,6 +105,8 @@ def cost(gpu: Gpu, section: Section, kind: str, nodes: tuple[int, ...]) -> float
     tiles of a product read and normalise again each."""
     launch = gpu.gap + gpu.start + gpu.hbm_latency + gpu.l2_latency
     again = 0.0
+    if kind == "route":
+        return gpu.gap + _routed(gpu, section, nodes).seconds
     if kind == "product":
         heavy = [section.nodes[i] for i in nodes if section.nodes[i].kind == "linear"]
         before = [i for i in nodes if section.nodes[i].kind in ("norm", "embed")]
@@ -136,7 +142,40 @@ def make(gpu: Gpu, section: Section, group: Group, chips: int = 1) -> Kernel:
         seconds = made.seconds + far / gpu.stream
         timed = Timed(seconds, 1, far, made.bytes, 0.0, 0.0, "link")
         return Kernel(name, group.kind, nodes, reads, stores, weights, timed, collective=made)
+    if group.kind == "experts":
+        grouped = grouped_of(section, section.nodes[nodes[0]])
+        chosen, timed = experts.choose(gpu, grouped)
+        return Kernel(name, group.kind, nodes, reads, stores, weights, timed, grouped=grouped,
+                      expert_tile=chosen)  # fmt: skip
+    if group.kind == "route":
+        timed = _routed(gpu, section, nodes)
+        return Kernel(name, group.kind, nodes, reads, stores, weights, timed)
     return _rows(gpu, section, group.kind, name, nodes, reads, stores, weights)
+
+
+def grouped_of(section: Section, node: Node) -> Grouped:
+    """The product of experts that a node asks for."""
+    w, x, y = node.weights[0], section.values[node.inputs[0]], section.values[node.output]
+    return Grouped(
+        node.attr("routing"), w.n, w.k, len(node.weights), element_bytes(w.dtype), element_bytes(x.dtype),
+        element_bytes(y.dtype), COMPUTE[w.dtype], node.kind == "expert_up",
+    )  # fmt: skip
+
+
+def _routed(gpu: Gpu, section: Section, nodes: Sequence[int]) -> Timed:
+    """Routing of all tokens on one SM: a pass over the scores per chosen expert, and a sort of the pairs by
+    counting, then by prefix sums."""
+    work = moved = 0.0
+    for i in nodes:
+        node = section.nodes[i]
+        x, y = section.values[node.inputs[0]], section.values[node.output]
+        moved += x.bytes + y.bytes
+        passes = node.attr("chosen") if node.kind == "top_k" else 2
+        work += POINT_OPERATIONS * (x.rows * x.width * passes + y.rows * y.width)
+    engine = ENGINES.index("vector")
+    body = grid_seconds(gpu, 1, 0.0, moved, work, engine)
+    lead = gpu.start + gpu.hbm_latency + gpu.l2_latency
+    return Timed(lead + body, 1, 0.0, moved, work, 0.0, "latency" if lead > body else "arithmetic")
 
 
 def attention_of(node: Node) -> Attention:
@@ -237,7 +276,7 @@ def _rows(
     tasks = -(-rows // each) if kind == "rows" else _sequences(section) * max(
         values[v].width // max(1, values[v].head) for i in nodes for v in section.nodes[i].inputs
     )  # fmt: skip
-    moved = sum(values[v].bytes for v in (*reads, *stores) if not values[v].state)
+    moved = sum(_touched(section, nodes, v) for v in (*reads, *stores) if not values[v].state)
     moved += sum(values[section.nodes[i].output].bytes for i in nodes if section.nodes[i].kind == "embed")
     elements = sum(
         values[section.nodes[i].output].rows * values[section.nodes[i].output].width for i in nodes
@@ -250,6 +289,15 @@ def _rows(
     limit = "latency" if lead > body else "L2"
     timed = Timed(lead + body, tasks, far, moved - far, work, 0.0, limit)
     return Kernel(name, kind, nodes, reads, stores, weights, timed, rows=each)
+
+
+def _touched(section: Section, nodes: Sequence[int], name: str) -> float:
+    """Bytes of a value that row work reads or writes: of the rows of experts those that tokens chose."""
+    value = section.values[name]
+    summed = next((section.nodes[i] for i in nodes if section.nodes[i].kind == "weighted_sum"), None)
+    if summed is None or summed.inputs[0] != name:
+        return value.bytes
+    return value.bytes * min(1.0, float(summed.attr("pairs")) / value.rows)
 
 
 def _sequences(section: Section) -> int:

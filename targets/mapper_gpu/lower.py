@@ -32,6 +32,7 @@ from mapper_gpu.extractor import Program as Work
 from mapper_gpu.grid import OPCODES, Maker
 from mapper_gpu.hardware import Gpu, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
+from mapper_gpu.nodes import EXPERTS, HEAVY
 from mapper_gpu.partition import partition
 from mapper_gpu.product import lane_width
 from mapper_gpu.storage import NUMPY, Memory, Storage
@@ -87,7 +88,7 @@ def _operands(e: Extracted, form: str) -> Extracted:
     for node in e.section.nodes:
         for i, v in enumerate(node.inputs):
             users.setdefault(v, set()).add(
-                "product" if node.kind in ("linear", "attention") and i == 0 else "other"
+                "product" if node.kind in ("linear", "attention", *EXPERTS) and i == 0 else "other"
             )
     made = {n.output for n in e.section.nodes}
     values = {
@@ -127,6 +128,9 @@ def _panels(item: Lowered) -> dict[str, int]:
             if k.attention is not None:
                 for v in k.stores:
                     found[v] = k.attention.group * k.attention.value_dim
+            if k.expert_tile is not None:
+                for v in k.stores:
+                    found[v] = math.gcd(k.expert_tile.n, e.section.values[v].width)
             if k.kind == "heads":
                 for v in k.stores:
                     found[v] = max(1, e.section.values[v].head)
@@ -335,7 +339,7 @@ def _fused(item: Lowered) -> dict[int, int | list[int]]:
 
 
 def _doer(nodes: Any, k: Kernel) -> int:
-    heavy = [i for i in k.nodes if nodes[i].kind in ("attention", "allreduce", "allgather")]
+    heavy = [i for i in k.nodes if nodes[i].kind in HEAVY]
     return int(nodes[heavy[0] if heavy else k.nodes[0]].op)
 
 

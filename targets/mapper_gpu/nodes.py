@@ -11,12 +11,16 @@ from typing import Any
 
 from mapper_gpu.hardware import element_bytes
 
-HEAVY = ("linear", "attention", "allreduce", "allgather")
+EXPERTS = ("expert_up", "expert_down")
+"""Products of the experts that tokens chose (see extract_moe)."""
+HEAVY = ("linear", "attention", "allreduce", "allgather", *EXPERTS)
 """Kinds that shape a kernel: at most one kind of them in it."""
 ROWS = ("embed", "positions", "norm")
 """Kinds that need, or make, whole rows."""
 HEADS = ("head_norm", "rope", "append")
 """Kinds that need whole heads."""
+ROUTES = ("top_k", "align", "places")
+"""Kinds that say which expert takes which rows; all but the first need all rows at once."""
 POINTS = ("point", "gate", "route", "combine")
 """Kinds that work element by element (`route` and `combine`: token by token)."""
 

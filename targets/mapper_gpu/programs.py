@@ -10,7 +10,7 @@ source code is emitted from. As JSON, in the schedule's plan:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,14 @@ Columns = str | list[int]
 
 @dataclass
 class Builder:
-    """Collects one program. `storage` finds the storage of a value, a weight or a table by name."""
+    """Collects one program. `storage` finds the storage of a value, a weight or a table by name; `rows` are
+    "all" in a task that takes all tokens."""
 
     kind: str
     section: Section
     storage: Lookup
     tokens: int
+    rows: str = "m"
     reads: list[Json] = field(default_factory=list)
     writes: list[Json] = field(default_factory=list)
     code: list[Json] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Builder:
 
     def node(self, node: Node, c: str) -> None:
         """The instructions of a node on rows m and columns c."""
-        _NODES[node.kind](self, node, c)
+        NODES[node.kind](self, node, c)
 
 
 def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
@@ -84,6 +86,7 @@ def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
         "rows": s.rows,
         "width": s.width,
         "panel": s.panel,
+        **({"stack": s.count} if s.count > 1 else {}),
         "r": r,
         "c": c,
         "chip": chip,
@@ -156,7 +159,7 @@ def _append(b: Builder, node: Node, c: str) -> None:
     b.targets.append((s, "cache", "heads"))
 
 
-_NODES = {
+NODES: dict[str, Callable[[Builder, Node, str], None]] = {
     "embed": _embed,
     "positions": _positions,
     "norm": _norm,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Registers = dict[str, Any]
-_ROUNDED = {"bf16": "bfloat16", "f16": "float16"}
+ROUNDED = {"bf16": "bfloat16", "f16": "float16"}
 _GELU = math.sqrt(2 / math.pi)
 
 
@@ -91,10 +91,15 @@ def _columns(task: Task, r: Registers, out: str, x: str) -> None:
     r[out] = r[x][:, task.at[4] : task.at[5]]
 
 
+def rounded(x: Array, form: str) -> Array:
+    """An operand of a product as tensor cores take it."""
+    return np.asarray(x.astype(dtype(ROUNDED[form])).astype(np.float32))
+
+
 def _matmul(task: Task, r: Registers, out: str, x: str, weight: str, form: str) -> None:
     v = r[x]
-    if form in _ROUNDED:
-        v = v.astype(dtype(_ROUNDED[form])).astype(np.float32)
+    if form in ROUNDED:
+        v = rounded(v, form)
     r[out] = v @ r[weight].T
 
 
@@ -113,7 +118,7 @@ def _erf(x: Array) -> Array:
     return np.asarray(np.vectorize(math.erf, otypes=[np.float32])(x), np.float32)
 
 
-_ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: x / 2 * (1 + _erf(x / np.float32(math.sqrt(2)))),
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(np.float32(_GELU) * (x + np.float32(0.044715) * x**3))),
@@ -125,7 +130,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
     "identity": lambda x: x,
 }
 _UNARY: dict[str, Callable[[Array], Any]] = {
-    "tanh": np.tanh, "sigmoid": _ACTIVATIONS["sigmoid"], "relu": _ACTIVATIONS["relu"], "exp": np.exp,
+    "tanh": np.tanh, "sigmoid": ACTIVATIONS["sigmoid"], "relu": ACTIVATIONS["relu"], "exp": np.exp,
     "neg": np.negative, "softplus": lambda x: np.logaddexp(np.float32(0), x), "sqrt": np.sqrt, "abs": np.abs,
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -139,7 +144,7 @@ def _point(task: Task, r: Registers, out: str, fn: str, inputs: list[str], scala
         if scalar is not None:
             values.insert(int(scalar[0]), np.float32(scalar[1]))
         if fn.startswith("act:"):
-            made = _ACTIVATIONS[fn[4:]](values[0])
+            made = ACTIVATIONS[fn[4:]](values[0])
         elif len(values) == 1:
             made = _UNARY[fn](values[0])
         else:
@@ -149,7 +154,7 @@ def _point(task: Task, r: Registers, out: str, fn: str, inputs: list[str], scala
 
 def _gate(task: Task, r: Registers, out: str, act: str, gate: str, up: str) -> None:
     with np.errstate(all="ignore"):
-        r[out] = np.asarray(_ACTIVATIONS[act](r[gate]) * r[up], np.float32)
+        r[out] = np.asarray(ACTIVATIONS[act](r[gate]) * r[up], np.float32)
 
 
 def _attend(

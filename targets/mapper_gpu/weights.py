@@ -17,18 +17,21 @@ from mapper.ir.weights import WeightSymbol
 from mapper.schedule.tables import Port
 from mapper_gpu.extractor import Extracted
 from mapper_gpu.kernel import Kernel
-from mapper_gpu.nodes import Matrix, Node, Pick
+from mapper_gpu.nodes import EXPERTS, Matrix, Node, Pick
 from mapper_gpu.programs import vector_name
 from mapper_gpu.storage import NUMPY, Memory, Storage
 
 Json = Any
 Key = tuple[Any, ...]
+VECTORS = ("weight", "bias", "vector", "sinks", "slopes", "correction", "biases", "bias0", "bias1")
+"""Attributes of nodes that may name a vector."""
 
 
 @dataclass(frozen=True)
 class Held:
     """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
-    [k, n]; or those rows that `pick` names), and how chips share it. A vector has k = 0; a rope table keeps
+    [k, n]; or those rows that `pick` names), and how chips share it. `count` experts are a stack of such
+    weights, or a table with a vector each. A vector has k = 0; a rope table keeps
     its shape."""
 
     symbol: str
@@ -41,6 +44,7 @@ class Held:
     dtype: str
     copies: int = 1
     pick: Pick | None = None
+    count: int = 1
 
 
 class Weights:
@@ -74,8 +78,8 @@ class Weights:
         layouts: dict[Key, Storage] = {}
         for held, cuts in self.cuts.items():
             rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
-            if held.kind == "vector" or held.kind == "rope":
-                rows, width, panel = 1, held.n, held.n
+            if held.kind in ("vector", "rope", "vectors"):
+                rows, width, panel = held.count if held.kind == "vectors" else 1, held.n, held.n
             key = (
                 held.symbol,
                 held.first,
@@ -86,19 +90,21 @@ class Weights:
                 held.split,
                 held.dtype,
                 held.copies,
+                held.count,
                 held.pick,
             )
             if key not in layouts:
                 name = held.symbol
                 if held.pick is not None:
                     name += f"[{held.pick.label}]"
-                elif held.first or held.kind == "vector":
+                elif held.first or held.kind in ("vector", "vectors"):
                     name += f"[{held.first}:]"
                 taken = sum(
                     k[0] == held.symbol and k[1] == held.first and k[-1] == held.pick for k in layouts
                 )
                 name += f"#{taken}" if taken else ""
-                layouts[key] = memory.add(Storage(name, rows, width, held.dtype, panel))
+                stack = held.count if held.kind == "stack" else 1
+                layouts[key] = memory.add(Storage(name, rows, width, held.dtype, panel, count=stack))
             self.storages[held] = layouts[key]
 
     def lookup(self, phase: Any, e: Extracted) -> dict[str, Storage]:
@@ -123,7 +129,7 @@ class Weights:
                 continue
             seen.add(s)
             shape = self._whole(held)
-            layout = {"kind": "panels", "panel": s.panel, "split": held.split, "copies": held.copies}
+            layout = _layout(held, s.panel)
             buffers = tuple(range(s.first, s.first + self.chips))
             kind: Any = "weight"
             found.append(
@@ -139,14 +145,19 @@ class Weights:
             )
         return found
 
-    def _whole(self, held: Held) -> tuple[int, int]:
+    def _whole(self, held: Held) -> tuple[int, ...]:
         n = held.n * (self.chips // held.copies if held.split == "n" else 1)
         if held.kind in ("vector", "rope"):
             return 1, n
-        return n, held.k * (self.chips if held.split == "k" else 1)
+        if held.kind == "vectors":
+            return held.count, n
+        whole = (n, held.k * (self.chips if held.split == "k" else 1))
+        return (held.count, *whole) if held.kind == "stack" else whole
 
-    def _source(self, held: Held, shape: tuple[int, int]) -> Json:
+    def _source(self, held: Held, shape: tuple[int, ...]) -> Json:
         symbol = self.symbols[held.symbol]
+        if held.kind in ("stack", "vectors"):
+            return _stacked(held, symbol, shape)
         source: Json = weight_source(symbol).expression
         if numpy_dtype(symbol.dtype).name != NUMPY[held.dtype]:
             source = ["cast", source, NUMPY[held.dtype]]
@@ -184,6 +195,30 @@ class Weights:
         return dict(sorted(found.items()))
 
 
+def _layout(held: Held, panel: int) -> dict[str, Any]:
+    """How a weight lies on its chips (see semantics)."""
+    if held.kind == "stack":
+        return {"kind": "stack", "split": held.split, "copies": held.copies}
+    split = "k" if held.kind == "vectors" and held.split == "n" else held.split
+    return {"kind": "panels", "panel": panel, "split": split, "copies": held.copies}
+
+
+def _stacked(held: Held, symbol: WeightSymbol, shape: tuple[int, ...]) -> Json:
+    """The expression of a stack [experts, n, k], or of a table [experts, n]."""
+    source: Json = weight_source(symbol).expression
+    if numpy_dtype(symbol.dtype).name != NUMPY[held.dtype]:
+        source = ["cast", source, NUMPY[held.dtype]]
+    dims = list(symbol.shape)
+    if held.kind == "stack" and held.turned:
+        source, dims = ["transpose", source, [0, 2, 1]], [dims[0], dims[2], dims[1]]
+    if held.pick is not None:
+        rest = dims[2:]
+        k = math.prod(rest)
+        flat = _picked(["reshape", source, [dims[0] * dims[1], k]], held.pick, [dims[0] * dims[1], k])
+        return ["reshape", flat, list(shape)]
+    return source if dims[1] == shape[1] else ["slice", source, 1, held.first, held.first + shape[1]]
+
+
 def _picked(source: Json, pick: Pick, shape: list[int]) -> Json:
     """The expression of the rows of an array [rows, k] that `pick` names."""
     rows, k = shape
@@ -204,6 +239,8 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
     for w in node.weights:
         if node.kind in ("embed", "positions"):
             yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, False, "", form)
+        elif node.kind in EXPERTS:
+            yield w.label, replace(_matrix(w, form), kind="stack", count=w.total)
         else:
             yield w.label, _matrix(w, form)
     if node.kind == "rope":
@@ -212,7 +249,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             f"rope:{table['symbol']}",
             Held(table["symbol"], "rope", math.prod(table["shape"]), 0, 0, False, "", "f32"),
         )
-    for name in ("weight", "bias", "vector", "sinks", "slopes"):
+    for name in VECTORS:
         v = node.attr(name)
         if isinstance(v, Mapping):
             split = "n" if v.get("chips", 1) > 1 else ""
@@ -220,7 +257,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
                 vector_name(v),
                 Held(
                     v["symbol"],
-                    "vector",
+                    "vectors" if "experts" in v else "vector",
                     v["length"],
                     0,
                     v.get("first", 0),
@@ -229,6 +266,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
                     "f32",
                     v.get("copies", 1),
                     v.get("pick"),
+                    v.get("experts", 1),
                 ),
             )
 

@@ -5,23 +5,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mapper import driver
-from mapper.zoo import families, files
+from mapper.machine import parse
 from tests.frontend import tiny
 from tests.frontend.corpus import FOLDER
-from tests.gpu.common import built, h100
+from tests.gpu.common import built, h100, toy
 
 CORPUS = sorted(p for kind in ("bloom__ts17", "gptneox__dyn18") for p in FOLDER.glob(f"{kind}-kv.onnx"))
-
-
-def toy(name: str, layers: int, folder: Path) -> Path:
-    """A model of the zoo at toy widths with random weights."""
-    made = families.shortened(families.tiny(families.config(name)), layers)
-    path = folder / f"{name}.onnx"
-    files.write(made, path, "f32", seed=1)
-    return path
 
 
 def agrees(model: Path, folder: Path, **options: object) -> driver.Compiled:
@@ -57,3 +50,59 @@ def test_heads_of_one_matrix(model: Path, megakernel: bool, chips: int, tmp_path
     attention run side by side, so that no collective stands between the last one and the next layer's
     partial sums."""
     agrees(model, tmp_path, chips=chips, machine=h100(megakernel))
+
+
+MIXTURES = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
+"""Two experts of eight; shares that are normalised; biases, a clamp, gate and up in alternating columns."""
+
+
+@pytest.mark.parametrize("chips", [1, 2])
+@pytest.mark.parametrize("megakernel", [False, True])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts(name: str, megakernel: bool, chips: int, tmp_path: Path) -> None:
+    done = agrees(toy(name, 2, tmp_path), tmp_path, chips=chips, machine=h100(megakernel))
+    for phase, tokens in (("decode", 1), ("prefill", 4)):
+        found = [
+            k["experts"] for b in done.schedule.plan["blocks"][phase] for k in b["kernels"] if "experts" in k
+        ]
+        assert len(found) in (2, 4) and all(e["tokens"] == tokens for e in found)
+        assert all(e["blocks"] == min(e["count"], tokens * e["chosen"]) for e in found)
+
+
+@pytest.mark.parametrize(("batch", "prompt"), [(5, 4), (1, 70)])
+def test_several_rows_of_one_expert(batch: int, prompt: int, tmp_path: Path) -> None:
+    """Few SMs make a task work through several blocks; blocks are shorter than an expert's rows may be."""
+    model = toy("qwen3-30b-a3b", 1, tmp_path)
+    few = parse(h100().text.replace("count = { value = 132", "count = { value = 2"))
+    built(model, batch=batch, prompt=prompt, context=prompt + 4, out=tmp_path / "s", machine=few)
+    found = driver.verify(tmp_path / "s", tokens=4)
+    assert found.ok, found.failures
+    plan = driver.describe(tmp_path / "s").schedule.plan["blocks"]["prefill"]
+    experts = [k["experts"] for b in plan for k in b["kernels"] if "experts" in k]
+    assert any(e["tile"]["run"] > 1 for e in experts)
+    assert all(e["rows"] < e["tokens"] for e in experts)
+
+
+def test_experts_of_an_even_routing() -> None:
+    """Expected counts against a simulation, and the most blocks against an exhaustive search."""
+    from itertools import product
+
+    from mapper_gpu.experts import Routing, routing_of
+
+    rng = np.random.default_rng(0)
+    for rows, count, chosen in ((1, 8, 2), (7, 8, 2), (40, 16, 4), (300, 32, 4)):
+        r = routing_of(rows, count, chosen)
+        seen, blocks = [], []
+        for _ in range(400):
+            load = np.zeros(count, int)
+            for _ in range(rows):
+                load[rng.choice(count, chosen, replace=False)] += 1
+            seen.append((load > 0).sum())
+            blocks.append(np.ceil(load / r.tile).sum())
+        assert np.mean(seen) == pytest.approx(r.distinct, rel=0.02)
+        assert np.mean(blocks) == pytest.approx(r.blocks, abs=1.02)
+        assert max(blocks) <= r.most
+    for rows, tile in ((4, 2), (5, 3), (6, 2)):
+        loads = (x for x in product(range(rows + 1), repeat=3) if sum(x) == 2 * rows)
+        worst = max(sum(-(-n // tile) for n in x) for x in loads)
+        assert Routing(rows, 3, 2, tile).most >= worst
