@@ -126,20 +126,26 @@ def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> It
 
 def _joined(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
     """Reads with those of equal segments that overlap in time made one; those of steps that write the same
-    buffer stay as they are."""
-    reads, (low, high) = times.reads, space.reads
+    buffer stay as they are. Reads of what nobody writes, as of weights, are left out."""
+    reads, (low, high) = _written(times, space)
     count = len(times.start) + 1
     own = _among(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)
     alone = np.where(own, np.arange(len(reads)) + 1, 0)
     order = np.lexsort((reads.begin, high, low, alone))
-    a, b, begin, end, single = low[order], high[order], reads.begin[order], reads.end[order], alone[order]
     if not len(order):
-        return reads, space.reads
-    key = np.concatenate([[True], (a[1:] != a[:-1]) | (b[1:] != b[:-1]) | (single[1:] > 0)])
+        return reads, (low, high)
+    # of the columns in order none is kept for longer than it takes: there may be millions of reads
+    key = np.concatenate([[True], alone[order[1:]] > 0])
+    del alone, own
+    for column in (low, high):
+        ordered = column[order]
+        key[1:] |= ordered[1:] != ordered[:-1]
+    begin, end = reads.begin[order], reads.end[order]
     # a running maximum that starts anew with each key: keys in order make growing offsets
     number = np.cumsum(key) * (np.int64(end.max()) + 1)
     reach = np.maximum.accumulate(number + end) - number
     fresh = key | np.concatenate([[True], begin[1:] >= reach[:-1]])
+    del key, number, reach
     first = np.flatnonzero(fresh)
     last = np.maximum.reduceat(end, first)
     rows = order[first]
@@ -149,6 +155,15 @@ def _joined(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
         reads.step[rows], reads.buffer[rows], reads.low[rows], reads.high[rows], begin[first][met], last[met]
     )
     return made, (low[rows], high[rows])
+
+
+def _written(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
+    """The reads of buffers that the program writes, and their ranges."""
+    reads, written = times.reads, np.zeros(len(space.base) - 1, np.bool_)
+    written[times.writes.buffer] = True
+    mine = np.flatnonzero(written[reads.buffer])
+    names = ("step", "buffer", "low", "high", "begin", "end")
+    return Accesses(*(getattr(reads, k)[mine] for k in names)), (space.reads[0][mine], space.reads[1][mine])
 
 
 def _meet(buffer: Int, begin: Int, end: Int, writes: Accesses) -> npt.NDArray[np.bool_]:

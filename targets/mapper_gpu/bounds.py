@@ -15,7 +15,7 @@ from mapper_gpu.capacity import chips_for
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 _PRODUCTS = {
     "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
-    "packed_mlp": ("gate_up", "down"),
+    "packed_mlp": ("gate_up", "down"), "cached_latent_attention": ("weight",),
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def _flops(graph: Graph, op: DataflowOp) -> int:
 
 def _cache(op: DataflowOp, item: int) -> int:
     """Bytes of keys and values that an attention sees at a full context."""
-    if op.mnemonic != "cached_attention":
+    if op.mnemonic not in ("cached_attention", "cached_latent_attention"):
         return 0
     window = op.attr("window")
     total = 0

@@ -223,7 +223,7 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
               "blocks": (m0 // each, m1 // each)}[o.r]  # fmt: skip
     if isinstance(o.c, str):
         width = n1 - n0
-        attend = next((i for i in task.code.code if i[0] == "attend"), None)
+        attend = next((i for i in task.code.code if i[0] in ("attend", "attend_latent")), None)
         merge = o.c in ("stats", "groups") and attend is None
         dim, value, group = (attend[7], attend[8], attend[9]) if attend else (0, 0, 0)
         if merge:
@@ -234,6 +234,9 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
         head = n0 // width if width else 0
         each = {"q": dim * group, "stats": 2 * group, "groups": group}.get(o.c, 0)
         del value
+        if o.c.startswith("head:"):
+            depth, columns = (int(x) for x in o.c.split(":")[1:])
+            head, each = n0 // columns, depth
         c0, c1 = {"n": (n0, n1), "k": (k0, k1), "all": (0, o.width)}.get(
             o.c, (head * each, (head + 1) * each)
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def _top_k(
     task: Task, r: Registers, out: str, logits: str, correction: str | None, chosen: int, scoring: str,
-    groups: int, top_groups: int, group_score: str, fill: float, normalise: bool, epsilon: float,
+    groups: int, top_groups: int, group_score: str, fill: float | None, normalise: bool, epsilon: float,
     scale: float,
 ) -> None:  # fmt: skip
     scores = _scores(r[logits], scoring)
@@ -30,7 +30,8 @@ def _top_k(
         value = best[..., 0] if group_score == "max" else best[..., :2].sum(-1)
         kept = np.zeros(value.shape, bool)
         np.put_along_axis(kept, np.argsort(-value, axis=-1, kind="stable")[:, :top_groups], True, axis=-1)
-        choice = np.where(kept[..., None], runs, np.float32(fill)).reshape(choice.shape)
+        out_of_it = np.float32(-np.inf if fill is None else fill)
+        choice = np.where(kept[..., None], runs, out_of_it).reshape(choice.shape)
     index = np.argsort(-choice, axis=-1, kind="stable")[:, :chosen]
     share = np.take_along_axis(scores, index, -1)
     if scoring == "topk_softmax":

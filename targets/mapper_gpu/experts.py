@@ -20,13 +20,15 @@ from functools import lru_cache
 
 from mapper.errors import LoweringError
 from mapper_gpu.hardware import ENGINES, Gpu
-from mapper_gpu.product import NEAR, STAGES, STEP_BYTES, TILE_COLUMNS, Timed
+from mapper_gpu.product import STAGES, STEP_BYTES, TILE_COLUMNS, Timed
 from mapper_gpu.timing import grid_seconds, rates
 
 TALLEST = 128
 """Rows of a block at most: those of a tensor-core tile."""
 SHORT = 8
 """Rows that cost a tensor core the same as one."""
+NEAR = 1.02
+"""Tiles that take this much longer are as good, if there are fewer of them."""
 TASKS = 12
 """Tasks per SM at most: more would only fill the table."""
 

@@ -7,10 +7,10 @@ the graph."""
 from __future__ import annotations
 
 from mapper.ir.graph import Graph
-from mapper_gpu import extract_moe, extract_rules, extract_views
+from mapper_gpu import extract_latent, extract_moe, extract_rules, extract_views
 from mapper_gpu.extractor import Extractor, Program
 
-RULES = (extract_moe, extract_rules, extract_views)
+RULES = (extract_latent, extract_moe, extract_rules, extract_views)
 """Modules that register how ops become nodes when they are imported."""
 
 

@@ -10,6 +10,7 @@ share_bias     the shares' sum of the experts' biases, behind the sum over chips
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mapper.ir.op import DataflowOp
@@ -36,6 +37,8 @@ def _route(c: Extractor, op: DataflowOp) -> None:
             "scale",
         )
     }
+    if attrs["group_fill"] == -math.inf:
+        attrs["group_fill"] = None  # a plan is JSON, which has no infinity
     made = c.add(
         "top_k", [logits.name], c.fresh(2 * chosen), chosen=chosen, experts=count,
         correction=c.vector(op.attr("correction")), **attrs,

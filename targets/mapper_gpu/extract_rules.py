@@ -68,9 +68,7 @@ def _norm(c: Extractor, op: DataflowOp) -> None:
 
 @rule("rope_at")
 def _rope(c: Extractor, op: DataflowOp) -> None:
-    x = c.view(op.operands[0], "turned", "heads")
-    if x.form != "turned":
-        c.fail("rotates what is not turned to heads")
+    x = c.view(op.operands[0], "turned")
     value, symbol = c.values[x.name], op.attr("table")
     shape = tuple(c.graph.weights[symbol].shape)
     c.rows[c.row]["weight_bytes"] += 4 * c.tokens * op.attr("rotary_dim")

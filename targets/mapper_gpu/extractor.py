@@ -217,6 +217,11 @@ class Extractor:
         found = self.views[ssa]
         if found.form in MAKERS and found.form not in forms:
             found = self.views[ssa] = MAKERS[found.form](self, found)
+        if found.form in ("heads", "turned") and found.form not in forms:
+            value = self.values[found.name]
+            if value.head == value.width:
+                # one head: both orders are the same
+                found = replace(found, form="turned" if found.form == "heads" else "heads")
         if forms and found.form not in forms:
             self.fail(f"an operand of form {found.form}, where {' or '.join(forms)} is needed")
         return found

@@ -4,9 +4,8 @@ A state is a down-closed set of nodes that are done; a step adds a set that one 
 operands are done. Every such set is convex: no path leaves it and comes back. The cost of a kernel is its
 HBM bytes at the stream rate plus its launch. A kernel has one shape of reduction:
 
-    product     linears of the same x; before them row and point nodes on x, which every task repeats;
-    behind them
-                point and head nodes on their columns
+    product     linears of the same x; before them row and point nodes on x, which every task repeats; behind
+                them point and head nodes on their columns; or one linear with a matrix per head
     attention   one attention, with head nodes on its queries
     collective  one all-reduce or all-gather, with point nodes behind it
     experts     one product of the chosen experts, with what is done inside of it
@@ -107,6 +106,7 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
     if kind == "linear":
         same = len({(dag.nodes[h].inputs[0], dag.nodes[h].attr("groups", 1)) for h in heavy}) == 1
         legal = above <= {*ROWS, *POINTS} and below <= {*POINTS, *HEADS} and same
+        legal = legal and not (dag.nodes[heavy[0]].attr("heads") and (above or below or len(heavy) > 1))
         legal = legal and ("append" not in below or dag.rows <= ONE_TILE)
         legal = legal and all(dag.heads[i] <= WIDEST_HEAD for i in bits(down))
         return "product" if legal and not down & sum(1 << h for h in heavy) else None
@@ -116,6 +116,7 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
         return "experts" if len(members) == 1 else None
     if kind == "attention":
         legal = above <= {"rope", "head_norm", "point"} and not below
+        legal = legal and not (above and dag.nodes[heavy[0]].attr("latent"))
         return "attention" if legal else None
     return "collective" if not above and below <= set(POINTS) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from mapper_gpu import flash, programs
@@ -111,7 +112,8 @@ class Maker:
             lanes.append((branch, lane_width(branch.lane, tile.n), main, merge, mine))
         kept = [self.keep(m) if m else -1 for _, _, _, m, _ in lanes]
         rows = self._rows_of(kernel)
-        walk = _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes])
+        heads = self.section.nodes[kernel.branches[0].linears[0]].attr("heads", 1)
+        walk = _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes], heads)
         for join, (m0, m1, lane, n0, n1) in enumerate(walk):
             branch, _, main, merge, mine = lanes[lane]
             node = self.section.nodes[branch.linears[0]]
@@ -228,6 +230,8 @@ class Maker:
             kept = self.keep(merge)
         engine = ENGINES.index(a.engine if a.engine in self.gpu.tensor else "vector")
         joins: dict[tuple[int, int, int], int] = {}
+        row = a.element * (a.dim + (0 if a.shared else a.value_dim))
+        held = max(1, math.ceil(2 * flash.KEY_STEP * row / self.gpu.page))
         for piece in pieces(a, split):
             j = piece.low // split.keys
             for s in range(a.batch):
@@ -240,9 +244,7 @@ class Maker:
                     task.far, task.near, task.flops = piece.far, piece.near, piece.flops
                     task.work = flash.as_work(self.gpu, a, engine, piece.work)
                     task.engine, task.lead = engine, NONE
-                    task.pages = max(
-                        1, math.ceil(2 * flash.KEY_STEP * (a.dim + a.value_dim) * a.element / self.gpu.page)
-                    )
+                    task.pages = held
                     if parts > 1:
                         task.join = joins.setdefault((s, h, piece.first), len(joins))
                     grid.tasks.append(task)
@@ -376,6 +378,9 @@ class Maker:
         _, _, n0, n1, k0, k1 = at
         if not isinstance(c, str):
             return c[0], c[1]
+        if c.startswith("head:"):
+            k, n = (int(x) for x in c.split(":")[1:])
+            return n0 // n * k, (n0 // n + 1) * k
         node = next((n for n in self.section.nodes if n.kind == "attention"), None)
         if c in ("q", "stats", "groups"):
             assert node is not None
@@ -404,13 +409,15 @@ class Maker:
 
 
 def _walk(
-    rows: int, tile: Tile, lanes: Sequence[tuple[int, int]]
+    rows: int, tile: Tile, lanes: Sequence[tuple[int, int]], heads: int
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """(m0, m1, lane, n0, n1) of all tiles: down a band of row tiles, then to the next column tile."""
+    """(m0, m1, lane, n0, n1) of all tiles: down a band of row tiles, then to the next column tile, of one
+    head after the other."""
     starts = list(range(0, rows, tile.m))
     for at in range(0, len(starts), tile.band):
         band = starts[at : at + tile.band]
         for lane, (n, width) in enumerate(lanes):
-            for n0 in range(0, n, width):
+            for head, n0 in product(range(heads), range(0, n, width)):
                 for m0 in band:
-                    yield m0, min(rows, m0 + tile.m), lane, n0, min(n, n0 + width)
+                    last = min(n, n0 + width)
+                    yield m0, min(rows, m0 + tile.m), lane, head * n + n0, head * n + last

@@ -26,6 +26,8 @@ NORM_OPERATIONS = 4.0
 """Operations per element of a normalisation."""
 POINT_OPERATIONS = 8.0
 """Operations per element of other row work, an exponential counted as several."""
+HEADS_NEAR = 1.05
+"""A matrix per head is so small that its kernel is mostly latency: few tiles are as good as many."""
 ROWS_TILE = 8
 """Tokens of a row task at most; fewer where SMs would idle."""
 
@@ -224,7 +226,7 @@ def branches_of(section: Section, nodes: Sequence[int]) -> tuple[tuple[int, ...]
         made = [section.nodes[j].output for j in (*sorted(mine), *lane_nodes)]
         heads = [section.values[section.nodes[j].inputs[0]].head for j in lane_nodes
                  if section.nodes[j].kind in HEADS]  # fmt: skip
-        n = section.nodes[i].weights[0].n
+        n = section.nodes[i].weights[0].n // section.nodes[i].attr("heads", 1)
         lane = Lane(n, len(mine), max([1, *heads]))
         found.append(Branch(tuple(sorted(mine)), lane_nodes, tuple(v for v in made if v in out), lane))
     return prologue, tuple(found)
@@ -248,7 +250,8 @@ def product_of(section: Section, nodes: Sequence[int]) -> Product:
     return Product(
         rows=first.attr("rows", x.rows), k=w.k, lanes=tuple(b.lane for b in branches),
         element=element_bytes(w.dtype), operand=element_bytes(entering[0].dtype), engine=COMPUTE[w.dtype],
-        groups=w.count, out=out, extra=extra, prologue=norms * NORM_OPERATIONS, whole_rows=bool(norms),
+        groups=w.count * first.attr("heads", 1), out=out, extra=extra, prologue=norms * NORM_OPERATIONS,
+        whole_rows=bool(norms),
     )  # fmt: skip
 
 
@@ -257,7 +260,9 @@ def _product(
     stores: tuple[str, ...], weights: tuple[Matrix, ...],
 ) -> Kernel:  # fmt: skip
     prologue, branches = branches_of(section, nodes)
-    tile, timed = product.choose(gpu, product_of(section, nodes))
+    heads = section.nodes[branches[0].linears[0]].attr("heads")
+    near = HEADS_NEAR if heads else product.NEAR
+    tile, timed = product.choose(gpu, product_of(section, nodes), near)
     return Kernel(name, "product", nodes, reads, stores, weights, timed, prologue, branches, tile)
 
 
@@ -278,9 +283,11 @@ def _rows(
     )  # fmt: skip
     moved = sum(_touched(section, nodes, v) for v in (*reads, *stores) if not values[v].state)
     moved += sum(values[section.nodes[i].output].bytes for i in nodes if section.nodes[i].kind == "embed")
-    elements = sum(
-        values[section.nodes[i].output].rows * values[section.nodes[i].output].width for i in nodes
+    made = (
+        section.nodes[i].inputs[0] if section.nodes[i].kind == "append" else section.nodes[i].output
+        for i in nodes
     )
+    elements = sum(values[v].rows * values[v].width for v in made)
     work = POINT_OPERATIONS * elements
     far = moved if moved > 0.5 * gpu.l2 else 0.0
     engine = ENGINES.index("vector")

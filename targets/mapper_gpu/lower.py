@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mapper.errors import CapacityError, UsageError
+from mapper.errors import CapacityError, LoweringError, UsageError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
 from mapper.schedule.tables import (
@@ -29,10 +29,11 @@ from mapper_gpu.describe import describe
 from mapper_gpu.extract import extract
 from mapper_gpu.extractor import Extracted
 from mapper_gpu.extractor import Program as Work
+from mapper_gpu.flash import ACCUMULATORS
 from mapper_gpu.grid import OPCODES, Maker
 from mapper_gpu.hardware import Gpu, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
-from mapper_gpu.nodes import EXPERTS, HEAVY
+from mapper_gpu.nodes import EXPERTS, HEAVY, Node
 from mapper_gpu.partition import partition
 from mapper_gpu.product import lane_width
 from mapper_gpu.storage import NUMPY, Memory, Storage
@@ -66,6 +67,7 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
         work = partition(extract(graph, phase, request.batch, tokens, request.context, form), chips)
         work = replace(work, sections=tuple(_operands(e, form) for e in work.sections))
         found.append(Lowered(phase, work, [kernels_of(chip, e.section, chips) for e in work.sections]))
+        _registers(found[-1])
     weights = Weights(graphs, chips, form)
     for item in found:
         weights.symbols |= item.work.constants
@@ -82,14 +84,23 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     return _schedule(graphs, source, machine, chip, request, memory, found, weights, states, form)
 
 
+def _registers(item: Lowered) -> None:
+    """Raises LoweringError where one token's heads of latent attention are too many for an SM."""
+    for k in (k for kernels in item.kernels for k in kernels):
+        a = k.attention
+        if a is not None and a.shared and a.group * a.value_dim > ACCUMULATORS:
+            raise LoweringError(
+                f"gpu: latent attention of {a.group} heads on one chip: an SM accumulates "
+                f"{ACCUMULATORS // a.value_dim} of {a.value_dim} columns; more --chips share them"
+            )
+
+
 def _operands(e: Extracted, form: str) -> Extracted:
     """Values that only products and attention read are stored in the format that these round them to."""
     users: dict[str, set[str]] = {}
     for node in e.section.nodes:
         for i, v in enumerate(node.inputs):
-            users.setdefault(v, set()).add(
-                "product" if node.kind in ("linear", "attention", *EXPERTS) and i == 0 else "other"
-            )
+            users.setdefault(v, set()).add("product" if _multiplied(node, i) else "other")
     made = {n.output for n in e.section.nodes}
     values = {
         name: replace(v, dtype=form)
@@ -98,6 +109,12 @@ def _operands(e: Extracted, form: str) -> Extracted:
         for name, v in e.section.values.items()
     }
     return replace(e, section=replace(e.section, values=values))
+
+
+def _multiplied(node: Node, i: int) -> bool:
+    """Whether input i of a node is an operand of products alone, which rounds it."""
+    queries = 2 if node.attr("latent") else 1
+    return node.kind in ("linear", "attention", *EXPERTS) and i < (queries if node.kind == "attention" else 1)
 
 
 def _states(item: Lowered, memory: Memory, form: str) -> dict[str, Storage]:
@@ -124,7 +141,7 @@ def _panels(item: Lowered) -> dict[str, int]:
                 assert k.tile is not None
                 for v in b.stores:
                     if not v.endswith("@"):
-                        found[v] = math.gcd(lane_width(b.lane, k.tile.n), e.section.values[v].width)
+                        found[v] = math.gcd(lane_width(b.lane, k.tile.n), b.lane.n, e.section.values[v].width)
             if k.attention is not None:
                 for v in k.stores:
                     found[v] = k.attention.group * k.attention.value_dim

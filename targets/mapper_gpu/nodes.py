@@ -61,7 +61,8 @@ class Matrix:
 
     `split` is the axis that tensor parallelism cuts: "n", "k" or "" for a copy on every chip; `copies` chips
     in a row hold the same part. `first` and `of` say that these are rows first .. first + n of a stored
-    weight of `of` rows (0: all of it); `pick` that they are rows of all of it in another order.
+    weight of `of` rows (0: all of it); `pick` that they are rows of all of it in another order,
+    and `flipped` that each group of these is transposed, to as many rows.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Matrix:
     turned: bool = False
     copies: int = 1
     pick: Pick | None = None
+    flipped: int = 0
 
     @property
     def label(self) -> str:

@@ -43,6 +43,7 @@ class _Part:
     copies: int
     cached: set[str]
     cut: set[int]
+    whole_cache: bool
     made: list[Node] = field(default_factory=list)
     sharded: set[str] = field(default_factory=set)
     partial: dict[str, int] = field(default_factory=dict)
@@ -69,7 +70,12 @@ class _Part:
         node = replace(node, inputs=tuple(self.whole(v) for v in node.inputs))
         sharded = [v for v in node.inputs if v in self.sharded]
         w = node.weights[0] if node.weights else None
-        if node.kind == "linear" and i in self.cut and w is not None:
+        if node.kind == "linear" and node.attr("heads") and w is not None:
+            heads = _part(node.attr("heads"), self.chips, node)
+            mine = replace(w, n=w.n // self.chips, split="n")
+            node = replace(node, weights=(mine,), attrs={**node.attrs, "heads": heads})
+            self.sharded.add(node.output)
+        elif node.kind == "linear" and i in self.cut and w is not None:
             same = self.copies if node.output in self.cached else 1
             n = _part(w.n * same, self.chips, node)
             node = replace(node, weights=(replace(w, n=n, split="n", copies=same),))
@@ -84,7 +90,7 @@ class _Part:
         elif node.kind == "attention":
             node = replace(node, attrs=_heads(node, self.chips))
             self.sharded.add(node.output)
-        elif sharded or node.kind == "append":
+        elif sharded or (node.kind == "append" and not self.whole_cache):
             self._columns(node)
             same = self.copies if node.output in self.cached else 1
             node = replace(node, attrs=_vectors(node.attrs, self.chips, same))
@@ -107,9 +113,13 @@ class _Part:
 
 def _section(e: Extracted, chips: int, logits: str) -> Extracted:
     nodes = list(e.section.nodes)
+    latent = any(n.attr("latent") for n in nodes)
     copies, cached = _copies(nodes, chips), _cached(nodes)
     cut = _cut_linears(nodes, e.section.outputs, logits)
-    part = _Part(chips, dict(e.section.values), copies, cached, cut)
+    if latent:
+        # all heads attend to the same rows, so that every chip makes and keeps all of them
+        copies, cut = 1, {i for i in cut if nodes[i].output not in cached}
+    part = _Part(chips, dict(e.section.values), copies, cached, cut, latent)
     for i, node in enumerate(nodes):
         part.add(i, node)
     outputs = frozenset(part.whole(v) for v in sorted(e.section.outputs))
@@ -125,7 +135,7 @@ def _section(e: Extracted, chips: int, logits: str) -> Extracted:
     states = {m.attr("cache") for m in made if m.kind == "append"}
     states |= {name for m in made if m.kind == "attention" for name in m.attr("caches")}
     for name in states:
-        if name in values:
+        if name in values and not latent:
             values[name] = replace(values[name], width=values[name].width * copies // chips)
     section = Section(e.section.name, e.section.count, tuple(made), values, outputs, e.section.carried)
     carries = tuple(replace(c, yielded=part.renamed.get(c.yielded, c.yielded)) for c in e.carries)
@@ -155,9 +165,9 @@ def _part(size: int, chips: int, node: Node) -> int:
 
 def _heads(node: Node, chips: int) -> Mapping[str, object]:
     a = dict(node.attrs)
-    if chips > a["kv_heads"] and chips % a["kv_heads"] == 0:
+    if chips > a["kv_heads"] and chips % a["kv_heads"] == 0 and not a.get("latent"):
         a["kv_heads"] = chips
-    for name in ("heads", "kv_heads"):
+    for name in ("heads",) if a.get("latent") else ("heads", "kv_heads"):
         if a[name] % chips:
             raise LoweringError(f"gpu: {a[name]} {name.replace('_', ' ')} do not divide among {chips} chips")
         a[name] //= chips

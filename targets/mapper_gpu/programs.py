@@ -198,7 +198,9 @@ def product_program(
                 b.registers[key] = f"r{len(b.registers)}"
                 b.emit("columns", b.registers[key], made)
             made = b.registers[key]
-        source = made or b.read(x, "m", "k")
+        heads = nodes[i].attr("heads", 0)
+        w = nodes[i].weights[0]
+        source = made or b.read(x, "m", f"head:{w.k}:{w.n // heads}" if heads else "k")
         weight = b.read(nodes[i].weights[0].label, "n", "k", f"w{i}")
         b.emit("matmul", b.register(nodes[i].output), source, weight, nodes[i].weights[0].dtype)
     if not split:
@@ -229,6 +231,9 @@ def merge_program(
 
 def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: str | None) -> None:
     """A stretch of the cache for the query heads of one cache head."""
+    if node.attr("latent"):
+        latent_program(b, node, partial)
+        return
     run_nodes(b, prologue, "q")
     q = b.value(node.inputs[0], "m", "q")
     k, v = (b.read(c, "cache", "keys", f"cache{i}") for i, c in enumerate(node.attr("caches")))
@@ -249,6 +254,24 @@ def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: 
     if partial is None:
         sinks = None if a["sinks"] is None else b.read(vector_name(a["sinks"]), "all", "groups")
         b.emit("finish", out, out, stats, sinks)
+        b.write(node.output, out)
+    else:
+        b.write(f"{partial}.sum", out)
+        b.write(f"{partial}.stats", stats, "m", "stats")
+
+
+def latent_program(b: Builder, node: Node, partial: str | None) -> None:
+    """A stretch of the cache of latent rows for all heads: queries in two parts, values are the first cache's
+    rows."""
+    q, rotated = (b.value(v, "m", "all") for v in node.inputs[:2])
+    latent, key = (b.read(c, "cache", "keys", f"cache{i}") for i, c in enumerate(node.attr("caches")))
+    past = b.read("past_length", "all", "all")
+    a = node.attrs
+    out, stats = b.register(node.output), b.register(f"{node.output}.stats")
+    b.emit("attend_latent", out, stats, q, latent, key, past, a["dim"], a["value_dim"], a["heads"], b.tokens,
+           a["window"], a["scale"], a["softcap"], rotated)  # fmt: skip
+    if partial is None:
+        b.emit("finish", out, out, stats, None)
         b.write(node.output, out)
     else:
         b.write(f"{partial}.sum", out)

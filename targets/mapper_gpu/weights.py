@@ -45,6 +45,7 @@ class Held:
     copies: int = 1
     pick: Pick | None = None
     count: int = 1
+    flipped: int = 0
 
 
 class Weights:
@@ -91,6 +92,7 @@ class Weights:
                 held.dtype,
                 held.copies,
                 held.count,
+                held.flipped,
                 held.pick,
             )
             if key not in layouts:
@@ -175,7 +177,12 @@ class Weights:
             source = ["transpose", source, [1, 0]]
         rows, k = symbol.shape[::-1] if held.turned else symbol.shape
         if held.pick is not None:
-            return _picked(source, held.pick, [rows, k])
+            made = _picked(source, held.pick, [rows, k])
+            if not held.flipped:
+                return made
+            groups = [rows // held.pick.stride, len(held.pick.inner), k]
+            turned = ["transpose", ["reshape", made, groups], [0, 2, 1]]
+            return ["reshape", turned, list(shape)]
         return source if shape[0] == rows else ["slice", source, 0, held.first, held.first + shape[0]]
 
     def files(self) -> dict[str, Any]:
@@ -272,4 +279,6 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
 
 
 def _matrix(w: Matrix, form: str) -> Held:
-    return Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies, w.pick)
+    return Held(
+        w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies, w.pick, flipped=w.flipped
+    )

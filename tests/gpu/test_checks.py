@@ -63,9 +63,12 @@ def test_page_colours_and_orders() -> None:
     assert seen > 10
 
 
-@pytest.mark.parametrize(("chips", "megakernel"), [(1, False), (2, True)])
-def test_mutants_of_experts_die(chips: int, megakernel: bool, tmp_path: Path) -> None:
-    model = toy("qwen3-30b-a3b", 2, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "layers", "chips", "megakernel"),
+    [("qwen3-30b-a3b", 2, 1, False), ("qwen3-30b-a3b", 2, 2, True), ("deepseek-v3", 4, 2, False)],
+)
+def test_mutants_of_experts_die(name: str, layers: int, chips: int, megakernel: bool, tmp_path: Path) -> None:
+    model = toy(name, layers, tmp_path)
     schedule = built(model, machine=h100(megakernel), chips=chips, prompt=6, context=10).schedule
     case = decoder_case(BACKEND.semantics(), 4)
     report = MutationTest(schedule, case, BACKEND.checks(), BACKEND.mutations(), seed=5).run(54)

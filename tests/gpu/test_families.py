@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 
 from mapper import driver
+from mapper.errors import MapperError
 from mapper.machine import parse
 from tests.frontend import tiny
 from tests.frontend.corpus import FOLDER
 from tests.gpu.common import built, h100, toy
 
 CORPUS = sorted(p for kind in ("bloom__ts17", "gptneox__dyn18") for p in FOLDER.glob(f"{kind}-kv.onnx"))
+EXPERTS = sorted(
+    p
+    for kind in ("mixtral", "qwen3moe", "gptoss", "deepseekv3")
+    for p in FOLDER.glob(f"{kind}__dyn*-kv*.onnx")
+)
 
 
 def agrees(model: Path, folder: Path, **options: object) -> driver.Compiled:
@@ -106,3 +112,33 @@ def test_experts_of_an_even_routing() -> None:
         loads = (x for x in product(range(rows + 1), repeat=3) if sum(x) == 2 * rows)
         worst = max(sum(-(-n // tile) for n in x) for x in loads)
         assert Routing(rows, 3, 2, tile).most >= worst
+
+
+@pytest.mark.parametrize("chips", [1, 2])
+@pytest.mark.parametrize("megakernel", [False, True])
+def test_latent_attention(megakernel: bool, chips: int, tmp_path: Path) -> None:
+    """Absorbed: the cache holds latent rows on every chip, and pairs of the rotation are pulled apart."""
+    done = agrees(toy("deepseek-v3", 4, tmp_path), tmp_path, chips=chips, machine=h100(megakernel))
+    caches = [p for p in done.schedule.ports if p.kind == "state"]
+    assert len(caches) == 8 and all(p.shape[1] == 1 for p in caches)
+    attention = [k for b in done.schedule.plan["blocks"]["decode"] for k in b["kernels"] if "attention" in k]
+    assert all(k["attention"]["heads"] == 4 // chips and k["attention"]["kv_heads"] == 1 for k in attention)
+
+
+def test_a_split_cache_of_latent_rows(tmp_path: Path) -> None:
+    done = built(toy("deepseek-v3", 4, tmp_path), prompt=40, context=2048, out=tmp_path / "s", batch=2)
+    kernels = [k for b in done.schedule.plan["blocks"]["decode"] for k in b["kernels"] if "split" in k]
+    assert all(k["split"]["splits"] > 1 for k in kernels)
+    found = driver.verify(tmp_path / "s", tokens=3)
+    assert found.ok, found.failures
+
+
+def test_more_latent_heads_than_an_sm_holds_are_refused() -> None:
+    with pytest.raises(MapperError, match="128 heads on one chip: an SM accumulates 64"):
+        driver.compile("zoo:deepseek-v3", "gpu", chips=1, context=64, phase="decode")
+
+
+@pytest.mark.parametrize("chips", [1, 2])
+@pytest.mark.parametrize("model", EXPERTS, ids=lambda p: p.stem)
+def test_other_exporters_graphs(model: Path, chips: int, tmp_path: Path) -> None:
+    agrees(model, tmp_path, chips=chips)
