@@ -21,17 +21,27 @@ class Accesses:
     """Memory accesses, one row each: the step (row of the Timeline) and the bytes [low, high) of a buffer.
 
     A read takes its bytes at `begin`; a write can be read from `end` on. In between the bytes are in use.
+    `spans` are (begin, end) of each step, not of each access: a program may have millions.
     """
 
     step: Int
     buffer: Int  # after binding
     low: Int
     high: Int
-    begin: Int
-    end: Int
+    spans: tuple[Int, Int]
 
     def __len__(self) -> int:
         return len(self.step)
+
+    @property
+    def begin(self) -> Int:
+        """When each access begins; made anew each time."""
+        return np.asarray(self.spans[0][self.step])
+
+    @property
+    def end(self) -> Int:
+        """When each access is over; made anew each time."""
+        return np.asarray(self.spans[1][self.step])
 
 
 @dataclass(frozen=True)
@@ -176,9 +186,9 @@ def _join(
         flat[k] = flat[k][keep]
     step, buffer, low, high = flat
     del keep
-    begin, end = columns["start"][step], columns["end"][step]
+    begin, end = columns["start"], columns["end"]
     if timing is not None:
-        offset = timing[_SIDES.index(which)][columns["opcode"][step]]
-        exact = columns["start"][step] + offset
+        offset = timing[_SIDES.index(which)][columns["opcode"]]
+        exact = columns["start"] + offset
         begin, end = np.where(offset >= 0, exact, begin), np.where(offset >= 0, exact, end)
-    return Accesses(step, buffer, low, high, begin, end)
+    return Accesses(step, buffer, low, high, (begin, end))

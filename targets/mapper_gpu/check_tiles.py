@@ -277,6 +277,11 @@ def _shared_pages(rows: Rows, early: bool) -> Iterator[Violation]:
         for a, b in reversed(list(pairwise(order))):
             if unit[a] == unit[b]:
                 start[b] = start[a]
+    else:
+        at = np.array(order)
+        busy = (unit[at][1:] == unit[at][:-1]) & (start[at][1:] < end[at][:-1])
+        if not busy.any():
+            return
     for i, a in enumerate(order):
         for b in order[i + 1 :]:
             if unit[b] != unit[a] or start[b] >= end[a]:
