@@ -11,6 +11,7 @@ import pytest
 from mapper import driver
 from mapper.errors import MapperError
 from mapper.machine import parse
+from mapper_gpu import BACKEND
 from tests.frontend import tiny
 from tests.frontend.corpus import FOLDER
 from tests.gpu.common import built, h100, toy
@@ -87,6 +88,18 @@ def test_several_rows_of_one_expert(batch: int, prompt: int, tmp_path: Path) -> 
     experts = [k["experts"] for b in plan for k in b["kernels"] if "experts" in k]
     assert any(e["tile"]["run"] > 1 for e in experts)
     assert all(e["rows"] < e["tokens"] for e in experts)
+
+
+def test_explain_says_what_experts_read() -> None:
+    done = built("zoo:mixtral-8x7b", phase="decode", context=64, chips=2)
+    tables = BACKEND.explain(done.schedule, h100())["decode"]
+    kernels = next(t for t in tables if t.columns[0] == "kernel" and "limit" in t.columns)
+    assert {"experts expert_up", "experts expert_down"} <= {str(r[0]) for r in kernels.rows}
+    experts = next(t for t in tables if "experts read" in t.columns)
+    up = dict(zip(experts.columns, next(r for r in experts.rows if r[0] == "expert_up"), strict=True))
+    assert (up["tokens"], up["chosen"], up["blocks"]) == (1, "2 of 8", "2 of 2")
+    assert up["experts read"] == pytest.approx(2)
+    assert up["MB each"] == pytest.approx(2 * 4096 * 14336 / 2 * 2 / 1e6)
 
 
 def test_experts_of_an_even_routing() -> None:
