@@ -10,11 +10,11 @@ import pytest
 
 from mapper import driver
 from mapper.errors import MapperError
-from mapper.machine import parse
+from mapper.machine import parse, read
 from mapper_gpu import BACKEND
 from tests.frontend import tiny
 from tests.frontend.corpus import FOLDER
-from tests.gpu.common import built, h100, toy
+from tests.gpu.common import MACHINES, built, h100, toy
 
 CORPUS = sorted(p for kind in ("bloom__ts17", "gptneox__dyn18") for p in FOLDER.glob(f"{kind}-kv.onnx"))
 EXPERTS = sorted(
@@ -155,3 +155,13 @@ def test_more_latent_heads_than_an_sm_holds_are_refused() -> None:
 @pytest.mark.parametrize("model", EXPERTS, ids=lambda p: p.stem)
 def test_other_exporters_graphs(model: Path, chips: int, tmp_path: Path) -> None:
     agrees(model, tmp_path, chips=chips)
+
+
+def test_deepseek_v3_fits_sixteen_chips() -> None:
+    """In bf16, all checks held; identical layers are two blocks, and no chip has a row per expert."""
+    machine = read(MACHINES / "b200.toml")
+    done = built("zoo:deepseek-v3", machine=machine, chips=16, phase="decode", context=2048)
+    blocks = done.schedule.programs["decode"].blocks
+    assert [b.repeat for b in blocks] == [1, 3, 58, 1]
+    assert max(len(b.steps) for b in blocks) / 16 < 8 * 256
+    assert done.result.phases["decode"].ratio >= 1
