@@ -34,10 +34,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file that is generated from a schedule: listing, memory map, source, trace. `name` is relative."""
+    """A file that is generated from a schedule: listing, memory map, source, trace. `name` is relative.
+
+    `note` is what `mapper compile` says of it in a line, if anything; `{folder}` in it is the schedule's
+    directory.
+    """
 
     name: str
     data: bytes
+    note: str = ""
 
 
 @dataclass(frozen=True)

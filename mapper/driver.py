@@ -137,8 +137,10 @@ def build(
     if folder is not None and report.ok:
         from mapper.schedule.store import save
 
-        save(schedule, folder, backend.artifacts(schedule))
-        said = replace(said, schedule_dir=str(out))
+        made = backend.artifacts(schedule)
+        save(schedule, folder, made)
+        notes = tuple(a.note.replace("{folder}", str(out)) for a in made if a.note)
+        said = replace(said, schedule_dir=str(out), notes=notes)
     return Compiled(schedule, report, said)
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
     "jinja2": ("mapper/report/html.py", "targets/"),
     "tokenizers": ("mapper/tokens.py",),
     "torch": ("targets/mapper_gpu/",),
+    "triton": ("targets/mapper_gpu/",),
 }
 SOURCES = sorted(p for top in ("mapper", "kernels", "targets") for p in (ROOT / top).rglob("*.py"))
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mapper_kernels.flash import KV_FORMATS, KV_SIZES, attend, merge
+from mapper_kernels.cached import KV_FORMATS, KV_SIZES
+from mapper_kernels.flash import attend, merge
 from mapper_kernels.jit import entry
 from mapper_kernels.memory import f32
 from mapper_kernels.sizes import SCORES, up
@@ -14,39 +15,41 @@ from mapper_kernels.split import share
 from mapper_kernels.weight import F32, Array, checked, positive, scratch_memory
 
 _KV = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint16": "bf16", "int8": "int8"}
-_NONE: F32 = np.zeros(0, np.float32)
+_ZERO: Any = np.int64(0)
 
 
 @entry()
-def _attend_parts(
-    r: Any, a: Any, scale: Any, softcap: Any, slopes: Any, sinks: Any, scratch: int, first: int, last: int,
-    parts: int,
-) -> None:  # fmt: skip
+def attend_parts(
+    r: Any, a: Any, scale: Any, softcap: Any, scratch: int, first: int, last: int, parts: int
+) -> None:
+    """`attention` for the parts first..last - 1: shares (batch, key head, query position) triples.
+
+    r: addresses of q, k, v, the scales of k and v, slopes, sinks (0: none), y; a: see `attention`.
+    """
     batch, heads, seq, d, kv, length, dv, used, window, causal, splits, code, size = a
-    low, high = (
-        share(batch * heads * seq, 1, first, parts)[0],
-        share(batch * heads * seq, 1, last - 1, parts)[1],
-    )
-    step = 4 * (dv + 2)
+    group = heads // kv
+    rows = batch * kv * seq
+    low, high = share(rows, 1, first, parts)[0], share(rows, 1, last - 1, parts)[1]
+    step, partial = 4 * (dv + 2), scratch + SCORES
     for row in range(low, high):
-        s, h, b = row % seq, row // seq % heads, row // (seq * heads)
-        cache = (b * kv + h // (heads // kv)) * length
+        s, head = row % seq, row // seq  # head: batch and key head in one
+        cache, h = head * length, head % kv * group
         last_seen = used - seq + s
         end = last_seen + 1 if causal else used
         begin = max(end - window, 0) if window > 0 else 0
-        slope = slopes[h] if slopes.shape[0] > 0 else np.float32(0)
         for split in range(splits):
-            to = scratch + SCORES + split * step
-            top, total = attend(
-                code, r[0] + 4 * row * d, r[1] + size * cache * d, size * d, r[3] + 4 * cache,
+            attend(
+                code, r[0] + 4 * (head * group * seq + s) * d, 4 * seq * d, group,
+                r[1] + size * cache * d, size * d, r[3] + 4 * cache,
                 r[2] + size * cache * dv, size * dv, r[4] + 4 * cache,
                 begin + (end - begin) * split // splits, begin + (end - begin) * (split + 1) // splits, d, dv,
-                scale, softcap, slope, last_seen, scratch, to + 8,
+                scale, softcap, r[5] + 4 * h if r[5] else _ZERO, last_seen, scratch, partial + split * step,
+                splits * step,
             )  # fmt: skip
-            state = f32(to, 2)
-            state[0], state[1] = top, total
-        sink = sinks[h] if sinks.shape[0] > 0 else np.float32(0)
-        merge(scratch + SCORES, step, splits, dv, sinks.shape[0] > 0, sink, r[5] + 4 * row * dv)
+        for g in range(group):
+            sink = f32(r[6] + 4 * (h + g), 1)[0] if r[6] else np.float32(0)
+            y = r[7] + 4 * ((head * group + g) * seq + s) * dv
+            merge(partial + g * splits * step, step, splits, dv, r[6] != 0, sink, y)
 
 
 def attention(
@@ -100,14 +103,14 @@ def attention(
     for name, per_head in (("slopes", slopes), ("sinks", sinks)):
         if per_head is not None:
             checked(name, per_head, ("float32",), (heads,))
+        addresses.append(0 if per_head is None else per_head.ctypes.data)
     y = np.empty((batch, heads, seq, dv), np.float32)
     code = KV_FORMATS.index(kind)
     a = (batch, heads, seq, d, kv, rows, dv, used, window, int(causal), splits, code, KV_SIZES[code])
-    memory, scratch = scratch_memory(SCORES + up(4 * splits * (dv + 2)))
-    _attend_parts(
+    memory, scratch = scratch_memory(SCORES + up(4 * (heads // kv) * splits * (dv + 2)))
+    attend_parts(
         np.array([*addresses, y.ctypes.data], np.int64), a, np.float32(d**-0.5 if scale is None else scale),
-        np.float32(softcap), _NONE if slopes is None else slopes, _NONE if sinks is None else sinks, scratch,
-        0, positive(parts), parts,
+        np.float32(softcap), scratch, 0, positive(parts), parts,
     )  # fmt: skip
     del memory
     return y

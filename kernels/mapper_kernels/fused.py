@@ -192,8 +192,11 @@ def attend_cached(r: Any, a: Any, f: Any, past: int, scratch: int, part: int, pa
     cos = f32(r[6] + 4 * past * (rotary // 2), rotary // 2)
     sin = f32(r[6] + 4 * (a[13] + past) * (rotary // 2), rotary // 2)
     sinks = f32(r[6 + (rotary > 0)], heads if a[7] else 0)
-    q, partial = f32(scratch + SCORES, d), scratch + SCORES + (4 * d + 63) // 64 * 64
+    queries = scratch + SCORES
+    slopes = queries + (4 * group * d + 63) // 64 * 64
+    partial = slopes + (4 * group + 63) // 64 * 64
     seen = past + 1 if a[6] == 0 else min(past + 1, a[6])
+    step = 4 * (dv + 2)
     low, high = share(batch * kv * splits, 1, part, parts)
     for item in range(low, high):
         split, row = item % splits, item // splits
@@ -201,23 +204,27 @@ def attend_cached(r: Any, a: Any, f: Any, past: int, scratch: int, part: int, pa
         end = past + 1 - seen + seen * (split + 1) // splits
         keys, values = r[3] + size * row * length * d, r[4] + size * row * length * dv
         if split == splits - 1:
+            q = f32(queries, d)
             rotate(f32(r[1] + 4 * row * d, d), cos, sin, q, rotary, a[12] != 0, _ONE)
             _store_row(code, q, keys + size * past * d, d)
             _store_row(code, f32(r[2] + 4 * row * dv, dv), values + size * past * dv, dv)
+        first = row * group  # batch and head in one
         for g in range(group):
-            h = row * group + g  # batch and head in one
-            rotate(f32(r[0] + 4 * h * d, d), cos, sin, q, rotary, a[12] != 0, _ONE)
-            slope = np.float32(f[ATTEND_HEAD + h % heads]) if a[8] else np.float32(0)
-            to = partial if splits == 1 else y + 4 * (h * splits + split) * (dv + 2)
-            top, total = attend(
-                code, scratch + SCORES, keys, size * d, 0, values, size * dv, 0, begin, end, d, dv,
-                np.float32(f[9]), np.float32(f[10]), slope, past, scratch, to + 8,
-            )  # fmt: skip
-            state = f32(to, 2)
-            state[0], state[1] = top, total
-            if splits == 1:
+            q = f32(queries + 4 * g * d, d)
+            rotate(f32(r[0] + 4 * (first + g) * d, d), cos, sin, q, rotary, a[12] != 0, _ONE)
+            if a[8]:
+                f32(slopes, group)[g] = np.float32(f[ATTEND_HEAD + (first + g) % heads])
+        to = partial if splits == 1 else y + (first * splits + split) * step
+        apart = step if splits == 1 else splits * step
+        attend(
+            code, queries, 4 * d, group, keys, size * d, 0, values, size * dv, 0, begin, end, d, dv,
+            np.float32(f[9]), np.float32(f[10]), slopes if a[8] else _NONE, past, scratch, to, apart,
+        )  # fmt: skip
+        if splits == 1:
+            for g in range(group):
+                h = first + g
                 sink = sinks[h % heads] if a[7] else np.float32(0)
-                merge(to, 0, _ONE, dv, a[7] != 0, sink, y + 4 * h * dv)
+                merge(partial + g * step, 0, _ONE, dv, a[7] != 0, sink, y + 4 * h * dv)
 
 
 @jit

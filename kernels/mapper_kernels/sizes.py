@@ -12,8 +12,10 @@ STRETCH = 2048
 """Elements of K that a product in tiles does at a time."""
 POSITIONS = 128
 """Positions per step of the running softmax: their scores and values stay in the first-level cache."""
-SCORES = 4 * POSITIONS
-"""Bytes of the scores of as many positions."""
+QUERIES = (4, 2, 1)
+"""Queries that read the same cached rows at once: as many as are left."""
+SCORES = 4 * POSITIONS * max(QUERIES) + 64
+"""Bytes of the scores of as many positions and queries, and of a factor for each."""
 
 
 def up(n: int) -> int:
@@ -37,9 +39,9 @@ def project_scratch(m: int, k: int, widest: int, matrices: int) -> int:
     return up(4 * k) + up(prepared_scratch(rows, k)) + matrices * up(4 * rows * widest)
 
 
-def attend_scratch(d: int, dv: int) -> int:
-    """Bytes that `fused.attend_cached` needs."""
-    return SCORES + up(4 * d) + up(4 * (dv + 2))
+def attend_scratch(group: int, d: int, dv: int) -> int:
+    """Bytes that `fused.attend_cached` needs; group: query heads per key head."""
+    return SCORES + up(4 * group * d) + up(4 * group) + up(4 * group * (dv + 2))
 
 
 def experts_scratch(pairs: int, experts: int, k: int, wide: int) -> int:

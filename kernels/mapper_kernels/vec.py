@@ -127,10 +127,10 @@ class Emitter:
             a = self.larger(self.pick(a, range(n)), self.pick(a, range(n, 2 * n)))
         return self.b.extract_element(a, ir.Constant(I32, 0))
 
-    def prefetch(self, address: Value) -> None:
-        """Ask for a cache line that will be read."""
+    def prefetch(self, address: Value, level: int = 1) -> None:
+        """Ask for a cache line that will be read, into the caches from this level on."""
         pointer = self.b.inttoptr(address, I8.as_pointer())
-        hints = [ir.Constant(I32, n) for n in (0, 3, 1)]
+        hints = [ir.Constant(I32, n) for n in (0, 4 - level, 1)]
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
 
     def dot4(self, total: Value, a: Value, b: Value) -> Value:

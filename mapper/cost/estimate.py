@@ -98,6 +98,7 @@ class Result:
     phases: Mapping[str, Estimate]
     checks: Mapping[str, bool]
     schedule_dir: str | None
+    notes: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The JSON of `mapper compile --json`."""

@@ -54,6 +54,7 @@ def results(found: Sequence[Result]) -> list[RenderableType]:
         lines.append(checks(result.checks, f"{result.target} checks"))
         if result.schedule_dir is not None:
             lines.append(f"{result.target} schedule: {result.schedule_dir}")
+        lines += [f"{result.target} {note}" for note in result.notes]
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
 from contextlib import suppress
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import MapperError, ModelError, WeightsMissingError
-from mapper.schedule.dtypes import dtype
+from mapper.schedule.dtypes import HALVES, dtype
 from mapper.schedule.tables import Schedule
 
 Array = npt.NDArray[Any]
@@ -61,7 +62,12 @@ class WeightFiles:
         """The weight called `name`. Raises WeightsMissingError where its file is missing or too short,
         ModelError where the file is another one than the schedule was made for."""
         entry = self._weights[name]
-        array: Array = self.raw(name).view(dtype(entry["dtype"])).reshape(tuple(entry["shape"]))
+        kind, raw, shape = dtype(entry["dtype"]), self.raw(name), tuple(entry["shape"])
+        if kind.name in HALVES:
+            halves = np.stack([raw << np.uint8(4), raw], axis=-1).reshape(-1)[: math.prod(shape)]
+            signed = halves.view(np.int8) if kind.name == "int4" else halves
+            return (signed >> 4).astype(kind).reshape(shape)
+        array: Array = raw.view(kind).reshape(shape)
         return np.require(array, requirements="A")
 
     def raw(self, name: str) -> Bytes:

@@ -11,6 +11,8 @@ from mapper.errors import ScheduleError
 _WIDTHS = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64)}
 _NUMPY = frozenset({"bool", *(f"{kind}{bits}" for kind, widths in _WIDTHS.items() for bits in widths)})
 _EXTENDED = frozenset(("bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "uint4"))
+HALVES = ("int4", "uint4")
+"""Types of which files hold two elements per byte, the first one low; arrays have a byte for each."""
 _ALIASES = {f"{k[0]}{b}": f"{k}{b}" for k, w in _WIDTHS.items() for b in w} | {"bf16": "bfloat16"}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mapper.errors import ScheduleError
-from mapper.schedule.dtypes import dtype
+from mapper.schedule.dtypes import HALVES, dtype
 from mapper.schedule.tables import (
     BINDING_SCHEMA,
     BUFFER_SCHEMA,
@@ -245,7 +245,8 @@ def _weights(schedule: Schedule) -> None:
         whole = [begin, size, *(shape if isinstance(shape, list | tuple) else [None])]
         if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < MAX_CYCLE for v in whole):
             raise ScheduleError(f"{what}: offset, bytes and shape must be whole numbers")
-        if array_bytes(tuple(whole[2:]), entry.get("dtype", "")) != size:
+        kind, stored = entry.get("dtype", ""), array_bytes(tuple(whole[2:]), entry.get("dtype", ""))
+        if (-(-stored // 2) if kind in HALVES else stored) != size:
             raise ScheduleError(f"{what}: {size} bytes is not what {entry.get('dtype')} {whole[2:]} takes")
 
 

@@ -1,4 +1,5 @@
-"""Files beside a schedule: kernels.txt (one line per fused kernel), tasks.txt (every task), trace.json."""
+"""Files beside a schedule: kernels.txt (one line per fused kernel), tasks.txt (every task), trace.json, and
+on GPUs the Triton source of the kernels with a runner."""
 
 from __future__ import annotations
 
@@ -6,28 +7,59 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mapper.backend import Artifact
+from mapper.errors import LoweringError
 from mapper.schedule.tables import Block, Schedule
 from mapper_gpu.columns import FIELDS
+
+NOTE = (
+    "Triton source: {} in {{folder}}; python {{folder}}/run.py holds it against onnxruntime, and times it on "
+    "a GPU (needs torch and triton)"
+)
 
 
 def artifacts(schedule: Schedule) -> Sequence[Artifact]:
     """All of them, from the schedule alone."""
     from mapper.report.perfetto import trace
 
+    source, reason = triton_source(schedule)
+    note = f"Triton source: none; {reason.removeprefix('gpu: ')}" if reason else ""
     return (
-        Artifact("kernels.txt", kernels(schedule).encode()),
+        Artifact("kernels.txt", kernels(schedule, reason).encode(), note),
         Artifact("tasks.txt", tasks(schedule).encode()),
         Artifact("trace.json", trace(schedule)),
+        *source,
     )
 
 
-def kernels(schedule: Schedule) -> str:
-    """The fused kernels of each block with tile, grid, bytes, time and what limits it."""
+def triton_source(schedule: Schedule) -> tuple[list[Artifact], str]:
+    """The kernels of each phase and run.py, or nothing and why."""
+    from mapper.machine import parse
+
+    if parse(schedule.machine_toml, schedule.machine).value("geometry.systolic"):
+        return [], f"{schedule.machine} is no GPU"
+    from mapper_gpu.triton_emit import environment, source
+
+    try:
+        found = [
+            Artifact(f"triton_{phase}.py", source(schedule, program.phase).text.encode())
+            for phase, program in schedule.programs.items()
+        ]
+    except LoweringError as error:
+        return [], str(error)
+    run = environment().get_template("run.py.j2").render().encode()
+    return [*found, Artifact("run.py", run, NOTE.format(", ".join(a.name for a in found)))], ""
+
+
+def kernels(schedule: Schedule, reason: str = "") -> str:
+    """The fused kernels of each block with tile, grid, bytes, time and what limits it; `reason`: why there is
+    no Triton source."""
     lines = [f"kernels on {schedule.chips} x {schedule.machine}, style {schedule.plan['style']}"]
     for phase, records in sorted(schedule.plan["blocks"].items()):
         for block, record in zip(schedule.programs[phase].blocks, records, strict=True):
             lines += ["", f"{phase}, block {block.name}, {block.repeat} times"]
             lines += [_kernel(k) for k in record["kernels"]]
+    if reason:
+        lines += ["", f"no Triton source: {reason}"]
     return "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,7 @@ class GpuBackend(ServingView):
     name: str = "gpu"
     summary: str = "GPUs and other HBM machines: fused kernels as tiles on SMs, tensor parallel over --chips"
     default_machine: str = "h100-sxm"
-    formats: tuple[str, ...] = ("f32", "bf16", "f16")
+    formats: tuple[str, ...] = ("f32", "bf16", "f16", "int8", "int8row", "int4", "f8e4m3", "mxfp4")
 
     def machine_files(self) -> Sequence[Path]:
         """The machine TOML files of this package."""
@@ -44,15 +44,15 @@ class GpuBackend(ServingView):
         suffices.
 
         Raises LoweringError, CapacityError, UsageError, UnsupportedModelError."""
-        from mapper_gpu.bounds import item_bytes
         from mapper_gpu.capacity import chips_for
-        from mapper_gpu.lower import format_of, lower
+        from mapper_gpu.lower import lower
+        from mapper_gpu.packed import form_of, item_bytes
 
         if request.speculative:
             raise LoweringError("gpu: speculative decoding is not scheduled yet")
-        form = format_of(graph, request.weights)
+        form = form_of(graph, request.weights, "tensor.f16" in machine.constants)
         graphs = serving_forms(graph, request)
-        chips = request.chips or chips_for(graphs, machine, item_bytes(graph, request))
+        chips = request.chips or chips_for(graphs, machine, item_bytes(form))
         with _without_collector():
             return lower(graphs, graph, machine, request, chips, form)
 
@@ -70,9 +70,9 @@ class GpuBackend(ServingView):
 
     def mutations(self) -> Sequence[Mutation]:
         """The target's own mutation operators."""
-        from mapper_gpu.mutate import MUTATIONS
+        from mapper_gpu import mutate, mutate_lowbit
 
-        return MUTATIONS
+        return (*mutate.MUTATIONS, *mutate_lowbit.MUTATIONS)
 
     def bounds(self, graph: Graph, machine: Machine, request: Request) -> Mapping[Phase, Sequence[Bound]]:
         """Memory, arithmetic and latency bounds, per phase."""

@@ -11,8 +11,8 @@ from mapper.ir.op import DataflowOp, tensor_type
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase, Request
 from mapper_gpu.capacity import chips_for
+from mapper_gpu.packed import form_of, held_bytes, item_bytes, turned_of
 
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 _PRODUCTS = {
     "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
     "packed_mlp": ("gate_up", "down"), "cached_latent_attention": ("weight",),
@@ -26,12 +26,13 @@ def bounds_of(
 
     Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value
     that the step sees. Both at the pins' rate. Of experts those are read that some token chooses where all
-    choices are equally likely. Products run at the dense peak of the weights' format."""
-    served, item = graphs[phase], item_bytes(source, request)
+    choices are equally likely. Products run at the dense peak of the format that they are computed in: with
+    low-bit weights that of the activations, 16 bits."""
+    form = form_of(source, request.weights, "tensor.f16" in machine.constants)
+    served, item = graphs[phase], item_bytes(form)
     chips = request.chips or chips_for(graphs, machine, item)
-    form = {4: "f32", 2: "bf16"}[item]
-    weights = item * sum(
-        s.count * sum(_weights(served, op) + _experts(served, op)[0] for op in s.ops)
+    weights = sum(
+        s.count * sum(_read(served, op, item) + _experts(served, op)[0] * item for op in s.ops)
         for s in served.sections()
     )
     state = 0
@@ -40,6 +41,7 @@ def bounds_of(
     flops = sum(
         s.count * sum(_flops(served, op) + _experts(served, op)[1] for op in s.ops) for s in served.sections()
     )
+    form = "f32" if form == "f32" else "bf16"
     rate = max(machine.value(k) for k in (f"tensor.{form}", "vector.f32") if k in machine.constants)
     hbm, kept = machine.value("memory.hbm.bandwidth"), machine.value("memory.l2.capacity")
     total = weights + state
@@ -61,16 +63,6 @@ def bounds_of(
     )
 
 
-def item_bytes(source: Graph, request: Request) -> int:
-    """Bytes of a stored weight: of the format asked for, or of most of the elements of the model."""
-    if request.weights is not None:
-        return _BYTES.get(request.weights, 2)
-    sizes: dict[str, int] = {}
-    for w in source.weights.values():
-        sizes[w.dtype] = sizes.get(w.dtype, 0) + w.elements
-    return _BYTES.get(max(sorted(sizes), key=lambda d: sizes[d]) if sizes else "f32", 4)
-
-
 def _weights(graph: Graph, op: DataflowOp) -> int:
     """Elements of the matrices that an op reads whole."""
     found = [graph.weight(op, name) for name in _PRODUCTS.get(op.mnemonic, ())]
@@ -85,6 +77,12 @@ def _experts(graph: Graph, op: DataflowOp) -> tuple[float, float]:
     count, tokens, chosen = found[0].shape[0], math.prod(op.operand_shape(0)[:-1]), op.operand_shape(1)[-1]
     each = sum(w.elements for w in found) // count
     return count * (1 - (1 - chosen / count) ** tokens) * each, 2.0 * tokens * chosen * each
+
+
+def _read(graph: Graph, op: DataflowOp, item: int) -> float:
+    """Bytes of the matrices that an op reads whole, low-bit ones as stored."""
+    found = ((graph.weight(op, n), turned_of(op, n)) for n in _PRODUCTS.get(op.mnemonic, ()))
+    return sum(held_bytes(w, item, turned) for w, turned in found if w is not None)
 
 
 def _flops(graph: Graph, op: DataflowOp) -> int:

@@ -11,6 +11,7 @@ from mapper.ir.op import tensor_type
 from mapper.ir.types import TensorType
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase
+from mapper_gpu.packed import held_bytes, used
 
 MOST_CHIPS = 64
 _TABLES = ("embed", "embed_at", "rope_at")
@@ -25,18 +26,18 @@ def chips_for(graphs: Mapping[Phase, Graph], machine: Machine, item: int) -> int
     first = next(iter(graphs.values()))
     tables = {op.attr("table") for op in first.ops() if op.mnemonic in _TABLES}
     shared = sum(w.elements for n, w in first.weights.items() if n in tables)
-    every = sum(w.elements for n, w in first.weights.items())
+    matrices = sum(held_bytes(w, item, turned) for n, w, turned in used(first) if n not in tables)
     heads = {op.attr("weight") for op in first.ops() if op.mnemonic == "lm_head"} & tables
-    split = every - shared + sum(first.weights[n].elements for n in heads)
+    split = matrices + item * sum(first.weights[n].elements for n in heads)
     states = [tensor_type(first.input_values[n]) for n in first.inputs_with_role("state")]
     values = sum(_values(g) for g in graphs.values())
     chips = 1
-    while _MARGIN * ((split / chips + _caches(states, chips) + shared) * item + values * 4) > room:
+    while _MARGIN * (split / chips + (_caches(states, chips) + shared) * item + values * 4) > room:
         chips *= 2
         if chips > MOST_CHIPS:
-            need = (split + _caches(states, 1)) * item
+            need = split + _caches(states, 1) * item
             raise CapacityError(
-                f"gpu: {need} bytes of weights and caches do not fit {MOST_CHIPS} x {machine.name}"
+                f"gpu: {need:.0f} bytes of weights and caches do not fit {MOST_CHIPS} x {machine.name}"
             )
     return chips
 

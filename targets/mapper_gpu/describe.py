@@ -31,7 +31,9 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
         "reads": list(k.reads),
         "stores": list(k.stores),
         "weights": [
-            {"name": w.label, "n": w.n, "k": w.k, "dtype": w.dtype, "split": w.split} for w in k.weights
+            {"name": w.label, "n": w.n, "k": w.k, "dtype": w.dtype, "split": w.split}
+            | ({} if w.low is None else {"stored": w.low.name, "bytes": w.bytes})
+            for w in k.weights
         ],
         "seconds": t.seconds,
         "tasks": t.tasks,

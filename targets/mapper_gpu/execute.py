@@ -19,10 +19,10 @@ from mapper.runtime.interface import Memories
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Int, Phase, Schedule
 from mapper.schedule.timeline import timeline
-from mapper_gpu import expert_ops, tile_ops
+from mapper_gpu import expert_ops, lowbit_ops, tile_ops
 
 Array = npt.NDArray[Any]
-NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64"}
+NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64", "u8": "uint8"}
 MEANINGS = tile_ops.MEANINGS | expert_ops.MEANINGS
 COORDINATES = slice(2, 8)
 """Where a task's coordinates are among its immediates; the first one is its program."""
@@ -31,7 +31,8 @@ LEAST = 19
 
 @dataclass(frozen=True)
 class Operand:
-    """An operand of a program: its element type and layout, and which rows and columns a task takes."""
+    """An operand of a program: its element type and layout, and which rows and columns a task takes. `bits`
+    is the size of packed elements (0: the type's own); a column stands for `per` columns of K."""
 
     dtype: np.dtype[Any]
     rows: int
@@ -40,7 +41,13 @@ class Operand:
     r: str
     c: Any
     chip: int
+    bits: int = 0
+    per: int = 1
     stack: int = 1
+
+    def span(self, columns: int) -> int:
+        """Bytes of some columns of one row."""
+        return lowbit_ops.row_bytes(columns, self.bits) if self.bits else columns * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ def parse(plan: Any, phase: str) -> list[Code]:
             o["r"],
             o["c"],
             int(o["chip"]),
+            int(o.get("bits", 0)),
+            max(1, int(o.get("per", 1))),
             int(o.get("stack", 1)),
         )
 
@@ -237,7 +246,7 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
         if o.c.startswith("head:"):
             depth, columns = (int(x) for x in o.c.split(":")[1:])
             head, each = n0 // columns, depth
-        c0, c1 = {"n": (n0, n1), "k": (k0, k1), "all": (0, o.width)}.get(
+        c0, c1 = {"n": (n0, n1), "k": (k0 // o.per, -(-k1 // o.per)), "all": (0, o.width)}.get(
             o.c, (head * each, (head + 1) * each)
         )
     else:
@@ -249,8 +258,8 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
     if o.r == "expert":
         return (r0, r1, c0, c1), [(0, o.stack * o.rows * o.width * item)]
     low, high = c0 // o.panel, -(-c1 // o.panel)
-    begin, end = (low * o.rows + r0) * o.panel, ((high - 1) * o.rows + r1) * o.panel
-    return (r0, r1, c0, c1), [(begin * item, (end - begin) * item)]
+    begin, end, row = low * o.rows + r0, (high - 1) * o.rows + r1, o.span(o.panel)
+    return (r0, r1, c0, c1), [(begin * row, (end - begin) * row)]
 
 
 def _runs(o: Operand, r0: int, r1: int, c0: int, c1: int, item: int) -> list[tuple[int, int]]:
@@ -296,11 +305,16 @@ def _read(task: Task, number: int, taken: Taken, memories: Memories) -> Array | 
         return _floats(flat.reshape(k1_of(r0, r1), o.panel))
     p, height = o.panel, r1 - r0
     panels = -(-c1 // p) - c0 // p
+    first = c0 - c0 // p * p
+    if o.bits:
+        row = o.span(p)
+        raw = np.lib.stride_tricks.as_strided(flat, (height, panels, row), (row, o.rows * row, 1))
+        codes = lowbit_ops.unpacked(raw, o.bits, p).reshape(height, panels * p)
+        return codes[:, first : first + c1 - c0]
     step = o.rows * p * o.dtype.itemsize
     strides = (step, p * o.dtype.itemsize, o.dtype.itemsize)
     blocks = np.lib.stride_tricks.as_strided(flat, (panels, height, p), strides)
     whole = blocks.transpose(1, 0, 2).reshape(height, panels * p)
-    first = c0 - c0 // p * p
     return _floats(whole[:, first : first + c1 - c0])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from mapper.backend import Finding
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase, Schedule
-from mapper_gpu.hardware import Gpu, gpu
+from mapper_gpu.hardware import Gpu, element_bytes, gpu
 from mapper_gpu.timing import lead_seconds
 
 READINGS = {"bf16": "bf16 dense", "fp8": "fp8 dense", "fp4": "fp4 dense", "f32": "f32"}
@@ -28,6 +28,7 @@ def explain(schedule: Schedule, machine: Machine) -> Mapping[Phase, Sequence[Fin
             _parts(schedule, phase, chip, seconds),
             _kernels(schedule, phase, chip),
             *_experts(schedule, phase),
+            *_stored(schedule, phase, chip),
         )
     return found
 
@@ -135,3 +136,26 @@ def _experts(schedule: Schedule, phase: str) -> tuple[Finding, ...]:
 def _waves(kernel: Any, chip: Gpu) -> float:
     """Tasks over SMs: 3.1 waves take as long as 4 where bandwidth does not smooth the last."""
     return float(np.round(kernel["tasks"] / chip.sms, 2))
+
+
+def _stored(schedule: Schedule, phase: str, chip: Gpu) -> Iterator[Finding]:
+    """Low-bit weights: what they take in memory, and what products with them are computed in."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for block, record in zip(schedule.programs[phase].blocks, schedule.plan["blocks"][phase], strict=True):
+        for k in record["kernels"]:
+            for w in k["weights"]:
+                if "stored" in w:
+                    sums = found.setdefault((w["stored"], w["dtype"]), [0.0, 0.0])
+                    sums[0] += block.repeat * w["n"] * w["k"]
+                    sums[1] += block.repeat * w["bytes"]
+    if not found:
+        return
+    native = sorted({"fp8", "int8", "fp4"} & set(chip.tensor))
+    idle = f"; the {', '.join(native)} rates of this machine are not used" if native else ""
+    rows = tuple(
+        (stored, size / 1e6, 8 * size / elements, elements * element_bytes(form) / 1e6, f"{form} x {form}")
+        for (stored, form), (elements, size) in sorted(found.items())
+    )
+    columns = ("stored", "MB", "bits/weight", "MB in operand type", "products")
+    title = f"low-bit weights (of one chip): decoded by each tile, activations are not quantised{idle}"
+    yield Finding(title, columns, rows)

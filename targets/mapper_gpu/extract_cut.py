@@ -23,8 +23,8 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass
 class Source:
-    """The linear behind cut columns: x, its weight and bias, its row of the ops table, pieces made so far by
-    their columns."""
+    """The linear behind cut columns: x, its weight and bias, its row of the ops table and its op, pieces made
+    so far by their columns."""
 
     x: str
     symbol: str
@@ -32,6 +32,7 @@ class Source:
     bias: Any
     width: int
     row: int
+    op: DataflowOp | None
     made: dict[tuple[int, ...], str] = field(default_factory=dict)
 
 
@@ -47,7 +48,7 @@ class Cut:
 
 def cut(c: Extractor, x: str, symbol: str, turned_: bool, bias: Any, width: int) -> View:
     """The view of a whole linear that is about to be cut."""
-    return View("", "cut", Cut(Source(x, symbol, turned_, bias, width, c.row), np.arange(width)))
+    return View("", "cut", Cut(Source(x, symbol, turned_, bias, width, c.row, c.op), np.arange(width)))
 
 
 def is_cut(op: DataflowOp) -> bool:
@@ -146,12 +147,12 @@ def made(c: Extractor, view: View) -> View:
     source, ids = of.source, of.ids
     key = (ids.shape[-1] if ids.ndim == 2 else 0, *ids.reshape(-1).tolist())
     if key not in source.made:
-        before, c.row = c.row, source.row
+        before, c.row, c.op = (c.row, c.op), source.row, source.op
         pick = pick_of(ids.reshape(-1), source.width)
         first = 0 if pick is not None else int(ids.reshape(-1)[0])
         weight = c.matrix(source.symbol, source.turned, first, ids.size, pick)
         source.made[key] = c.linear(source.x, weight, source.bias, "linear", first, pick)
-        c.row = before
+        c.row, c.op = before
     name = source.made[key]
     form = "rows" if ids.ndim == 1 else "turned" if of.turned else "heads"
     if ids.ndim > 2:

@@ -27,6 +27,8 @@ def _latent(c: Extractor, op: DataflowOp) -> None:
     if nope is None or rotated is None or c.values[nope.name].width != heads * plain:
         c.fail(f"queries of {wide} columns that are not {plain} and {rope} columns side by side")
     turned, symbol = not op.attr("transposed"), op.attr("weight")
+    if c.known(symbol).packing is not None:
+        c.fail("latent attention in low bits")
     before, through = c.rows[c.row]["weight_bytes"], plain + value
     keys = Matrix(symbol, heads * rank, plain, c.form, turned=turned, flipped=rank,
                   pick=Pick(through, tuple(range(plain))))  # fmt: skip

@@ -122,6 +122,8 @@ def _stack(
 ) -> Matrix:  # fmt: skip
     """The weights [n, k] of all experts; `turned` where each is stored as [k, n]."""
     weight = c.known(symbol)
+    if weight.packing is not None:
+        c.fail("experts in low bits")
     n, k = weight.shape[1:][::-1] if turned else weight.shape[1:]
     rows = count or n
     # at least one token's experts are read, whatever the routing

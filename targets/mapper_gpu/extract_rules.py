@@ -40,8 +40,6 @@ def _embed_at(c: Extractor, op: DataflowOp) -> None:
 
 @rule("linear", "lm_head")
 def _linear(c: Extractor, op: DataflowOp) -> None:
-    if op.attr("round_block"):
-        c.fail("activations rounded in blocks")
     x = c.view(op.operands[0], "rows")
     symbol, turned = op.attr("weight"), not op.attr("transposed")
     bias = c.vector(op.attr("bias"), "n")
@@ -141,8 +139,6 @@ def constant(c: Extractor, name: str, array: Array) -> dict[str, Any]:
 
 @rule("gated_mlp", "mlp", "packed_mlp")
 def _mlp(c: Extractor, op: DataflowOp) -> None:
-    if op.attr("round_block"):
-        c.fail("activations rounded in blocks")
     x, act = c.view(op.operands[0], "rows").name, op.attr("act")
     turned = {n: not op.attr(f"{n}_transposed") for n in op.weights() if not n.endswith("bias")}
     if op.mnemonic == "packed_mlp":

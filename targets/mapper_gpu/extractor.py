@@ -17,8 +17,8 @@ from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.sections import Section as GraphSection
 from mapper.ir.types import numpy_dtype
 from mapper.ir.weights import WeightSymbol
-from mapper_gpu.hardware import element_bytes
 from mapper_gpu.nodes import Matrix, Node, Pick, Section, Value
+from mapper_gpu.packed import packed_of
 
 Shape = tuple[int, ...]
 
@@ -259,20 +259,35 @@ class Extractor:
         weight = self.known(symbol)
         n, k = weight.shape[::-1] if turned else weight.shape
         rows = count or n
-        self.rows[self.row]["weight_bytes"] += int(rows * k * element_bytes(self.form))
-        self.rows[self.row]["flops"] += 2 * self.height * rows * k
         of = 0 if rows == n or pick is not None else n
-        return Matrix(symbol, rows, k, self.form, first=first, of=of, turned=turned, pick=pick)
+        made = Matrix(
+            symbol, rows, k, self.form, first=first, of=of, turned=turned, pick=pick,
+            low=packed_of(weight, turned),
+        )  # fmt: skip
+        if pick is not None and made.low is not None:
+            self.fail("rows of a low-bit weight in another order")
+        self.rows[self.row]["weight_bytes"] += int(made.bytes)
+        self.rows[self.row]["flops"] += 2 * self.height * rows * k
+        return made
 
     def linear(
         self, x: str, weight: Matrix, bias: Mapping[str, Any] | None, name: str, first: int = 0,
         pick: Pick | None = None,
     ) -> str:  # fmt: skip
-        out = self.add("linear", [x], self.fresh(weight.n), [weight], name=name)
+        block = self.rounding(weight)
+        rounding = {"round": block} if block else {}
+        out = self.add("linear", [x], self.fresh(weight.n), [weight], name=name, **rounding)
         if bias is None:
             return out
         part = {**bias, "first": first, "length": weight.n} | ({} if pick is None else {"pick": pick})
         return self.add("point", [out], self.fresh(weight.n), fn="bias", vector=part, name="bias")
+
+    def rounding(self, weight: Matrix) -> int:
+        """Columns of x that the op rounds to 8 bits together (0: it does not)."""
+        block = int(self.op.attr("round_block")) if self.op is not None else 0
+        if block and (weight.low is None or weight.low.block != block):
+            self.fail(f"activations rounded in blocks of {block} beside weights without such blocks")
+        return block
 
     def constant(self, ssa: SSAValue) -> Any:
         """The array of a constant operand, or None."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 from mapper_gpu import flash, programs
 from mapper_gpu.collective import GATHER, ONE_SHOT
 from mapper_gpu.flash import pieces
 from mapper_gpu.grid_experts import expert_tasks, route_task
-from mapper_gpu.hardware import ENGINES, Gpu, element_bytes
-from mapper_gpu.kernel import Branch, Kernel, attention_of
+from mapper_gpu.hardware import ENGINES, Gpu
+from mapper_gpu.kernel import Branch, Kernel, attention_of, product_of
 from mapper_gpu.nodes import HEADS, Section
-from mapper_gpu.product import STAGES, STEP_BYTES, Tile, lane_width
+from mapper_gpu.product import STAGES, Product, Tile, lane_width, stage_bytes, unpacking
 from mapper_gpu.programs import Builder, Columns
 from mapper_gpu.storage import Storage
 from mapper_gpu.timing import LINK, MERGE, NONE
@@ -111,7 +111,7 @@ class Maker:
             mine = [self.keep(b) for b in main]
             lanes.append((branch, lane_width(branch.lane, tile.n), main, merge, mine))
         kept = [self.keep(m) if m else -1 for _, _, _, m, _ in lanes]
-        rows = self._rows_of(kernel)
+        rows, product = self._rows_of(kernel), product_of(self.section, kernel.nodes)
         heads = self.section.nodes[kernel.branches[0].linears[0]].attr("heads", 1)
         walk = _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes], heads)
         for join, (m0, m1, lane, n0, n1) in enumerate(walk):
@@ -120,11 +120,12 @@ class Maker:
             k = node.weights[0].k
             for j in range(tile.splits):
                 at = (m0, m1, n0, n1, j * k // tile.splits, (j + 1) * k // tile.splits)
-                grid.tasks.append(self._product_task(main[j], mine[j], at, branch, tile, join))
+                grid.tasks.append(self._product_task(main[j], mine[j], at, branch, tile, join, product))
             if merge is not None:
                 at = (m0, m1, n0, n1, 0, k)
                 task = self.task(merge, kept[lane], "product_merge", at, node.op)
                 task.lead, task.stage, task.join = MERGE, 1, join
+                task.near = self._moved(merge, at)
                 grid.tasks.append(task)
         self._shares(grid)
 
@@ -164,12 +165,12 @@ class Maker:
         return main, merge
 
     def _product_task(
-        self, b: Builder, program: int, at: Coordinates, branch: Branch, tile: Tile, join: int
-    ) -> Task:
+        self, b: Builder, program: int, at: Coordinates, branch: Branch, tile: Tile, join: int,
+        product: Product,
+    ) -> Task:  # fmt: skip
         nodes = self.section.nodes
         m0, m1, n0, n1, k0, k1 = at
         task = self.task(b, program, "product", at, nodes[branch.linears[0]].op)
-        w = nodes[branch.linears[0]].weights[0]
         engine = ENGINES.index(tile.engine)
         wide, short = self.gpu.mma[:2] if tile.engine != "vector" else (1, 1)
         if self.gpu.systolic and tile.engine != "vector":
@@ -177,12 +178,13 @@ class Maker:
         columns = branch.lane.mats * (n1 - n0)
         padded = -(-(m1 - m0) // short) * short * -(-columns // wide) * wide
         task.work, task.engine = 2.0 * padded * (k1 - k0), engine
+        task.work += unpacking(self.gpu, product.low, tile.engine, columns * (k1 - k0))
         task.flops = 2.0 * (m1 - m0) * columns * (k1 - k0)
-        weights = columns * (k1 - k0) * element_bytes(w.dtype)
+        weights = columns * (k1 - k0) * product.stored
         task.near = weights + (m1 - m0) * (k1 - k0) * 4.0
         task.far = weights
         task.lead, task.join = NONE, join if tile.splits > 1 else -1
-        stage = STAGES * STEP_BYTES * (columns + (m1 - m0))
+        stage = STAGES * stage_bytes(product, columns, m1 - m0)
         task.pages = max(1, math.ceil(stage / self.gpu.page))
         return task
 
@@ -191,14 +193,18 @@ class Maker:
         timed = grid.kernel.timed
         main = [t for t in grid.tasks if t.stage == 0]
         loaded = sum(t.near for t in main)
-        merges = [t for t in grid.tasks if t.stage]
-        moved = sum(n for t in merges for _, _, _, n in (*t.reads, *t.writes))
-        near = max(0.0, timed.near - moved)
+        near = max(0.0, timed.near - sum(t.near for t in grid.tasks if t.stage))
         for t in main:
             share = t.near / loaded
             t.far, t.near = timed.far * share, near * share
-        for t in merges:
-            t.near = float(sum(n for _, _, _, n in (*t.reads, *t.writes)))
+
+    def _moved(self, b: Builder, at: Coordinates) -> float:
+        """Bytes of a merge's operands by rows, and of the rows that it appends to a cache. Vectors and the
+        row of a table that it takes are small beside them."""
+        runs = [self._read(s, r, c, at) for s, r, c, _ in b.sources if r == "m"]
+        runs += [self._write(s, r, c, at) for s, r, c in b.targets if r == "m"]
+        rows = sum((at[1] - at[0]) * (at[3] - at[2]) * s.item for s, r, _ in b.targets if r == "cache")
+        return float(rows + sum(n for part in runs for _, n in part))
 
     # attention -----------------------------------------------------------------------------------
 
@@ -387,7 +393,7 @@ class Maker:
             h, group = n0 // (n1 - n0), (n1 - n0) // node.attr("value_dim")
             each = {"q": node.attr("dim") * group, "stats": 2 * group, "groups": group}[c]
             return h * each, (h + 1) * each
-        return {"n": (n0, n1), "k": (k0, k1), "all": (0, s.width)}[c]
+        return {"n": (n0, n1), "k": (k0 // s.per, -(-k1 // s.per)), "all": (0, s.width)}[c]
 
     def _cache(self, s: Storage, c: Columns, at: Coordinates) -> list[tuple[int, int]]:
         """Runs of a cache [heads, batch, positions, elements]: whole rows of the heads and sequences of a
@@ -417,7 +423,7 @@ def _walk(
     for at in range(0, len(starts), tile.band):
         band = starts[at : at + tile.band]
         for lane, (n, width) in enumerate(lanes):
-            for head, n0 in product(range(heads), range(0, n, width)):
+            for head, n0 in itertools.product(range(heads), range(0, n, width)):
                 for m0 in band:
                     last = min(n, n0 + width)
                     yield m0, min(rows, m0 + tile.m), lane, head * n + n0, head * n + last

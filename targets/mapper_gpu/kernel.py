@@ -5,6 +5,7 @@ This is the typed plan that lowering, the model and code emission share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ from mapper_gpu.flash import Attention, Split
 from mapper_gpu.fuse import Group, fuse
 from mapper_gpu.hardware import COMPUTE, ENGINES, Gpu, element_bytes
 from mapper_gpu.nodes import HEADS, HEAVY, Node, Section, Value
-from mapper_gpu.product import Lane, Product, Tile, Timed
+from mapper_gpu.packed import OPERATIONS
+from mapper_gpu.product import Lane, Low, Product, Tile, Timed
 from mapper_gpu.timing import grid_seconds
 
 if TYPE_CHECKING:
@@ -251,8 +253,24 @@ def product_of(section: Section, nodes: Sequence[int]) -> Product:
         rows=first.attr("rows", x.rows), k=w.k, lanes=tuple(b.lane for b in branches),
         element=element_bytes(w.dtype), operand=element_bytes(entering[0].dtype), engine=COMPUTE[w.dtype],
         groups=w.count * first.attr("heads", 1), out=out, extra=extra, prologue=norms * NORM_OPERATIONS,
-        whole_rows=bool(norms),
+        whole_rows=bool(norms), low=_low([section.nodes[i].weights[0] for b in branches for i in b.linears]),
     )  # fmt: skip
+
+
+def _low(weights: Sequence[Matrix]) -> Low | None:
+    """What a product has to know of weights that are stored in low bits; those of different formats are
+    taken at their mean."""
+    packed = [w.low for w in weights if w.low is not None]
+    if not packed:
+        return None
+    elements = sum(w.n * w.k for w in weights)
+    coded = sum(w.n * w.k for w in weights if w.low is not None)
+    return Low(
+        element=sum(w.n * w.k * w.element for w in weights) / elements,
+        grain=math.lcm(*(p.grain for p in packed)),
+        block=max(p.block for p in packed),
+        unpack=OPERATIONS * coded / elements,
+    )
 
 
 def _product(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mapper.errors import CapacityError, LoweringError, UsageError
+from mapper.errors import CapacityError, LoweringError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
 from mapper.schedule.tables import (
@@ -404,20 +404,3 @@ def _kv_heads(item: Lowered, cache: str) -> int:
 
 def _buffers(s: Storage, chips: int) -> tuple[int, ...]:
     return tuple(range(s.first, s.first + chips))
-
-
-def format_of(graph: Graph, asked: str | None) -> str:
-    """The weight format: the one asked for, or that in which the model's file holds most of its elements.
-
-    Raises UsageError for a format that is not executed."""
-    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", None: None}
-    form = names.get(asked, asked)
-    if form is None:
-        sizes: dict[str, int] = {}
-        for w in graph.weights.values():
-            sizes[w.dtype] = sizes.get(w.dtype, 0) + w.elements
-        form = max(sorted(sizes), key=lambda d: sizes[d]) if sizes else "f32"
-        form = form if form in ("f32", "bf16", "f16") else "f32"
-    if form not in ("f32", "bf16", "f16"):
-        raise UsageError(f"gpu: weights {form!r} are not supported yet; it has f32, bf16 and f16")
-    return form

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mapper_gpu.hardware import element_bytes
+from mapper_gpu.packed import Packed
 
 EXPERTS = ("expert_up", "expert_down")
 """Products of the experts that tokens chose (see extract_moe)."""
@@ -62,7 +63,8 @@ class Matrix:
     `split` is the axis that tensor parallelism cuts: "n", "k" or "" for a copy on every chip; `copies` chips
     in a row hold the same part. `first` and `of` say that these are rows first .. first + n of a stored
     weight of `of` rows (0: all of it); `pick` that they are rows of all of it in another order,
-    and `flipped` that each group of these is transposed, to as many rows.
+    and `flipped` that each group of these is transposed, to as many rows. `low` says how it is stored in low
+    bits; `dtype` is then what products are computed in.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Matrix:
     copies: int = 1
     pick: Pick | None = None
     flipped: int = 0
+    low: Packed | None = None
 
     @property
     def label(self) -> str:
@@ -87,14 +90,19 @@ class Matrix:
         return f"{self.name}[{self.first}]" if self.of else self.name
 
     @property
+    def element(self) -> float:
+        """Bytes of an element as stored, with its share of scales and zero points."""
+        return element_bytes(self.dtype) if self.low is None else self.low.row_bytes(self.k) / self.k
+
+    @property
     def bytes(self) -> float:
         """Bytes that a step reads."""
-        return float(self.count * self.n * self.k * element_bytes(self.dtype))
+        return float(self.count * self.n * self.k * self.element)
 
     @property
     def stored(self) -> float:
         """Bytes that it takes in memory."""
-        return float(self.total * self.n * self.k * element_bytes(self.dtype))
+        return float(self.total * self.n * self.k * self.element)
 
 
 @dataclass(frozen=True)

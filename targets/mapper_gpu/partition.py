@@ -85,7 +85,7 @@ class _Part:
             node = replace(node, weights=parts, attrs=_vectors(node.attrs, self.chips, 1))
             self.sharded.add(node.output)
         elif node.kind in ("linear", "expert_down") and sharded and w is not None:
-            node = replace(node, weights=(replace(w, k=_part(w.k, self.chips, node), split="k"),))
+            node = replace(node, weights=(_along_k(w, self.chips, node),))
             self.partial[node.output] = node.op
         elif node.kind == "attention":
             node = replace(node, attrs=_heads(node, self.chips))
@@ -161,6 +161,17 @@ def _part(size: int, chips: int, node: Node) -> int:
     if size % chips:
         raise LoweringError(f"gpu: {node.attr('name')}: {size} columns do not divide among {chips} chips")
     return size // chips
+
+
+def _along_k(w: Matrix, chips: int, node: Node) -> Matrix:
+    """A chip's columns of K, whole blocks where these share a scale."""
+    k = _part(w.k, chips, node)
+    if w.low is not None and k % w.low.whole:
+        raise LoweringError(
+            f"gpu: {node.attr('name')}: {chips} chips would cut the blocks of {w.low.block} along its "
+            f"{w.k} columns"
+        )
+    return replace(w, k=k, split="k")
 
 
 def _heads(node: Node, chips: int) -> Mapping[str, object]:

@@ -38,11 +38,23 @@ class Lane:
 
 
 @dataclass(frozen=True)
+class Low:
+    """Weights that are stored in low bits: bytes of one as stored, `grain` columns of K that stay in one
+    tile, columns per scale, and vector operations that make an operand of the tensor core of one."""
+
+    element: float
+    grain: int
+    block: int
+    unpack: float
+
+
+@dataclass(frozen=True)
 class Product:
     """What a product kernel has to do on one chip: `groups` independent products of `rows` rows.
 
-    `element` and `operand` are bytes of a weight and of an element of x, `out` those of a stored result,
-    `extra` bytes that the epilogue reads and writes beside the results, `engine` the format of the products.
+    `element` and `operand` are bytes of a weight, as the products take it, and of an element of x, `out`
+    those of a stored result, `extra` bytes that the epilogue reads and writes beside the results, `engine`
+    the format of the products; `low` says how weights are stored where that is in low bits.
     `prologue` is the operations per element of x that every task repeats.
     """
 
@@ -57,6 +69,12 @@ class Product:
     extra: float = 0.0
     prologue: float = 0.0
     whole_rows: bool = False
+    low: Low | None = None
+
+    @property
+    def stored(self) -> float:
+        """Bytes of a weight in memory."""
+        return self.element if self.low is None else self.low.element
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,7 @@ def measure(gpu: Gpu, p: Product, tile: Tile) -> Timed:
     down = math.ceil(p.rows / tile.m)
     tasks = p.groups * down * across * tile.splits
     mats = sum(lane.n * lane.mats for lane in p.lanes)
-    weights = mats * p.k * p.element
+    weights = mats * p.k * p.stored
     rows = p.rows * p.k * p.operand
     far = p.groups * traffic(rows, weights, (down, across), min(tile.band, down), 0.8 * gpu.l2)
     wide = weights / across / tile.splits
@@ -127,6 +145,7 @@ def measure(gpu: Gpu, p: Product, tile: Tile) -> Timed:
     near = max(0.0, loaded - far) + stored + partial
     padded = _padded(gpu, p, tile)
     work = 2.0 * p.groups * padded * p.k
+    work += p.groups * unpacking(gpu, p.low, tile.engine, down * mats * p.k)
     engine = ENGINES.index(tile.engine)
     body = grid_seconds(gpu, tasks, far / tasks, near / tasks, work / tasks, engine)
     prologue = p.prologue * read / p.operand / gpu.rate("vector") if p.prologue else 0.0
@@ -157,6 +176,21 @@ def _padded(gpu: Gpu, p: Product, tile: Tile) -> float:
     return rows * total
 
 
+def unpacking(gpu: Gpu, low: Low | None, engine: str, weights: float) -> float:
+    """Operations of `engine` that take as long as making operands of `weights` low-bit weights: the warps
+    that do it then issue the products, so that the two do not overlap."""
+    return 0.0 if low is None else low.unpack * weights * gpu.rate(engine) / gpu.rate("vector")
+
+
+def stage_bytes(p: Product, columns: int, rows: int) -> float:
+    """Shared memory of one stage of the pipeline: STEP_BYTES of each row of x and of each weight; of low-bit
+    weights as many as stored, whole blocks (their operands are made in registers)."""
+    if p.low is None:
+        return STEP_BYTES * (columns + rows)
+    deep = max(STEP_BYTES / p.element, p.low.block)
+    return deep * (columns * p.low.element + rows * p.element)
+
+
 def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
@@ -178,8 +212,7 @@ def fits(gpu: Gpu, p: Product, tile: Tile) -> bool:
     """Whether a tile's stages fit shared memory and its accumulators half of the registers."""
     widest = max(lane_width(lane, tile.n) * lane.mats for lane in p.lanes)
     m = min(tile.m, _up(p.rows, gpu.mma[1]))
-    stage = STEP_BYTES * (widest + m)
-    return STAGES * stage <= gpu.shared and 4 * m * widest <= gpu.registers / 2
+    return STAGES * stage_bytes(p, widest, m) <= gpu.shared and 4 * m * widest <= gpu.registers / 2
 
 
 def candidates(gpu: Gpu, p: Product) -> Iterator[Tile]:
@@ -191,6 +224,7 @@ def candidates(gpu: Gpu, p: Product) -> Iterator[Tile]:
     if p.rows <= 4 and "vector" not in engines and p.engine != "fp4":
         engines.append("vector")
     grain = max(1, int(gpu.mma[2] / p.element))
+    grain = grain if p.low is None else math.lcm(grain, p.low.grain)
     heights = [m for m in TILE_ROWS if m >= p.rows][:1] if p.rows <= 64 else TILE_ROWS[3:]
     for m in heights:
         bands = (1, 4, 16) if p.rows > m else (1,)

@@ -6,7 +6,8 @@ source code is emitted from. As JSON, in the schedule's plan:
 
     {"kind": ..., "reads": [operand...], "writes": [operand...], "code": [[instruction, ...]...]}
     operand: {"value", "dtype", "rows", "width", "panel", "r": "m" | "n" | "all", "c": "k" | "n" | "all" |
-    "q" ...}"""
+    "q" ...}; of a part of a low-bit weight also "bits" of its packed elements (0: whole ones) and "per", the
+    columns of K that one of its columns stands for"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mapper_gpu.nodes import Node, Section
+from mapper_gpu.nodes import Matrix, Node, Section
 from mapper_gpu.storage import Storage
 
 Json = Any
@@ -80,6 +81,7 @@ class Builder:
 
 
 def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
+    packed = {"bits": s.bits, "per": s.per} if s.bits or s.per > 1 else {}
     return {
         "value": s.name,
         "dtype": s.dtype,
@@ -90,6 +92,7 @@ def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
         "r": r,
         "c": c,
         "chip": chip,
+        **packed,
     }
 
 
@@ -177,6 +180,18 @@ def run_nodes(b: Builder, nodes: Sequence[int], c: str) -> None:
         b.node(b.section.nodes[i], c)
 
 
+def _weight(b: Builder, w: Matrix, i: int) -> str:
+    """A register with the operand [n, k] of the tensor core: read, or made from its parts."""
+    if w.low is None:
+        return b.read(w.label, "n", "k", f"w{i}")
+    parts = {p.name: b.read(f"{w.label}.{p.name}", "n", "k" if p.per else "all", f"w{i}.{p.name}")
+             for p in w.low.parts}  # fmt: skip
+    made = b.register(f"{w.label}.operand{i}")
+    b.emit("dequantise", made, parts["values"], parts["scales"], parts.get("zeros"), w.low.kind, w.low.bits,
+           w.low.block, w.low.scale, w.dtype)  # fmt: skip
+    return made
+
+
 def product_program(
     b: Builder,
     prologue: Sequence[int],
@@ -201,7 +216,14 @@ def product_program(
         heads = nodes[i].attr("heads", 0)
         w = nodes[i].weights[0]
         source = made or b.read(x, "m", f"head:{w.k}:{w.n // heads}" if heads else "k")
-        weight = b.read(nodes[i].weights[0].label, "n", "k", f"w{i}")
+        block = nodes[i].attr("round", 0)
+        if block:
+            rounded = f"={x}/round"
+            if rounded not in b.registers:
+                b.registers[rounded] = f"r{len(b.registers)}"
+                b.emit("round_blocks", b.registers[rounded], source, block)
+            source = b.registers[rounded]
+        weight = _weight(b, w, i)
         b.emit("matmul", b.register(nodes[i].output), source, weight, nodes[i].weights[0].dtype)
     if not split:
         run_nodes(b, epilogue, "n")
@@ -249,8 +271,8 @@ def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: 
         a["softcap"],
     ]
     out, stats = b.register(node.output), b.register(f"{node.output}.stats")
-    slopes = None if a["slopes"] is None else b.read(vector_name(a["slopes"]), "all", "groups")
-    b.emit("attend", out, stats, q, k, v, past, *numbers, slopes)
+    slopes = [] if a["slopes"] is None else [b.read(vector_name(a["slopes"]), "all", "groups")]
+    b.emit("attend", out, stats, q, k, v, past, *numbers, *slopes)
     if partial is None:
         sinks = None if a["sinks"] is None else b.read(vector_name(a["sinks"]), "all", "groups")
         b.emit("finish", out, out, stats, sinks)

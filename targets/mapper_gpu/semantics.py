@@ -14,7 +14,7 @@ from mapper.errors import ExecutionFault
 from mapper.runtime.written import require_written
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Phase, Port, Schedule
-from mapper_gpu import execute
+from mapper_gpu import execute, lowbit_ops
 
 Array = npt.NDArray[Any]
 
@@ -23,8 +23,9 @@ class GpuSemantics:
     """See mapper.backend.Semantics.
 
     Layouts: "copies" (the array in C order on every chip), "panels" ([rows, width] as width/panel blocks,
-    cut among chips along n or k, or copied), "stack" ([experts, n, k] in C order, cut likewise), "cache"
-    ([heads, batch, positions, elements], heads cut among chips)."""
+    cut among chips along n or k, or copied; with "bits" the array's rows are `columns` packed elements (an
+    element each where "loose"), and a panel's rows are packed too), "stack" ([experts, n, k] in C order, cut
+    likewise), "cache" ([heads, batch, positions, elements], heads cut among chips)."""
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
         """Write the array into the buffers of all chips."""
@@ -74,12 +75,19 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
         return
     if layout["kind"] != "panels" or array.ndim != 2:
         raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")
+    bits = int(layout.get("bits", 0))
+    if bits:
+        columns = int(layout["columns"])
+        if bits not in (2, 4, 8):
+            raise ExecutionFault(f"port {port.name}: elements of {bits} bits")
+        array = array if layout.get("loose") else lowbit_ops.unpacked(array, bits, columns)
     axis = {"n": 0, "k": 1, "": None}[layout["split"]]
     if axis == 0 and array.shape[0] == 1:
         axis = 1
     panel = int(layout["panel"])
     for piece in _cut(array, axis, count, int(layout.get("copies", 1))):
-        yield piece.reshape(piece.shape[0], -1, panel).transpose(1, 0, 2)
+        blocks = piece.reshape(piece.shape[0], -1, panel).transpose(1, 0, 2)
+        yield lowbit_ops.packed(blocks, bits) if bits else blocks
 
 
 def _cut(array: Array, axis: int | None, count: int, copies: int) -> list[Array]:

@@ -2,7 +2,8 @@
 
 A panel layout keeps a [rows, width] array as width/panel blocks of [rows, panel], so that a tile of whole
 panels and all rows is one run of bytes; panel = width is row-major. Weights [n, k] are the same with rows n
-and columns k. A cache is [heads, batch, positions, elements]."""
+and columns k, or columns of blocks of K: the parts of a low-bit weight, whose elements may be packed, a row
+of a panel to whole bytes. A cache is [heads, batch, positions, elements]."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ from mapper_gpu.hardware import element_bytes
 
 ALIGN = 256
 """Bytes: every buffer starts at a multiple (cudaMalloc's own alignment)."""
-NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64"}
+NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64", "u8": "uint8"}
 """Storage formats that can be executed, and their NumPy names."""
 
 
 @dataclass(eq=False)
 class Storage:
     """One value on every chip: the same number of bytes at the same offset, one buffer per chip. `count`
-    arrays [rows, width] behind each other are a stack, of which a task reads what its data says."""
+    arrays [rows, width] behind each other are a stack, of which a task reads what its data says.
+
+    `bits` is the size of packed elements (0: `dtype`'s own); a column stands for `per` columns of K."""
 
     name: str
     rows: int
@@ -32,6 +35,8 @@ class Storage:
     first: int = -1
     offset: int = -1
     count: int = 1
+    bits: int = 0
+    per: int = 1
 
     def __post_init__(self) -> None:
         self.panel = self.panel or self.width
@@ -39,20 +44,24 @@ class Storage:
     @property
     def item(self) -> int:
         """Bytes of an element."""
-        return 8 if self.dtype == "i64" else int(element_bytes(self.dtype))
+        return {"i64": 8, "u8": 1}.get(self.dtype) or int(element_bytes(self.dtype))
+
+    def span(self, columns: int) -> int:
+        """Bytes of some columns of one row."""
+        return -(-columns * self.bits // 8) if self.bits else columns * self.item
 
     @property
     def bytes(self) -> int:
         """Bytes on one chip."""
-        return self.count * self.rows * self.width * self.item
+        return self.count * self.rows * (self.width // self.panel) * self.span(self.panel)
 
     def cover(self, r0: int, r1: int, c0: int, c1: int) -> tuple[int, int]:
         """(offset, bytes) of the shortest run that holds rows r0..r1-1 of the panels with columns
         c0..c1-1."""
         low, high = c0 // self.panel, -(-c1 // self.panel)
-        begin = (low * self.rows + r0) * self.panel
-        end = ((high - 1) * self.rows + r1) * self.panel
-        return begin * self.item, (end - begin) * self.item
+        begin, end = low * self.rows + r0, (high - 1) * self.rows + r1
+        row = self.span(self.panel)
+        return begin * row, (end - begin) * row
 
     def runs(self, r0: int, r1: int, c0: int, c1: int) -> list[tuple[int, int]]:
         """(offset, bytes) of the runs that hold exactly rows r0..r1-1 and columns c0..c1-1: whole panels,

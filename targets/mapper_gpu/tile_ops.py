@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.schedule.dtypes import dtype
+from mapper_gpu import lowbit_ops
 
 if TYPE_CHECKING:
     from mapper_gpu.execute import Task
@@ -159,7 +160,7 @@ def _gate(task: Task, r: Registers, out: str, act: str, gate: str, up: str) -> N
 
 def _attend(
     task: Task, r: Registers, out: str, stats: str, q: str, k: str, v: str, past: str, dim: int, value: int,
-    group: int, tokens: int, window: int, scale: float, softcap: float, slopes: str | None,
+    group: int, tokens: int, window: int, scale: float, softcap: float, slopes: str | None = None,
 ) -> None:  # fmt: skip
     """out [rows, group * value]: unnormalised; stats [rows, 2 * group]: maxima, then sums, of this
     stretch."""
@@ -244,6 +245,7 @@ MEANINGS: dict[str, Callable[..., None]] = {
     "embed": _embed, "positions": _positions, "norm": _norm, "rope": _rope, "columns": _columns,
     "matmul": _matmul, "sum": _sum, "concat": _concat, "point": _point, "gate": _gate, "attend": _attend,
     "attend_latent": _attend_latent,
-    "merge": _merge, "finish": _finish,
+    "merge": _merge, "finish": _finish, "dequantise": lowbit_ops.dequantise,
+    "round_blocks": lowbit_ops.round_blocks,
 }  # fmt: skip
 """Instruction name -> what it does to a task's registers."""

@@ -4,6 +4,7 @@ chip."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from mapper.schedule.tables import Port
 from mapper_gpu.extractor import Extracted
 from mapper_gpu.kernel import Kernel
 from mapper_gpu.nodes import EXPERTS, Matrix, Node, Pick
+from mapper_gpu.packed import INTEGERS, Part
 from mapper_gpu.programs import vector_name
 from mapper_gpu.storage import NUMPY, Memory, Storage
 
@@ -31,8 +33,8 @@ VECTORS = ("weight", "bias", "vector", "sinks", "slopes", "correction", "biases"
 class Held:
     """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
     [k, n]; or those rows that `pick` names), and how chips share it. `count` experts are a stack of such
-    weights, or a table with a vector each. A vector has k = 0; a rope table keeps
-    its shape."""
+    weights, or a table with a vector each. A vector has k = 0; a rope table keeps its shape. Of a low-bit
+    weight each `part` is held, k its columns."""
 
     symbol: str
     kind: str
@@ -46,6 +48,7 @@ class Held:
     pick: Pick | None = None
     count: int = 1
     flipped: int = 0
+    part: Part | None = None
 
 
 class Weights:
@@ -77,6 +80,7 @@ class Weights:
     def allocate(self, memory: Memory) -> None:
         """Storages of all of them. A table that is laid out like a matrix is the same storage."""
         layouts: dict[Key, Storage] = {}
+        seen: Counter[Key] = Counter()
         for held, cuts in self.cuts.items():
             rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
             if held.kind in ("vector", "rope", "vectors"):
@@ -94,6 +98,7 @@ class Weights:
                 held.count,
                 held.flipped,
                 held.pick,
+                held.part,
             )
             if key not in layouts:
                 name = held.symbol
@@ -101,12 +106,15 @@ class Weights:
                     name += f"[{held.pick.label}]"
                 elif held.first or held.kind in ("vector", "vectors"):
                     name += f"[{held.first}:]"
-                taken = sum(
-                    k[0] == held.symbol and k[1] == held.first and k[-1] == held.pick for k in layouts
-                )
-                name += f"#{taken}" if taken else ""
+                same = (held.symbol, held.first, held.pick, held.part)
+                name += f"#{seen[same]}" if seen[same] else ""
+                seen[same] += 1
                 stack = held.count if held.kind == "stack" else 1
-                layouts[key] = memory.add(Storage(name, rows, width, held.dtype, panel, count=stack))
+                made = Storage(name, rows, width, held.dtype, panel, count=stack)
+                if held.part is not None:
+                    made = replace(made, name=f"{name}.{held.part.name}", bits=held.part.bits,
+                                   per=max(1, held.part.per))  # fmt: skip
+                layouts[key] = memory.add(made)
             self.storages[held] = layouts[key]
 
     def lookup(self, phase: Any, e: Extracted) -> dict[str, Storage]:
@@ -132,6 +140,11 @@ class Weights:
             seen.add(s)
             shape = self._whole(held)
             layout = _layout(held, s.panel)
+            if held.part is not None and held.part.bits:
+                stored = self._stored(held, shape[0])
+                layout |= {"bits": held.part.bits, "columns": shape[1]}
+                layout |= {"loose": True} if stored is None else {}
+                shape = stored or shape
             buffers = tuple(range(s.first, s.first + self.chips))
             kind: Any = "weight"
             found.append(
@@ -147,6 +160,21 @@ class Weights:
             )
         return found
 
+    def _stored(self, held: Held, rows: int) -> tuple[int, int] | None:
+        """The shape of an array of packed elements, whole rows as the file has them; None where the array has
+        an element for each."""
+        symbol, part = self.symbols[held.symbol], self._part(held)
+        assert symbol.packing is not None
+        if symbol.packing.scheme.layout == "plain" or part is None:
+            return None
+        return rows, part.elements // symbol.shape[0]
+
+    def _part(self, held: Held) -> WeightSymbol | None:
+        """The stored array of a part; None for zero points that are all 0."""
+        packing = self.symbols[held.symbol].packing
+        assert packing is not None and held.part is not None
+        return packing.parts.get(held.part.name)
+
     def _whole(self, held: Held) -> tuple[int, ...]:
         n = held.n * (self.chips // held.copies if held.split == "n" else 1)
         if held.kind in ("vector", "rope"):
@@ -160,6 +188,8 @@ class Weights:
         symbol = self.symbols[held.symbol]
         if held.kind in ("stack", "vectors"):
             return _stacked(held, symbol, shape)
+        if held.part is not None:
+            return self._coded(held, symbol.shape[0])
         source: Json = weight_source(symbol).expression
         if numpy_dtype(symbol.dtype).name != NUMPY[held.dtype]:
             source = ["cast", source, NUMPY[held.dtype]]
@@ -184,6 +214,39 @@ class Weights:
             turned = ["transpose", ["reshape", made, groups], [0, 2, 1]]
             return ["reshape", turned, list(shape)]
         return source if shape[0] == rows else ["slice", source, 0, held.first, held.first + shape[0]]
+
+    def _coded(self, held: Held, rows: int) -> Json:
+        """Rows of a part, as [rows, what is stored of each]; of plain integers an element for each."""
+        symbol, part = self.symbols[held.symbol], self._part(held)
+        assert symbol.packing is not None
+        if symbol.packing.scheme.layout == "plain":
+            rows = symbol.shape[1] if held.turned else rows
+            source = self._plain(held, part, rows)
+        else:
+            assert part is not None
+            source = weight_source(part).expression
+            if len(part.shape) != 2 or part.shape[0] != rows:
+                source = ["reshape", source, [rows, part.elements // rows]]
+        n = self._whole(held)[0]
+        return source if n == rows else ["slice", source, 0, held.first, held.first + n]
+
+    def _plain(self, held: Held, part: WeightSymbol | None, rows: int) -> Json:
+        """A part of plain integers by rows of the product; signed codes offset by half of their range, and
+        what all rows share given to each."""
+        if part is None:
+            return ["zeros", [rows, held.k], "uint8"]
+        source: Json = weight_source(part).expression
+        if part.elements == 1 or len(part.shape) < 2:
+            source = ["reshape", source, [part.elements, 1]]
+        elif held.turned:
+            source = ["transpose", source, [1, 0]]
+        if part.dtype in INTEGERS:
+            half = 1 << INTEGERS[part.dtype] - 1 if part.dtype.startswith("i") else 0
+            source = ["add", ["cast", source, "int16"], ["full", [1, 1], "int16", half]]
+        if part.elements == 1:
+            kind = "int16" if part.dtype in INTEGERS else numpy_dtype(part.dtype).name
+            source = ["add", source, ["zeros", [rows, 1], kind]]
+        return ["cast", source, "uint8"] if part.dtype in INTEGERS else source
 
     def files(self) -> dict[str, Any]:
         """Schedule.weights."""
@@ -247,9 +310,10 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
         if node.kind in ("embed", "positions"):
             yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, False, "", form)
         elif node.kind in EXPERTS:
-            yield w.label, replace(_matrix(w, form), kind="stack", count=w.total)
+            for label, held in _matrix(w, form):
+                yield label, replace(held, kind="stack", count=w.total)
         else:
-            yield w.label, _matrix(w, form)
+            yield from _matrix(w, form)
     if node.kind == "rope":
         table = node.attr("table")
         yield (
@@ -278,7 +342,19 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             )
 
 
-def _matrix(w: Matrix, form: str) -> Held:
-    return Held(
-        w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies, w.pick, flipped=w.flipped
-    )
+def _matrix(w: Matrix, form: str) -> Iterator[tuple[str, Held]]:
+    if w.low is None:
+        yield (
+            w.label,
+            Held(
+                w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies, w.pick,
+                flipped=w.flipped,
+            ),
+        )  # fmt: skip
+        return
+    for part in w.low.parts:
+        kind, split = "matrix", w.split
+        if not part.per:  # one for a whole row: on every chip that has a part of it
+            kind, split = "rows", "" if w.split == "k" else w.split
+        whole = Held(w.name, kind, w.n, part.width(w.k), w.first, w.turned, split, part.dtype, w.copies)
+        yield f"{w.label}.{part.name}", replace(whole, part=part)

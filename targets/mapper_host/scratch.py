@@ -19,7 +19,7 @@ def scratch_bytes(rows: Int, args: Int) -> int:
             matrices = a[PROJECT_HEAD : PROJECT_HEAD + PROJECT_EACH * a[PROJECT_HEAD - 1]]
             found.add(project_scratch(a[0], a[1], max(matrices[::PROJECT_EACH]), a[PROJECT_HEAD - 1]))
         elif opcode == ATTEND_AT:
-            found.add(attend_scratch(a[2], a[5]))
+            found.add(attend_scratch(a[1] // a[3], a[2], a[5]))
         elif opcode == EXPERTS_UP:
             found.add(experts_scratch(a[0] * a[1], a[2], a[3], 2 * a[4]))
         elif opcode == EXPERTS_DOWN:

@@ -91,8 +91,7 @@ def test_a_byte_that_nothing_wrote_is_a_fault() -> None:
 
 def test_what_is_not_built_is_refused() -> None:
     refused: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"weights": "fp8"}, "no weight format"),
-        ({"weights": "int4"}, "no weight format"),
+        ({"weights": "int3"}, "no weight format"),
         ({"chips": 3}, "do not divide"),
     )
     for options, words in refused:

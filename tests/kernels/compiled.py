@@ -67,20 +67,18 @@ def portable_rows(
 @entry(_HERE)
 def attend_pieces(
     code: int, q: int, k: int, k_step: int, k_scales: int, v: int, v_step: int, v_scales: int, bounds: Any,
-    d: int, dv: int, scale: Any, softcap: Any, slope: Any, last: int, sink: Any, has_sink: bool, scratch: int,
-    partial: int, out: int,
+    d: int, dv: int, scale: Any, softcap: Any, slope: Any, slopes: int, last: int, sink: Any, has_sink: bool,
+    scratch: int, partial: int, out: int,
 ) -> None:  # fmt: skip
     """Attention over the pieces between neighbouring `bounds`, merged; partial [pieces, dv + 2]."""
     pieces = bounds.shape[0] - 1
     step = 4 * (dv + 2)
+    f32(slopes, 1)[0] = slope
     for p in range(pieces):
-        to = partial + p * step
-        top, total = attend(
-            code, q, k, k_step, k_scales, v, v_step, v_scales, bounds[p], bounds[p + 1], d, dv, scale,
-            softcap, slope, last, scratch, to + 8,
+        attend(
+            code, q, 0, 1, k, k_step, k_scales, v, v_step, v_scales, bounds[p], bounds[p + 1], d, dv, scale,
+            softcap, slopes, last, scratch, partial + p * step, 0,
         )  # fmt: skip
-        state = f32(to, 2)
-        state[0], state[1] = top, total
     merge(partial, step, pieces, dv, has_sink, sink, out)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper_kernels import fused
-from mapper_kernels.flash import KV_FORMATS
+from mapper_kernels.cached import KV_FORMATS
 from mapper_kernels.formats import FORMATS
 from mapper_kernels.front_linear import project_arguments, project_parts
 from mapper_kernels.sizes import SCORES, attend_scratch, project_scratch
@@ -75,8 +75,8 @@ def attentions(code: int, at_end: bool) -> None:
             a = [guarded(part, at_end) for part in (q, k, ks, v, vs, y)]
             attend_pieces(
                 code, a[0], a[1], k.strides[0], a[2], a[3], v.strides[0], a[4],
-                np.array([0, rows // 2, rows]), d, dv, one, none, none, rows, none, False, aligned(SCORES),
-                aligned(8 * (dv + 2)), a[5],
+                np.array([0, rows // 2, rows]), d, dv, one, none, none, aligned(4), rows, none, False,
+                aligned(SCORES), aligned(8 * (dv + 2)), a[5],
             )  # fmt: skip
             _HELD.clear()
             if code < 3:
@@ -99,7 +99,7 @@ def cached(code: int, d: int, dv: int, rows: int, at_end: bool) -> None:
         *caches,
     ]
     a = [1, 1, d, 1, rows, dv, 0, 0, 0, 0, 0, rotary, 0, rows, 1, code, 0, 0]
-    scratch = aligned(attend_scratch(d, dv))
+    scratch = aligned(attend_scratch(1, d, dv))
     cached_parts(np.array([*r, guarded(y, at_end)]), np.array(a), np.ones(18), rows - 1, scratch, 1)
     _HELD.clear()
 

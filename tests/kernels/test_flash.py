@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapper_kernels.api import attention
-from mapper_kernels.flash import KV_FORMATS
+from mapper_kernels.cached import KV_FORMATS
 from mapper_kernels.sizes import SCORES
 from tests.kernels.compiled import attend_pieces
 from tests.kernels.operands import ROUNDING, Arena
@@ -97,7 +97,7 @@ def run(case: Case, bounds: list[int], offset: int = 0) -> tuple[Array, F64, F64
     attend_pieces(
         KV_FORMATS.index(case.kind), arena.put(q), arena.put(k), k.strides[0], arena.put(k_scales),
         arena.put(v), v.strides[0], arena.put(v_scales), np.array(bounds), case.d, case.dv, scale,
-        np.float32(case.softcap), np.float32(case.slope), last, np.float32(case.sink or 0),
+        np.float32(case.softcap), np.float32(case.slope), arena.scratch(4), last, np.float32(case.sink or 0),
         case.sink is not None, arena.scratch(SCORES), arena.scratch(4 * pieces * (case.dv + 2)),
         y.ctypes.data,
     )  # fmt: skip
@@ -175,8 +175,8 @@ def run_empty(sink: float | None) -> tuple[Array, None, None]:
     zeros = np.zeros(8, np.float32)
     attend_pieces(
         0, arena.put(zeros), arena.put(zeros), 32, 0, arena.put(zeros), 20, 0, np.array([0, 0, 0]), 8, 5,
-        np.float32(1), np.float32(0), np.float32(0), 0, np.float32(sink or 0), sink is not None,
-        arena.scratch(SCORES), arena.scratch(4 * 2 * 7), y.ctypes.data,
+        np.float32(1), np.float32(0), np.float32(0), arena.scratch(4), 0, np.float32(sink or 0),
+        sink is not None, arena.scratch(SCORES), arena.scratch(4 * 2 * 7), y.ctypes.data,
     )  # fmt: skip
     arena.check()
     return y, None, None
@@ -209,6 +209,21 @@ def test_front(kind: str, seq: int, window: int, causal: bool, splits: int, part
     share = np.stack([softmax(s[:, h], float(sinks[h])) for h in range(heads)], 1)
     expected = np.einsum("bhst,bhtd->bhsd", share, np.where(np.isfinite(v64), v64, 0).repeat(heads // kv, 1))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", KV_FORMATS)
+@pytest.mark.parametrize(("group", "used", "d"), [(1, 260, 64), (2, 300, 33), (3, 129, 64), (7, 257, 96)])
+def test_queries_that_read_the_same_rows(kind: str, group: int, used: int, d: int) -> None:
+    rng = np.random.default_rng(used)
+    q = (3 * rng.standard_normal((1, 2 * group, 1, d))).astype(np.float32)
+    k, k_scales, k64 = cache(rng, kind, 1, 2, used, d)
+    v, v_scales, v64 = cache(rng, kind, 1, 2, used, d)
+    scales: dict[str, Any] = {"k_scales": k_scales, "v_scales": v_scales} if kind == "int8" else {}
+    s = np.einsum("bhsd,bhtd->bhst", q.astype(np.float64), k64.repeat(group, 1)) * d**-0.5
+    expected = np.einsum("bhst,bhtd->bhsd", softmax(s, None), v64.repeat(group, 1))
+    for splits in (1, 4):
+        y = attention(q, k, v, splits=splits, **scales)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=5e-6)
 
 
 def test_what_the_front_refuses() -> None:

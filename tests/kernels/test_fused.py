@@ -244,7 +244,9 @@ def test_cached(
     ]
     a = np.array([*head, splits, code, 0, *[0] * heads])
     partial = arena.result((batch, heads, splits, dv + 2)) if splits > 1 else y
-    cached_parts(np.array([*r, partial.ctypes.data]), a, f, past, arena.scratch(attend_scratch(d, dv)), parts)
+    cached_parts(
+        np.array([*r, partial.ctypes.data]), a, f, past, arena.scratch(attend_scratch(group, d, dv)), parts
+    )
     if splits > 1:
         ends = [partial.ctypes.data] + [arena.put(sinks)] * extras + [y.ctypes.data]
         merged_parts(np.array(ends), np.array([batch * heads, heads, splits, dv, extras]), parts)

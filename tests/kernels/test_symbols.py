@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mapper_kernels import flash, linear
+from mapper_kernels import cached, linear
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = """
@@ -41,7 +41,7 @@ for name in sys.argv[2:]:
 
 
 def test_factories_give_names_of_their_own() -> None:
-    made = [*linear._ROWS, *linear._PREPARE, flash._scores_f32, flash._scores_f16, flash._weigh_f32]
+    made = [*linear._ROWS, *linear._PREPARE, cached._scores_f32, cached._scores_f16, cached._weigh_f32]
     assert len({(f.__module__, f.__qualname__) for f in made}) == len(made)
 
 
