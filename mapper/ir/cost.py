@@ -225,7 +225,7 @@ def attended_pairs(op: DataflowOp) -> Dim:
     Exact for static shapes; for symbolic ones a window counts as min(window, all tokens) per query."""
     q, k = tensor_type(op.operands[0]), tensor_type(op.operands[1])
     tokens, keys, window = q.shape[2], k.shape[2], op.attr("window")
-    causal = op.mnemonic == "cached_attention" or op.attr("causal")
+    causal = op.mnemonic in ("cached_attention", "cached_latent_attention") or op.attr("causal")
     if not causal:
         return tokens * keys
     if tokens.is_const and keys.is_const:
@@ -273,5 +273,6 @@ _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "rope_at": _rope,
     "attention": _attention,
     "cached_attention": _attention,
+    "cached_latent_attention": _latent_attention,
     "latent_attention": _latent_attention,
 }

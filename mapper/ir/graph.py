@@ -185,7 +185,7 @@ class Graph:
     def layers(self) -> int:
         """Number of attention layers (those inside a repeat count once per iteration), or of key caches where
         more of them are known than attentions were recognised."""
-        names = ("attention", "latent_attention", "cached_attention")
+        names = ("attention", "latent_attention", "cached_attention", "cached_latent_attention")
         found = sum(s.count * sum(op.mnemonic in names for op in s.ops) for s in self.sections())
         return max(found, len(self.inputs_with_role("past.key")), len(self.inputs_with_role("state.key")))
 

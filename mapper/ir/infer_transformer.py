@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from mapper.ir.dims import Dim
 from mapper.ir.infer import Call, rule
 from mapper.ir.infer_primitives import same
-from mapper.ir.serving import CacheAppendOp, CachedAttentionOp, EmbedAtOp, RopeAtOp
+from mapper.ir.serving import (
+    CacheAppendOp,
+    CachedAttentionOp,
+    CachedLatentAttentionOp,
+    EmbedAtOp,
+    RopeAtOp,
+)
 from mapper.ir.transformer import (
     ActivationOp,
     AttentionOp,
@@ -100,7 +106,7 @@ def _attention(call: Call) -> Types:
     return [TensorType.of([*q.shape[:3], v.shape[3]], q.dtype)]
 
 
-@rule(LatentAttentionOp)
+@rule(LatentAttentionOp, CachedLatentAttentionOp)
 def _latent_attention(call: Call) -> Types:
     q, latent, rope_key = call.type("q"), call.type("latent"), call.type("rope_key")
     call.need(q.rank == latent.rank == rope_key.rank == 4, f"q {q}, latent {latent}, rope_key {rope_key}")

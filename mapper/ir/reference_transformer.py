@@ -205,22 +205,38 @@ def _attention(s: Step) -> Array:
 
 @meaning("latent_attention")
 def _latent_attention(s: Step) -> Array:
-    q, latent, rope_key, weight = s.arg("q"), s.arg("latent"), s.arg("rope_key"), s.need("weight")
-    heads, nope = q.shape[1], s.attr("nope_dim")
+    q = s.arg("q")
+    return _attended(s, q, *_latent_rows(s, q, s.arg("latent"), s.arg("rope_key")), None)
+
+
+def _latent_rows(s: Step, q: Array, latent: Array, rope_key: Array) -> tuple[Array, Array]:
+    """Keys and values of all heads."""
+    weight, heads, nope = s.need("weight"), q.shape[1], s.attr("nope_dim")
     batch, _, tokens, _ = latent.shape
     both = latent[:, 0] @ (weight.T if s.attr("transposed") else weight)
     both = both.reshape(batch, tokens, heads, -1).transpose(0, 2, 1, 3)
     shared = np.broadcast_to(rope_key, (batch, heads, tokens, rope_key.shape[3]))
-    return _attended(s, q, np.concatenate([both[..., :nope], shared], -1), both[..., nope:], None)
+    return np.concatenate([both[..., :nope], shared], -1), both[..., nope:]
 
 
 @meaning("cached_attention")
 def _cached_attention(s: Step) -> Array:
+    filled = int(s.arg("past_length")) + s.arg("q").shape[2]
+    return _over_cache(s, s.arg("k")[:, :, :filled], s.arg("v")[:, :, :filled], s.attr("slopes"))
+
+
+@meaning("cached_latent_attention")
+def _cached_latent_attention(s: Step) -> Array:
+    q = s.arg("q")
+    filled = int(s.arg("past_length")) + q.shape[2]
+    k, v = _latent_rows(s, q, s.arg("latent")[:, :, :filled], s.arg("rope_key")[:, :, :filled])
+    return _over_cache(s, k, v, None)
+
+
+def _over_cache(s: Step, k: Array, v: Array, slopes: tuple[float, ...] | None) -> Array:
     q, first = s.arg("q"), int(s.arg("past_length"))
-    filled = first + q.shape[2]
-    k, v = s.arg("k")[:, :, :filled], s.arg("v")[:, :, :filled]
-    queries = np.arange(first, filled)
-    rule = position_mask(queries, filled, True, s.attr("window"), s.attr("slopes"))
+    queries = np.arange(first, k.shape[2])
+    rule = position_mask(queries, k.shape[2], True, s.attr("window"), slopes)
     return _weighted(s, _masked(_scores(s, q, k), *rule), v)
 
 

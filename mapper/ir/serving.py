@@ -15,7 +15,7 @@ from xdsl.irdl import (
     result_def,
 )
 
-from mapper.ir.op import FLOAT, FLOATS, INT, WEIGHT, DataflowOp
+from mapper.ir.op import BOOL, FLOAT, FLOATS, INT, WEIGHT, DataflowOp
 from mapper.ir.transformer import ROPE_STYLE
 from mapper.ir.types import TensorType
 
@@ -79,3 +79,25 @@ class CachedAttentionOp(DataflowOp):
     window = opt_attr_def(INT, INT.encode(0))
     softcap = opt_attr_def(FLOAT, FLOAT.encode(0.0))
     slopes = opt_attr_def(FLOATS)
+
+
+@irdl_op_definition
+class CachedLatentAttentionOp(DataflowOp):
+    """Latent attention of q [B, H, S, Dn + Dr] over caches latent [B, 1, L, R] and rope_key [B, 1, L, Dr]
+    -> [B, H, S, Dv].
+
+    `weight`, `nope_dim` and how heads are made of them as in `latent_attention`; which rows a query sees as
+    in `cached_attention`."""
+
+    name = "dataflow.cached_latent_attention"
+    q = operand_def(TensorType)
+    latent = operand_def(TensorType)
+    rope_key = operand_def(TensorType)
+    past_length = operand_def(TensorType)
+    y = result_def(TensorType)
+    weight = attr_def(WEIGHT)
+    nope_dim = attr_def(INT)
+    scale = attr_def(FLOAT)
+    transposed = opt_attr_def(BOOL, BOOL.encode(False))
+    window = opt_attr_def(INT, INT.encode(0))
+    softcap = opt_attr_def(FLOAT, FLOAT.encode(0.0))

@@ -135,10 +135,11 @@ class Probe:
         """Raises UnsupportedModelError where the mask is not what the op's attributes say."""
         if not op.attr("causal"):
             raise UnsupportedModelError(f"{place(op)}: not causal; the serving form needs a decoder")
-        if op.attr("chunk"):
+        latent = op.mnemonic == "latent_attention"
+        if not latent and op.attr("chunk"):
             raise UnsupportedModelError(f"{place(op)}: attention in chunks is not served yet")
         mask = op.operand("mask")
-        window, slopes = op.attr("window"), op.attr("slopes")
+        window, slopes = op.attr("window"), None if latent else op.attr("slopes")
         key = (mask, (window, slopes))
         if mask is None or key in self._checked:
             return

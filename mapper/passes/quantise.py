@@ -23,6 +23,7 @@ PRODUCTS: Mapping[str, Mapping[str, str]] = {
     "linear": {"weight": "transposed"},
     "lm_head": {"weight": "transposed"},
     "latent_attention": {"weight": "transposed"},
+    "cached_latent_attention": {"weight": "transposed"},
     "mlp": {"up": "up_transposed", "down": "down_transposed"},
     "packed_mlp": {"gate_up": "gate_up_transposed", "down": "down_transposed"},
     "gated_mlp": {"gate": "gate_transposed", "up": "up_transposed", "down": "down_transposed"},

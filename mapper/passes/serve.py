@@ -30,7 +30,10 @@ from mapper.passes.specialise import specialise_values
 from mapper.passes.unflatten import Unflatten
 from mapper.passes.unroll import Unroll
 
-_KEPT = {"rope": ("x",), "attention": ("q", "k", "v", "sinks"), "kv_append": ("new",), "kv_update": ("new",)}
+_KEPT = {
+    "rope": ("x",), "attention": ("q", "k", "v", "sinks"), "kv_append": ("new",), "kv_update": ("new",),
+    "latent_attention": ("q", "latent", "rope_key"),
+}  # fmt: skip
 """Operands that the serving form of an op still reads."""
 _HALVES = ("f16", "bf16")
 
@@ -64,9 +67,6 @@ def serve(graph: Graph, phase: str = "decode", batch: int = 1, prompt: int = 16,
     if min(batch, prompt, context) < 1 or tokens > context:
         raise UsageError(f"batch {batch}, prompt {prompt}, context {context}: each >= 1, prompt <= context")
     graph = graph.phase(phase)
-    for op in graph.ops():
-        if op.mnemonic == "latent_attention":
-            raise UnsupportedModelError(f"{place(op)}: latent attention is recognised, but not served yet")
     short = shorten(graph)
     if short is not None:
         extended = extend(_serve(short, batch, tokens, context), graph)
@@ -213,7 +213,7 @@ class _Server:
 
     def _place(self, op: DataflowOp) -> None:
         special = {"rope": self._rope, "attention": self._attention, "kv_append": self._append}
-        special["kv_update"] = self._append
+        special |= {"kv_update": self._append, "latent_attention": self._latent_attention}
         if self._is_position(op):
             self.values[op.results[0]] = self._positions(op)
         elif op.mnemonic in special:
@@ -285,3 +285,11 @@ class _Server:
         operands = [self._value(q, op), keys, values, self.past_length, extra]
         attrs = {n: op.attr(n) for n in ("scale", "window", "softcap", "slopes")}
         return self.new.add("cached_attention", operands, attrs, node=op.node)
+
+    def _latent_attention(self, op: DataflowOp) -> SSAValue:
+        self.probe.check_attention(self._origin(op))
+        q, latent, rope_key = op.operands[:3]
+        caches = self._cached(op, "latent", latent), self._cached(op, "rope_key", rope_key)
+        attrs = {n: op.attr(n) for n in ("weight", "nope_dim", "scale", "transposed", "window", "softcap")}
+        operands = [self._value(q, op), *caches, self.past_length]
+        return self.new.add("cached_latent_attention", operands, attrs, node=op.node)

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from xdsl.ir import SSAValue
 
+from mapper.ir.builder import GraphBuilder
 from mapper.ir.graph import Graph
-from mapper.ir.op import tensor_type
+from mapper.ir.op import DataflowOp, tensor_type
 from mapper.ir.structure import OutputOp, RepeatOp
 from mapper.passes.rewrite import Values, builder_like, rewrite_repeat
 
@@ -20,16 +21,16 @@ KEPT = 2
 """Iterations that a shortened repeat has: enough for a repeat to be found again."""
 
 
-def only_repeat(graph: Graph) -> RepeatOp | None:
-    """The graph's repeat where it has exactly one."""
+def longest_repeat(graph: Graph) -> RepeatOp | None:
+    """The graph's repeat with most iterations, the first of those as long."""
     found = [op for op in graph.top() if isinstance(op, RepeatOp)]
-    return found[0] if len(found) == 1 else None
+    return max(found, key=lambda op: int(op.attr("count")), default=None)
 
 
 def shorten(graph: Graph) -> Graph | None:
-    """The graph with KEPT iterations of its only repeat. None where that has no more, or where iterations
+    """The graph with KEPT iterations of its longest repeat. None where that has no more, or where iterations
     differ in anything but weights, caches (inputs with a `past` role) and outputs."""
-    repeat = only_repeat(graph)
+    repeat = longest_repeat(graph)
     if repeat is None or repeat.attr("count") <= KEPT:
         return None
     names = {v: n for n, v in graph.input_values.items()}
@@ -55,16 +56,24 @@ def _shortened(graph: Graph, repeat: RepeatOp, slots: Sequence[Sequence[SSAValue
             values[value] = new.input(name, tensor_type(value), graph.roles["inputs"].get(name, "other"))
     values.update({v: values[first] for v, first in stand_in.items()})
     for op in graph.top():
-        if isinstance(op, RepeatOp):
+        if op is repeat:
             table = {slot: symbols[:KEPT] for slot, symbols in repeat.attr("table").items()}
             iterated = [[values[v] for v in slot[:KEPT]] for slot in slots]
             made = rewrite_repeat(new, op, values, _copied, KEPT, table, iterated)
             values.update(_results(repeat, made, KEPT))
         else:
-            values.update(zip(op.results, new.copy(op, values).results, strict=True))
+            values.update(zip(op.results, _whole(new, op, values), strict=True))
     outputs = {n: values[v] for n, v in graph.output_values.items() if v in values}
     facts = {k: v for k, v in graph.roles.items() if k not in ("inputs", "outputs")}
     return new.finish(outputs, graph.roles["outputs"], verify=False, **facts)
+
+
+def _whole(new: GraphBuilder, op: DataflowOp, values: Values) -> Sequence[SSAValue]:
+    """The results of an op that is copied as it is; of a repeat with all of its iterations."""
+    if not isinstance(op, RepeatOp):
+        return new.copy(op, values).results
+    iterated = [[values[v] for v in slot] for slot in op.iterated_operands()]
+    return rewrite_repeat(new, op, values, _copied, op.attr("count"), op.attr("table"), iterated)
 
 
 def _copied(*_: object) -> None:
@@ -83,16 +92,17 @@ def _results(repeat: RepeatOp, made: Sequence[SSAValue], count: int) -> Values:
 
 
 def extend(served: Graph, original: Graph) -> Graph | None:
-    """The serving form of `original` from that of its shortened graph. None where its layers are not one
+    """The serving form of `original` from that of its shortened graph. None where the shortened layers are no
     repeat of KEPT iterations."""
-    repeat, source = only_repeat(served), only_repeat(original)
-    if repeat is None or source is None or repeat.attr("count") != KEPT:
-        return None
-    table = _extended_table(repeat, source)
-    caches = _extended_caches(repeat, source, served, original)
-    if table is None or caches is None:
-        return None
-    return _extended(served, original, repeat, table, caches)
+    source = longest_repeat(original)
+    for repeat in served.top():
+        if source is None or not isinstance(repeat, RepeatOp) or repeat.attr("count") != KEPT:
+            continue
+        table = _extended_table(repeat, source)
+        caches = _extended_caches(repeat, source, served, original)
+        if table is not None and caches is not None:
+            return _extended(served, original, repeat, table, caches)
+    return None
 
 
 def _extended_table(repeat: RepeatOp, source: RepeatOp) -> dict[str, tuple[str, ...]] | None:
@@ -153,7 +163,7 @@ def _extended(
             values.update(zip(repeat.results[:1], made[:1], strict=True))
             outputs = _cache_outputs(served, repeat, caches, made)
         else:
-            values.update(zip(op.results, new.copy(op, values).results, strict=True))
+            values.update(zip(op.results, _whole(new, op, values), strict=True))
     made_alone = {n: served.output_values[n] for n in alone if n in served.output_values}
     outputs |= {n: values[v] for n, v in made_alone.items()}
     results = {

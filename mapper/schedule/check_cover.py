@@ -19,7 +19,8 @@ class CoversGraph:
     """Every op of the ops table has steps, which do at least its operations and read at least its weights.
 
     - An op with operations or weights has steps in its program, or the plan says which op does its work
-      (`plan["fused"] = {"<op>": <op>}`); the group then does at least the sum.
+      (`plan["fused"] = {"<op>": <op>}`); the group then does at least the sum. Where it names several, each
+      of them repeats the op for itself, and the first counts as the one that does it.
     - No op is over before the first step of each producer of its operands has ended.
     - Steps belong to ops of their own program.
     - Every output port, and every state port that the program writes, is written.
@@ -38,20 +39,31 @@ class CoversGraph:
         tied = np.flatnonzero(times.op >= 0)
         for step in tied[~mine[times.op[tied]]]:
             yield Violation(f"{label(schedule, phase, times, step)} is part of another program's op")
-        doer = _doers(schedule)
+        fused = _fused(schedule)
+        doer = _doers(schedule, fused)
         yield from _work(schedule, phase, times, mine, doer)
-        yield from _order(schedule, phase, times, mine, doer)
+        yield from _order(schedule, phase, times, mine, doer, fused)
         yield from _outputs(schedule, phase, times)
 
 
-def _doers(schedule: Schedule) -> Int:
-    """For each op, the op whose steps do its work."""
-    doer = np.arange(schedule.ops.num_rows)
+def _fused(schedule: Schedule) -> dict[int, list[int]]:
+    """The ops that do the work of ops without steps of their own."""
     plan: Any = schedule.plan
     fused = plan.get("fused") if isinstance(plan, dict) else None
+    count = schedule.ops.num_rows
+    found: dict[int, list[int]] = {}
     for op, by in (fused or {}).items():
-        if 0 <= int(op) < len(doer) and 0 <= int(by) < len(doer):
-            doer[int(op)] = int(by)
+        known = [int(b) for b in (by if isinstance(by, list) else [by]) if 0 <= int(b) < count]
+        if 0 <= int(op) < count and known:
+            found[int(op)] = known
+    return found
+
+
+def _doers(schedule: Schedule, fused: dict[int, list[int]]) -> Int:
+    """For each op, the op whose steps do its work."""
+    doer = np.arange(schedule.ops.num_rows)
+    for op, by in fused.items():
+        doer[op] = by[0]
     return doer
 
 
@@ -88,7 +100,9 @@ def _op(schedule: Schedule, op: Any) -> str:
     return f"{op} ({row['kind']} {row['name']})"
 
 
-def _order(schedule: Schedule, phase: str, times: Timeline, mine: Any, doer: Int) -> Iterator[Violation]:
+def _order(
+    schedule: Schedule, phase: str, times: Timeline, mine: Any, doer: Int, fused: dict[int, list[int]]
+) -> Iterator[Violation]:
     """An op whose last step starts before a producer's first step has ended cannot have used its result."""
     count = schedule.ops.num_rows
     end = np.full(count, NEVER)
@@ -100,7 +114,7 @@ def _order(schedule: Schedule, phase: str, times: Timeline, mine: Any, doer: Int
     for op in np.flatnonzero(mine):
         for operand in lists[op] or ():
             a, b = doer[operand], doer[op]
-            if operand < 0 or a == b or end[a] == NEVER or last[b] < 0:
+            if operand < 0 or b in fused.get(operand, [a]) or end[a] == NEVER or last[b] < 0:
                 continue
             if last[b] < end[a]:
                 message = (

@@ -91,19 +91,19 @@ def _unwritten(schedule: Schedule, phase: str, times: Timeline, space: _Space) -
         np.concatenate([np.full(len(low), -NEVER), times.writes.end]),
     )
     reads = times.reads
-    needed = query_max(ready, *space.reads)
-    for row in np.flatnonzero(needed > reads.begin):
+    needed, begin = query_max(ready, *space.reads), reads.begin
+    for row in np.flatnonzero(needed > begin):
         step, buffer = int(reads.step[row]), int(reads.buffer[row])
         part = np.arange(space.reads[0][row], space.reads[1][row])
         place = int(space.edges[part[np.argmax(ready[part])]] - space.base[buffer])
         place = max(place, int(reads.low[row]))
         when = "never written" if needed[row] == NEVER else f"written at cycle {needed[row]}"
         message = (
-            f"{label(schedule, phase, times, step)} reads at cycle {reads.begin[row]} byte {place} of "
+            f"{label(schedule, phase, times, step)} reads at cycle {begin[row]} byte {place} of "
             f"{buffer_label(schedule, buffer)}, which is {when}"
         )
         yield Violation(
-            message, (step,), schedule.units[times.unit[step]], int(reads.begin[row]), float(needed[row])
+            message, (step,), schedule.units[times.unit[step]], int(begin[row]), float(needed[row])
         )
 
 
@@ -112,10 +112,10 @@ def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> It
 
     Reads of the same bytes whose times touch are looked at as one first: where that clashes with no write,
     none of them does."""
-    if not any(True for _ in _pairs(*_joined(times, space), times.writes, space)):
+    if not any(True for _ in _pairs(*_joined(times, space), _Uses.of(times.writes), space)):
         return
     reads, writes = times.reads, times.writes
-    for x, y in _pairs(reads, space.reads, writes, space):
+    for x, y in _pairs(_Uses.of(reads), space.reads, _Uses.of(writes), space):
         message = (
             f"{label(schedule, phase, times, x[0])} and {label(schedule, phase, times, y[0])} use the "
             f"same bytes of {buffer_label(schedule, x[1])} at once, and one writes them"
@@ -124,31 +124,62 @@ def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> It
         yield Violation(message, pair, None, int(max(times.start[x[0]], times.start[y[0]])))
 
 
-def _joined(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
+@dataclass(frozen=True)
+class _Uses:
+    """Accesses whose times are their own: one may stand for several that follow each other."""
+
+    step: Int
+    buffer: Int
+    begin: Int
+    end: Int
+
+    @staticmethod
+    def of(a: Accesses) -> _Uses:
+        """Each for itself."""
+        return _Uses(a.step, a.buffer, a.begin, a.end)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+def _joined(times: Timeline, space: _Space) -> tuple[_Uses, tuple[Int, Int]]:
     """Reads with those of equal segments that overlap in time made one; those of steps that write the same
-    buffer stay as they are."""
-    reads, (low, high) = times.reads, space.reads
+    buffer stay as they are. Reads of what nobody writes, as of weights, are left out."""
+    reads, (low, high) = _written(times, space)
     count = len(times.start) + 1
     own = _among(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)
     alone = np.where(own, np.arange(len(reads)) + 1, 0)
     order = np.lexsort((reads.begin, high, low, alone))
-    a, b, begin, end, single = low[order], high[order], reads.begin[order], reads.end[order], alone[order]
     if not len(order):
-        return reads, space.reads
-    key = np.concatenate([[True], (a[1:] != a[:-1]) | (b[1:] != b[:-1]) | (single[1:] > 0)])
+        return _Uses.of(reads), (low, high)
+    # of the columns in order none is kept for longer than it takes: there may be millions of reads
+    key = np.concatenate([[True], alone[order[1:]] > 0])
+    del alone, own
+    for column in (low, high):
+        ordered = column[order]
+        key[1:] |= ordered[1:] != ordered[:-1]
+    begin, end = reads.begin[order], reads.end[order]
     # a running maximum that starts anew with each key: keys in order make growing offsets
     number = np.cumsum(key) * (np.int64(end.max()) + 1)
     reach = np.maximum.accumulate(number + end) - number
     fresh = key | np.concatenate([[True], begin[1:] >= reach[:-1]])
+    del key, number, reach
     first = np.flatnonzero(fresh)
     last = np.maximum.reduceat(end, first)
     rows = order[first]
     met = _meet(reads.buffer[rows], begin[first], last, times.writes)
     rows = rows[met]
-    made = Accesses(
-        reads.step[rows], reads.buffer[rows], reads.low[rows], reads.high[rows], begin[first][met], last[met]
-    )
+    made = _Uses(reads.step[rows], reads.buffer[rows], begin[first][met], last[met])
     return made, (low[rows], high[rows])
+
+
+def _written(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
+    """The reads of buffers that the program writes, and their ranges."""
+    reads, written = times.reads, np.zeros(len(space.base) - 1, np.bool_)
+    written[times.writes.buffer] = True
+    mine = np.flatnonzero(written[reads.buffer])
+    kept = Accesses(reads.step[mine], reads.buffer[mine], reads.low[mine], reads.high[mine], reads.spans)
+    return kept, (space.reads[0][mine], space.reads[1][mine])
 
 
 def _meet(buffer: Int, begin: Int, end: Int, writes: Accesses) -> npt.NDArray[np.bool_]:
@@ -165,7 +196,7 @@ def _meet(buffer: Int, begin: Int, end: Int, writes: Accesses) -> npt.NDArray[np
 
 
 def _pairs(
-    reads: Accesses, ranges: tuple[Int, Int], writes: Accesses, space: _Space
+    reads: _Uses, ranges: tuple[Int, Int], writes: _Uses, space: _Space
 ) -> Iterator[tuple[Place, Place]]:
     """((step, buffer), (step, buffer)) of accesses that clash, each pair of steps once."""
     low, high = (np.concatenate([ranges[k], space.writes[k]]) for k in (0, 1))
@@ -191,7 +222,7 @@ def _among(keys: Int, known: Int) -> npt.NDArray[np.bool_]:
 Place = tuple[int, int]
 
 
-def _clashes(reads: Accesses, writes: Accesses, access: Int, segment: Int) -> Iterator[tuple[Place, Place]]:
+def _clashes(reads: _Uses, writes: _Uses, access: Int, segment: Int) -> Iterator[tuple[Place, Place]]:
     """((step, buffer), (step, buffer)) of clashing accesses. `access` numbers the reads, then the writes."""
     count = len(reads)
     written = access >= count

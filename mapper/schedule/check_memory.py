@@ -80,15 +80,16 @@ class LifetimesDisjoint:
         begin, end = _lives(schedule)
         times = timeline(schedule, phase)
         for accesses in (times.reads, times.writes):
-            last = np.maximum(accesses.end - 1, accesses.begin)
-            outside = (accesses.begin < begin[accesses.buffer]) | (last > end[accesses.buffer])
+            since = accesses.begin
+            last = np.maximum(accesses.end - 1, since)
+            outside = (since < begin[accesses.buffer]) | (last > end[accesses.buffer])
             for row in np.flatnonzero(outside):
                 step, buffer = int(accesses.step[row]), int(accesses.buffer[row])
                 message = (
                     f"{label(schedule, phase, times, step)} uses {buffer_label(schedule, buffer)} during "
-                    f"{accesses.begin[row]}..{last[row]}, outside its life {begin[buffer]}..{end[buffer]}"
+                    f"{since[row]}..{last[row]}, outside its life {begin[buffer]}..{end[buffer]}"
                 )
-                yield Violation(message, (step,), None, int(accesses.begin[row]), float(end[buffer]))
+                yield Violation(message, (step,), None, int(since[row]), float(end[buffer]))
         permanent = (begin < 0) & (end == NEVER)
         program = schedule.buffers.column("program").to_numpy(zero_copy_only=False)
         alive = np.flatnonzero(

@@ -13,23 +13,35 @@ import numpy as np
 
 from mapper.schedule.tables import Block, Int, Program, Schedule
 
+Side = Literal["reads", "writes"]
+
 
 @dataclass(frozen=True)
 class Accesses:
     """Memory accesses, one row each: the step (row of the Timeline) and the bytes [low, high) of a buffer.
 
     A read takes its bytes at `begin`; a write can be read from `end` on. In between the bytes are in use.
+    `spans` are (begin, end) of each step, not of each access: a program may have millions.
     """
 
     step: Int
     buffer: Int  # after binding
     low: Int
     high: Int
-    begin: Int
-    end: Int
+    spans: tuple[Int, Int]
 
     def __len__(self) -> int:
         return len(self.step)
+
+    @property
+    def begin(self) -> Int:
+        """When each access begins; made anew each time."""
+        return np.asarray(self.spans[0][self.step])
+
+    @property
+    def end(self) -> Int:
+        """When each access is over; made anew each time."""
+        return np.asarray(self.spans[1][self.step])
 
 
 @dataclass(frozen=True)
@@ -95,18 +107,26 @@ def access_times(schedule: Schedule) -> tuple[Int, Int] | None:
 
 def _unroll(schedule: Schedule, program: Program) -> Timeline:
     parts = [_unroll_block(block, number) for number, block in enumerate(program.blocks)]
-    columns = {k: _cat([p[0][k] for p in parts]) for k in _SCALARS}
+    base = np.cumsum([0] + [len(p["start"]) for p in parts])
+    # a program may have millions of steps: what is no longer needed goes at once
+    columns = {k: _cat([p.pop(k) for p in parts]) for k in _SCALARS}
     order = np.lexsort(
         (columns["row"], columns["repetition"], columns["block"], columns["unit"], columns["start"])
     )
-    columns = {k: v[order] for k, v in columns.items()}
+    for k in _SCALARS:
+        columns[k] = columns[k][order]
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    base = np.cumsum([0] + [len(p[0]["start"]) for p in parts])
+    del order
     timing = access_times(schedule)
-    reads = _join([p[1] for p in parts], base, place, columns, False, timing)
-    writes = _join([p[2] for p in parts], base, place, columns, True, timing)
+    reads, writes = (
+        _join([_unroll_slices(b, which) for b in program.blocks], base, place, columns, which, timing)
+        for which in _SIDES
+    )
     return Timeline(**columns, reads=reads, writes=writes)
+
+
+_SIDES: tuple[Side, Side] = ("reads", "writes")
 
 
 _SCALARS = ("start", "end", "unit", "opcode", "op", "bytes", "flops", "block", "row", "repetition")
@@ -116,7 +136,7 @@ def _cat(parts: list[Int]) -> Int:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _unroll_block(block: Block, number: int) -> tuple[dict[str, Int], list[Int], list[Int]]:
+def _unroll_block(block: Block, number: int) -> dict[str, Int]:
     steps, n, times = block.steps, len(block.steps), block.repeat
     repetition = np.repeat(np.arange(times), n)
     columns = {
@@ -127,10 +147,10 @@ def _unroll_block(block: Block, number: int) -> tuple[dict[str, Int], list[Int],
     columns["block"] = np.full(n * times, number)
     columns["row"] = np.tile(np.arange(n), times)
     columns["repetition"] = repetition
-    return columns, _unroll_slices(block, "reads"), _unroll_slices(block, "writes")
+    return columns
 
 
-def _unroll_slices(block: Block, which: Literal["reads", "writes"]) -> list[Int]:
+def _unroll_slices(block: Block, which: Side) -> list[Int]:
     """[step within the unrolled block, bound buffer, low, high], one row per access."""
     offsets, buffer, low, length = block.steps.slices(which)
     n, times, count = len(block.steps), block.repeat, len(buffer)
@@ -153,18 +173,22 @@ def _join(
     base: Int,
     place: Int,
     columns: dict[str, Int],
-    write: bool,
+    which: Side,
     timing: tuple[Int, Int] | None,
 ) -> Accesses:
-    step = _cat([p[0] + b for p, b in zip(parts, base, strict=False)])
-    step = place[step]
-    buffer, low, high = (_cat([p[k] for p in parts]) for k in (1, 2, 3))
-    keep = np.flatnonzero(high > low)
-    keep = keep[np.argsort(step[keep], kind="stable")]
-    step, buffer, low, high = step[keep], buffer[keep], low[keep], high[keep]
-    begin, end = columns["start"][step], columns["end"][step]
+    step = place[_cat([p[0] + b for p, b in zip(parts, base, strict=False)])]
+    flat = [step] + [_cat([p[k] for p in parts]) for k in (1, 2, 3)]
+    parts.clear()
+    del step
+    keep = np.flatnonzero(flat[3] > flat[2])
+    keep = keep[np.argsort(flat[0][keep], kind="stable")]
+    for k in range(4):
+        flat[k] = flat[k][keep]
+    step, buffer, low, high = flat
+    del keep
+    begin, end = columns["start"], columns["end"]
     if timing is not None:
-        offset = timing[int(write)][columns["opcode"][step]]
-        exact = columns["start"][step] + offset
+        offset = timing[_SIDES.index(which)][columns["opcode"]]
+        exact = columns["start"] + offset
         begin, end = np.where(offset >= 0, exact, begin), np.where(offset >= 0, exact, end)
-    return Accesses(step, buffer, low, high, begin, end)
+    return Accesses(step, buffer, low, high, (begin, end))

@@ -270,8 +270,10 @@ def _plan(schedule: Schedule) -> None:
     if not all(isinstance(v, dict) for v in (fused, timing, arithmetic)):
         raise ScheduleError("plan: fused, access_timing and arithmetic are tables")
     for op, by in fused.items():
-        if not (str(op).isdecimal() and _whole(by) and 0 <= int(op) < schedule.ops.num_rows > by >= 0):
-            raise ScheduleError(f"plan.fused: {op!r} by {by!r} are not two rows of ops")
+        doers = by if isinstance(by, list) and by else [by]
+        known = str(op).isdecimal() and int(op) < schedule.ops.num_rows
+        if not known or not all(_whole(b) and 0 <= b < schedule.ops.num_rows for b in doers):
+            raise ScheduleError(f"plan.fused: {op!r} by {by!r} are not rows of ops")
     for opcode, offsets in timing.items():
         if not (isinstance(offsets, list | tuple) and len(offsets) == 2 and all(_whole(v) for v in offsets)):
             raise ScheduleError(f"plan.access_timing.{opcode}: not [cycles, cycles]")

@@ -69,6 +69,9 @@ def _kernel(k: Any) -> str:
         how = f"tile {t['m']}x{t['n']}, K in {t['splits']}, bands of {t['band']}, {t['engine']}"
     elif "split" in k:
         how = f"{k['split']['splits']} x {k['split']['keys']} rows of cache, {k['split']['tokens']} tokens"
+    elif "experts" in k:
+        e = k["experts"]
+        how = f"{e['filled']} of {e['blocks']} blocks of {e['rows']}, {e['tile']['n']} columns"
     elif "collective" in k:
         how = f"{k['collective']['algorithm']}, {k['collective']['bytes']:.0f} B per link"
     else:

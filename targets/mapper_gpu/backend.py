@@ -3,7 +3,9 @@ scratchpads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +53,8 @@ class GpuBackend(ServingView):
         form = form_of(graph, request.weights, "tensor.f16" in machine.constants)
         graphs = serving_forms(graph, request)
         chips = request.chips or chips_for(graphs, machine, item_bytes(form))
-        return lower(graphs, graph, machine, request, chips, form)
+        with _without_collector():
+            return lower(graphs, graph, machine, request, chips, form)
 
     def semantics(self) -> Semantics:
         """The task executor."""
@@ -95,6 +98,19 @@ class GpuBackend(ServingView):
         from mapper_gpu.artifacts import artifacts
 
         return artifacts(schedule)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Runs its body without Python's cyclic garbage collector: tables of tasks are many small objects, none
+    of them in cycles."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 _forms: WeakKeyDictionary[Graph, dict[tuple[object, ...], Graph]] = WeakKeyDictionary()

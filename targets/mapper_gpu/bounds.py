@@ -15,7 +15,7 @@ from mapper_gpu.packed import form_of, held_bytes, item_bytes, turned_of
 
 _PRODUCTS = {
     "linear": ("weight",), "lm_head": ("weight",), "mlp": ("up", "down"), "gated_mlp": ("gate", "up", "down"),
-    "packed_mlp": ("gate_up", "down"),
+    "packed_mlp": ("gate_up", "down"), "cached_latent_attention": ("weight",),
 }  # fmt: skip
 
 
@@ -25,16 +25,22 @@ def bounds_of(
     """Bounds on one run of a phase's serving graph on all of the request's chips.
 
     Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value
-    that the step sees. Both at the pins' rate. Products run at the dense peak of the format that they are
-    computed in: with low-bit weights that of the activations, 16 bits."""
+    that the step sees. Both at the pins' rate. Of experts those are read that some token chooses where all
+    choices are equally likely. Products run at the dense peak of the format that they are computed in: with
+    low-bit weights that of the activations, 16 bits."""
     form = form_of(source, request.weights, "tensor.f16" in machine.constants)
     served, item = graphs[phase], item_bytes(form)
     chips = request.chips or chips_for(graphs, machine, item)
-    weights = sum(s.count * sum(_read(served, op, item) for op in s.ops) for s in served.sections())
+    weights = sum(
+        s.count * sum(_read(served, op, item) + _experts(served, op)[0] * item for op in s.ops)
+        for s in served.sections()
+    )
     state = 0
     if phase == "decode":
         state = sum(s.count * sum(_cache(op, item) for op in s.ops) for s in served.sections())
-    flops = sum(s.count * sum(_flops(served, op) for op in s.ops) for s in served.sections())
+    flops = sum(
+        s.count * sum(_flops(served, op) + _experts(served, op)[1] for op in s.ops) for s in served.sections()
+    )
     form = "f32" if form == "f32" else "bf16"
     rate = max(machine.value(k) for k in (f"tensor.{form}", "vector.f32") if k in machine.constants)
     hbm, kept = machine.value("memory.hbm.bandwidth"), machine.value("memory.l2.capacity")
@@ -63,6 +69,16 @@ def _weights(graph: Graph, op: DataflowOp) -> int:
     return sum(w.elements for w in found if w is not None)
 
 
+def _experts(graph: Graph, op: DataflowOp) -> tuple[float, float]:
+    """(elements that an even routing reads, operations of the chosen experts' products)."""
+    if op.mnemonic != "moe":
+        return 0.0, 0.0
+    found = [w for w in (graph.weight(op, name) for name in ("gate", "up", "down")) if w is not None]
+    count, tokens, chosen = found[0].shape[0], math.prod(op.operand_shape(0)[:-1]), op.operand_shape(1)[-1]
+    each = sum(w.elements for w in found) // count
+    return count * (1 - (1 - chosen / count) ** tokens) * each, 2.0 * tokens * chosen * each
+
+
 def _read(graph: Graph, op: DataflowOp, item: int) -> float:
     """Bytes of the matrices that an op reads whole, low-bit ones as stored."""
     found = ((graph.weight(op, n), turned_of(op, n)) for n in _PRODUCTS.get(op.mnemonic, ()))
@@ -75,7 +91,7 @@ def _flops(graph: Graph, op: DataflowOp) -> int:
 
 def _cache(op: DataflowOp, item: int) -> int:
     """Bytes of keys and values that an attention sees at a full context."""
-    if op.mnemonic != "cached_attention":
+    if op.mnemonic not in ("cached_attention", "cached_latent_attention"):
         return 0
     window = op.attr("window")
     total = 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mapper.errors import CapacityError
 from mapper.ir.graph import Graph
 from mapper.ir.op import tensor_type
+from mapper.ir.types import TensorType
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase
 from mapper_gpu.packed import held_bytes, used
@@ -29,17 +30,21 @@ def chips_for(graphs: Mapping[Phase, Graph], machine: Machine, item: int) -> int
     heads = {op.attr("weight") for op in first.ops() if op.mnemonic == "lm_head"} & tables
     split = matrices + item * sum(first.weights[n].elements for n in heads)
     states = [tensor_type(first.input_values[n]) for n in first.inputs_with_role("state")]
-    caches = sum(math.prod(t.ints) for t in states)
     values = sum(_values(g) for g in graphs.values())
     chips = 1
-    while _MARGIN * ((split + caches * item) / chips + shared * item + values * 4) > room:
+    while _MARGIN * (split / chips + (_caches(states, chips) + shared) * item + values * 4) > room:
         chips *= 2
         if chips > MOST_CHIPS:
-            need = split + caches * item
+            need = split + _caches(states, 1) * item
             raise CapacityError(
                 f"gpu: {need:.0f} bytes of weights and caches do not fit {MOST_CHIPS} x {machine.name}"
             )
     return chips
+
+
+def _caches(states: Sequence[TensorType], chips: int) -> int:
+    """Elements of all caches on one chip: heads are shared out, and copied where there are fewer of them."""
+    return sum(math.prod(t.ints) // min(chips, t.ints[1]) for t in states)
 
 
 def _values(graph: Graph) -> int:

@@ -3,6 +3,7 @@ scheduler."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,17 @@ FIXED = (
     "program", "kernel", "m0", "m1", "n0", "n1", "k0", "k1", "near", "work", "engine", "sharers", "lead",
     "pages", "page", "join", "stage",
 )  # fmt: skip
-KINDS = ("product", "product_merge", "attention", "attention_merge", "rows", "heads", "collective")
+KINDS = (
+    "product",
+    "product_merge",
+    "attention",
+    "attention_merge",
+    "rows",
+    "heads",
+    "collective",
+    "experts",
+    "route",
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +53,20 @@ class Rows:
         return f"{self.phase}, block {self.number}, row {row}"
 
 
+_CACHE: dict[int, tuple[weakref.ref[Schedule], list[tuple[Rows, Any]]]] = {}
+
+
 def rows_of(schedule: Schedule) -> Iterator[tuple[Rows, Any]]:
-    """Every block's rows, and the plan's record of the block. Raises ValueError where immediates are
-    malformed."""
+    """Every block's rows, and the plan's record of the block; kept for as long as the schedule lives. Raises
+    ValueError where immediates are malformed."""
+    key = id(schedule)
+    if key not in _CACHE:
+        found = list(_all(schedule))
+        _CACHE[key] = (weakref.ref(schedule, lambda _: _CACHE.pop(key, None)), found)
+    yield from _CACHE[key][1]
+
+
+def _all(schedule: Schedule) -> Iterator[tuple[Rows, Any]]:
     for phase, program in schedule.programs.items():
         records = schedule.plan["blocks"][phase]
         if len(records) != len(program.blocks):

@@ -15,12 +15,16 @@ from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
 from mapper_gpu.check_rows import Rows, rows_of
 
+HEAVY = {"linear", "attention", "allreduce", "allgather", "expert_up", "expert_down"}
+"""Kinds of nodes of which a kernel has at most one."""
 
-def _kind(schedule: Schedule, rows: Rows, name: str) -> Any:
+
+def of_kind(schedule: Schedule, rows: Rows, name: str) -> Any:
+    """Which rows have an opcode."""
     return rows["opcode"] == list(schedule.opcodes).index(name)
 
 
-def _painted(boxes: Int, size: tuple[int, ...]) -> str:
+def painted(boxes: Int, size: tuple[int, ...]) -> str:
     """How boxes [n, 2 x dims] fail to cover [0, size) exactly once; "" where they do."""
     dims = len(size)
     if not len(boxes):
@@ -39,14 +43,15 @@ def _painted(boxes: Int, size: tuple[int, ...]) -> str:
     return "a part that no tile covers" if (count == 0).any() else "a part that two tiles cover"
 
 
-def _chips(rows: Rows, schedule: Schedule) -> Int:
+def chips_of(rows: Rows, schedule: Schedule) -> Int:
+    """The chip of each row."""
     return rows["unit"] // (len(schedule.units) // schedule.chips)
 
 
 @dataclass(frozen=True)
 class TilesCover:
     """The tiles of a product cover all rows, columns and all of K exactly once, on every chip, lane by
-    lane; its merges cover all rows and columns once; row and head tasks cover theirs."""
+    lane; its merges cover all rows and columns once."""
 
     name: str = "TilesCover"
 
@@ -57,7 +62,7 @@ class TilesCover:
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
         for rows, record in rows_of(schedule):
             boxes = np.stack([rows[k] for k in ("m0", "m1", "n0", "n1", "k0", "k1")], axis=1)
-            chip = _chips(rows, schedule)
+            chip = chips_of(rows, schedule)
             programs = schedule.plan["programs"][rows.phase]
             for number, kernel in enumerate(record["kernels"]):
                 if kernel["kind"] != "product":
@@ -69,14 +74,14 @@ class TilesCover:
         self, schedule: Schedule, rows: Rows, kernel: Any, number: int, mine: Any, boxes: Int, chip: Int,
         programs: Any,
     ) -> Iterator[Violation]:  # fmt: skip
-        main, merge = _kind(schedule, rows, "product"), _kind(schedule, rows, "product_merge")
+        main, merge = of_kind(schedule, rows, "product"), of_kind(schedule, rows, "product_merge")
         m, k = int(kernel["tile"]["rows"]), int(kernel["weights"][0]["k"] if kernel["weights"] else 0)
         lanes = _lanes(rows, kernel, mine & main, programs)
         splits = int(kernel["tile"]["splits"])
         for c in range(schedule.chips):
             for lane, (n, depth, selected) in enumerate(lanes):
                 here = selected & (chip == c)
-                wrong = _painted(boxes[here], (m, n, depth or k))
+                wrong = painted(boxes[here], (m, n, depth or k))
                 if wrong:
                     yield Violation(f"{rows.kernel(number)}, lane {lane} on chip {c}: {wrong}")
             if splits > 1:
@@ -131,7 +136,7 @@ class SplitsCover:
 
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
         for rows, record in rows_of(schedule):
-            chip = _chips(rows, schedule)
+            chip = chips_of(rows, schedule)
             for number, kernel in enumerate(record["kernels"]):
                 if kernel["kind"] != "attention":
                     continue
@@ -140,13 +145,13 @@ class SplitsCover:
                 size = (int(a["batch"]) * int(a["tokens"]), width, int(a["length"]))
                 for c in range(schedule.chips):
                     for name in ("attention", "attention_merge"):
-                        here = mine & (chip == c) & _kind(schedule, rows, name)
+                        here = mine & (chip == c) & of_kind(schedule, rows, name)
                         if name == "attention_merge" and int(kernel["split"]["splits"]) < 2:
                             continue
                         boxes = np.stack(
                             [rows[k][here] for k in ("m0", "m1", "n0", "n1", "k0", "k1")], axis=1
                         )
-                        wrong = _painted(boxes, size)
+                        wrong = painted(boxes, size)
                         if wrong:
                             yield Violation(f"{rows.kernel(number)} on chip {c}, {name}: {wrong}")
 
@@ -175,7 +180,7 @@ class FusionConvex:
         maker = {n["output"]: n["number"] for _, n in nodes}
         before = {n["number"]: {maker[v] for v in n["inputs"] if v in maker} for _, n in nodes}
         for k, kernel in enumerate(record["kernels"]):
-            heavy = {n["kind"] for n in kernel["nodes"]} & {"linear", "attention", "allreduce", "allgather"}
+            heavy = {n["kind"] for n in kernel["nodes"]} & HEAVY
             if len(heavy) > 1:
                 yield Violation(f"{where}: kernel {k} has {' and '.join(sorted(heavy))}")
             above = _above({n["number"] for n in kernel["nodes"]}, before, owner, k)
@@ -215,7 +220,7 @@ class CollectivesMatched:
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
         memory = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
         for rows, _ in rows_of(schedule):
-            chip, link = _chips(rows, schedule), _kind(schedule, rows, "collective")
+            chip, link = chips_of(rows, schedule), of_kind(schedule, rows, "collective")
             for stage in np.unique(rows["stage"][link]).tolist():
                 mine = np.flatnonzero(link & (rows["stage"] == stage))
                 if sorted(chip[mine].tolist()) != list(range(schedule.chips)):
@@ -257,7 +262,7 @@ class PagesDisjoint:
                 [max((int(x["mats"]) for x in k.get("lanes", ())), default=1) for k in record["kernels"]]
             )
             held = 4 * (rows["m1"] - rows["m0"]) * (rows["n1"] - rows["n0"]) * lanes[rows["kernel"]]
-            for row in np.flatnonzero(_kind(schedule, rows, "product") & (held > registers)).tolist():
+            for row in np.flatnonzero(of_kind(schedule, rows, "product") & (held > registers)).tolist():
                 yield Violation(
                     f"{rows.name(row)} accumulates in {held[row]} bytes of registers", (row,), limit=registers
                 )
@@ -272,6 +277,11 @@ def _shared_pages(rows: Rows, early: bool) -> Iterator[Violation]:
         for a, b in reversed(list(pairwise(order))):
             if unit[a] == unit[b]:
                 start[b] = start[a]
+    else:
+        at = np.array(order)
+        busy = (unit[at][1:] == unit[at][:-1]) & (start[at][1:] < end[at][:-1])
+        if not busy.any():
+            return
     for i, a in enumerate(order):
         for b in order[i + 1 :]:
             if unit[b] != unit[a] or start[b] >= end[a]:

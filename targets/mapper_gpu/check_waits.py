@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -32,7 +32,8 @@ def _totals(rows: Rows, counters: int) -> tuple[Int, Int]:
 class WaitsExact:
     """A task waits until a counter has exactly the count that all its signals make, the last of which is
     over when the task starts; a counter of the repetition before is waited for where there is one. Every
-    task raises a counter, and of its own block."""
+    task raises a counter, and of its own block. Kernels in a graph follow each other: each of their tasks
+    waits for something, but those of the first."""
 
     name: str = "WaitsExact"
 
@@ -49,6 +50,8 @@ class WaitsExact:
                 continue
             for row in np.setdiff1d(np.arange(len(rows.block.steps)), rows.signals[:, 0]).tolist():
                 yield Violation(f"{rows.name(row)} tells nobody that it is over", (row,))
+            if schedule.plan["style"] == "graph":
+                yield from _unordered(rows)
             count, end = _totals(rows, counters)
             previous = before if before is not None and before[0] == rows.phase else None
             yield from self._block(rows, count, end, previous)
@@ -75,6 +78,13 @@ class WaitsExact:
             else:
                 over = int(before[2][counter]) + before[3] - block.start
                 yield from _one(rows, row, counter, once, int(before[1][counter]), over, start)
+
+
+def _unordered(rows: Rows) -> Iterator[Violation]:
+    """Tasks of a graph's later kernels that wait for nothing."""
+    later = np.flatnonzero((rows["kernel"] > 0) | (rows.number > 0))
+    for row in np.setdiff1d(later, rows.waits[:, 0]).tolist():
+        yield Violation(f"{rows.name(row)} does not wait for the kernel before its own", (row,))
 
 
 def _one(
@@ -130,17 +140,20 @@ class QueuesAcyclic:
             yield Violation(f"{rows.name(stuck)} waits for itself through queues and counters", (stuck,))
 
 
-@dataclass
-class _Known:
-    """Accesses of one buffer so far: bounds, whether they write, the counters that say they are over, unit,
-    order."""
+Columns = dict[str, Int]
+"""Accesses as columns: row, buffer, low, high, write (0 or 1); later also order, unit, mask, known, stage."""
 
-    low: list[int]
-    high: list[int]
-    write: list[bool]
-    signals: list[int]
-    unit: list[int]
-    order: list[int]
+
+@dataclass
+class _Past:
+    """Accesses of the program so far by buffer, and the sets of counters that their masks number."""
+
+    buffers: dict[int, list[Columns]] = field(default_factory=dict)
+    masks: dict[int, int] = field(default_factory=dict)
+
+    def number(self, mask: int) -> int:
+        """The number of a set of counters."""
+        return self.masks.setdefault(mask, len(self.masks))
 
 
 @dataclass(frozen=True)
@@ -161,15 +174,13 @@ class DependencesWaited:
         instances = list(_instances(schedule, phase))
         closure: dict[int, int] = {}
         queue: dict[int, int] = {}
-        buffers: dict[int, _Known] = {}
+        past = _Past()
         order = 0
         base = 0
         for rows, counters, repetition in instances:
             known, masks = _knowledge(rows, counters, base, closure, queue)
-            accesses = _accesses(rows, repetition)
-            unit = rows["unit"].tolist()
-            yield from _ordered(rows, accesses, known, masks, unit, buffers, order)
-            order += len(unit)
+            yield from _ordered(rows, _accesses(rows, repetition), known, masks, past, order)
+            order += len(known)
             base += counters
 
 
@@ -209,54 +220,72 @@ def _knowledge(
     return known, masks
 
 
-def _accesses(rows: Rows, repetition: int) -> list[tuple[int, int, int, int, bool]]:
-    """(row, buffer, low, high, writes) with the repetition's buffers."""
-    bound: dict[int, int] = {}
+def _accesses(rows: Rows, repetition: int) -> Columns:
+    """The block's accesses with the repetition's buffers."""
+    bound = np.arange(1 + max(int(rows.block.steps.slices(w)[1].max(initial=0)) for w in ("reads", "writes")))
     table = rows.block.bindings
     if table is not None:
         slot, at, to = (np.asarray(table.column(k).to_numpy(), np.int64) for k in range(3))
-        here = at == repetition
-        bound = dict(zip(slot[here].tolist(), to[here].tolist(), strict=True))
-    found = []
-    for which in ("reads", "writes"):
-        offsets, buffer, low, size = rows.block.steps.slices(which)
+        here = (at == repetition) & (slot < len(bound))
+        bound[slot[here]] = to[here]
+    parts = []
+    for write, which in enumerate(("reads", "writes")):
+        offsets, buffer, low, size = rows.block.steps.slices("reads" if which == "reads" else "writes")
         row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        for r, b, a, n in zip(row.tolist(), buffer.tolist(), low.tolist(), size.tolist(), strict=True):
-            found.append((r, bound.get(b, b), a, a + n, which == "writes"))
-    return found
+        parts.append((row, bound[buffer], low, low + size, np.full(len(row), write)))
+    names = ("row", "buffer", "low", "high", "write")
+    return {k: np.concatenate([p[i] for p in parts]) for i, k in enumerate(names)}
 
 
 def _ordered(
-    rows: Rows, accesses: list[tuple[int, int, int, int, bool]], known: list[int], masks: list[int],
-    unit: list[int], buffers: dict[int, _Known], order: int,
-) -> Iterator[Violation]:  # fmt: skip
-    written = {b for _, b, _, _, w in accesses if w} | set(buffers)
-    mine = [a for a in accesses if a[1] in written]
-    for r, b, low, high, w in mine:
-        k = buffers.setdefault(b, _Known([], [], [], [], [], []))
-        for column, value in zip(
-            (k.low, k.high, k.write, k.signals, k.unit, k.order),
-            (low, high, w, masks[r], unit[r], order + r),
-            strict=True,
-        ):
-            column.append(value)  # type: ignore[attr-defined]
-    arrays = {
-        b: tuple(np.array(c) for c in (k.low, k.high, k.write, k.order, k.unit)) for b, k in buffers.items()
-    }
-    asked: set[tuple[int, int, int, bool, int, int]] = set()
-    stage = rows["stage"].tolist()
-    for r, b, low, high, w in mine:
-        key = (b, low, high, w, known[r], stage[r])
-        if key in asked:
-            continue
-        asked.add(key)
-        a_low, a_high, a_write, a_order, a_unit = arrays[b]
-        near = (a_low < high) & (a_high > low) & (a_order < order + r) & (a_write | w)
-        for i in np.flatnonzero(near).tolist():
-            if not buffers[b].signals[i] & known[r] and a_unit[i] != unit[r]:
-                message = f"{rows.name(r)} has not waited for who used bytes {low}..{high} of buffer {b}"
-                yield Violation(message, (r,), None, int(rows["start"][r]))
-                break
+    rows: Rows, accesses: Columns, known: list[int], masks: list[int], past: _Past, order: int
+) -> Iterator[Violation]:
+    written = np.unique(accesses["buffer"][accesses["write"] == 1])
+    mine = np.isin(accesses["buffer"], [*written.tolist(), *past.buffers])
+    found = {k: v[mine] for k, v in accesses.items()}
+    row = found["row"]
+    found["order"], found["unit"] = order + row, rows["unit"][row]
+    found["mask"] = np.array([past.number(m) for m in masks], np.int64)[row]
+    found["known"] = np.array([past.number(m) for m in known], np.int64)[row]
+    found["stage"] = rows["stage"][row]
+    sets = list(past.masks)
+    by = np.argsort(found["buffer"], kind="stable")
+    ends = np.flatnonzero(np.diff(found["buffer"][by], append=-1)) + 1
+    for part in np.split(by, ends[:-1]):
+        if len(part):
+            here = {k: v[part] for k, v in found.items()}
+            parts = past.buffers.setdefault(int(here["buffer"][0]), [])
+            parts.append(here)
+            yield from _one_buffer(rows, here, parts, sets)
+
+
+def _one_buffer(rows: Rows, here: Columns, parts: list[Columns], sets: list[int]) -> Iterator[Violation]:
+    """Accesses of one buffer that have not waited for earlier ones, those alike looked at once."""
+    key = np.lexsort([here[k] for k in _ALIKE])
+    same = np.logical_and.reduce([here[k][key[1:]] == here[k][key[:-1]] for k in _ALIKE])
+    asked = key[np.concatenate([[True], ~same])]
+    names = ("low", "high", "write", "order", "unit", "mask")
+    earlier = {k: np.concatenate([p[k] for p in parts]) for k in names}
+    marks, mark = np.unique(earlier["mask"], return_inverse=True)
+    knows, know = np.unique(here["known"][asked], return_inverse=True)
+    waited = np.array([[sets[m] & sets[k] != 0 for m in marks.tolist()] for k in knows.tolist()])
+    step = max(1, _PAIRS // len(mark))
+    for begin in range(0, len(asked), step):
+        q = asked[begin : begin + step]
+        low, high, write, order, unit = (here[k][q][:, None] for k in names[:5])
+        near = (earlier["low"] < high) & (earlier["high"] > low) & (earlier["order"] < order)
+        near &= (earlier["unit"] != unit) & ((earlier["write"] == 1) | (write == 1))
+        near &= ~waited[know[begin : begin + step][:, None], mark]
+        for i in q[near.any(1)].tolist():
+            row, buffer = int(here["row"][i]), int(here["buffer"][i])
+            where = f"bytes {here['low'][i]}..{here['high'][i]} of buffer {buffer}"
+            message = f"{rows.name(row)} has not waited for who used {where}"
+            yield Violation(message, (row,), None, int(rows["start"][row]))
+
+
+_ALIKE = ("low", "high", "write", "known", "stage")
+_PAIRS = 1 << 22
+"""Pairs of accesses that are compared at once."""
 
 
 CHECKS = (WaitsExact(), QueuesAcyclic(), DependencesWaited())

@@ -202,7 +202,8 @@ class Columns:
                 if c >= 0:
                     mine.append((c, count[c], count[c], own))
                 elif before >= 0:
-                    mine.append((-1, before, count[-1], own))
+                    # what a chip writes now, others may have read in the collective that ended the last one
+                    mine.append((-1, before, count[-1], -2))
             waits.append(mine)
         return waits, [[c] for c in self.raised], self.logical * self.chips
 
@@ -235,6 +236,9 @@ class Columns:
             if t.stage == 1 and key in tiles:
                 waits.append([(tiles[key], parts[tiles[key]], parts[tiles[key]], own)])
             elif s == 0:
+                # what a chip writes now, others may have read in the collective that ended the last one: one
+                # task that waits for all chips holds up the kernels behind its own
+                own = -2 if i == 0 else own
                 waits.append([(-1, before, counts[finals[-1]], own)] if before >= 0 else [])
             else:
                 waits.append([(done[s - 1], counts[s - 1], counts[s - 1], own)])

@@ -76,6 +76,14 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
             "past": a.past,
             "window": a.window,
         }
+    if k.grouped is not None and k.expert_tile is not None:
+        g, tile = k.grouped, k.expert_tile
+        record["experts"] = {
+            "tokens": g.routing.rows, "count": g.routing.count, "chosen": g.routing.chosen,
+            "rows": g.routing.tile, "blocks": g.routing.most, "filled": g.routing.blocks,
+            "distinct": g.routing.distinct, "n": g.n, "k": g.k, "mats": g.mats, "element": g.element,
+            "tile": {"n": tile.n, "run": tile.run, "engine": tile.engine},
+        }  # fmt: skip
     if k.collective is not None:
         record["collective"] = {"algorithm": k.collective.algorithm, "bytes": k.collective.bytes}
     return record

@@ -19,10 +19,11 @@ from mapper.runtime.interface import Memories
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Int, Phase, Schedule
 from mapper.schedule.timeline import timeline
-from mapper_gpu import lowbit_ops, tile_ops
+from mapper_gpu import expert_ops, lowbit_ops, tile_ops
 
 Array = npt.NDArray[Any]
 NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64", "u8": "uint8"}
+MEANINGS = tile_ops.MEANINGS | expert_ops.MEANINGS
 COORDINATES = slice(2, 8)
 """Where a task's coordinates are among its immediates; the first one is its program."""
 LEAST = 19
@@ -42,10 +43,44 @@ class Operand:
     chip: int
     bits: int = 0
     per: int = 1
+    stack: int = 1
 
     def span(self, columns: int) -> int:
         """Bytes of some columns of one row."""
         return lowbit_ops.row_bytes(columns, self.bits) if self.bits else columns * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The weights of all experts [stack, rows, width] that a task may read, of each the rows that are its
+    columns: which expert's is read, and has to be there, its data says."""
+
+    memories: Memories
+    memory: int
+    low: int
+    operand: Operand
+    first: int
+    last: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of the product."""
+        return self.last - self.first
+
+    def read(self, task: Task, expert: int) -> Array:
+        """The rows of one expert's weight, as float32. Raises ExecutionFault outside of the stack, or on
+        unwritten bytes."""
+        o = self.operand
+        if not 0 <= expert < o.stack:
+            task.fail(f"expert {expert} of {o.stack}")
+        row = o.width * o.dtype.itemsize
+        low = self.low + (expert * o.rows + self.first) * row
+        size = self.columns * row
+        unknown = self.memories.written(self.memory).missing(low, low + size)
+        if unknown is not None:
+            task.fail(f"byte {unknown} of memory {self.memory} is read and was never written")
+        flat = self.memories.data(self.memory)[low : low + size].view(o.dtype)
+        return _floats(flat.reshape(self.columns, o.width))
 
 
 @dataclass(frozen=True)
@@ -87,6 +122,7 @@ def parse(plan: Any, phase: str) -> list[Code]:
             int(o["chip"]),
             int(o.get("bits", 0)),
             max(1, int(o.get("per", 1))),
+            int(o.get("stack", 1)),
         )
 
     return [
@@ -157,7 +193,7 @@ def execute(task: Task, memories: Memories) -> None:
         elif op == "append":
             _append(task, rest, given, registers, memories)
         else:
-            meaning: Callable[..., Any] | None = tile_ops.MEANINGS.get(op)
+            meaning: Callable[..., Any] | None = MEANINGS.get(op)
             if meaning is None:
                 task.fail(f"unknown instruction {op!r}")
             meaning(task, registers, *rest)
@@ -191,10 +227,12 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
     item = o.dtype.itemsize
     if o.r == "cache":
         return _cache_runs(task, o)
-    r0, r1 = {"m": (m0, m1), "n": (n0, n1), "all": (0, o.rows)}[o.r]
+    each = max(1, o.width - 1)
+    r0, r1 = {"m": (m0, m1), "n": (n0, n1), "all": (0, o.rows), "expert": (n0, n1),
+              "blocks": (m0 // each, m1 // each)}[o.r]  # fmt: skip
     if isinstance(o.c, str):
         width = n1 - n0
-        attend = next((i for i in task.code.code if i[0] == "attend"), None)
+        attend = next((i for i in task.code.code if i[0] in ("attend", "attend_latent")), None)
         merge = o.c in ("stats", "groups") and attend is None
         dim, value, group = (attend[7], attend[8], attend[9]) if attend else (0, 0, 0)
         if merge:
@@ -205,6 +243,9 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
         head = n0 // width if width else 0
         each = {"q": dim * group, "stats": 2 * group, "groups": group}.get(o.c, 0)
         del value
+        if o.c.startswith("head:"):
+            depth, columns = (int(x) for x in o.c.split(":")[1:])
+            head, each = n0 // columns, depth
         c0, c1 = {"n": (n0, n1), "k": (k0 // o.per, -(-k1 // o.per)), "all": (0, o.width)}.get(
             o.c, (head * each, (head + 1) * each)
         )
@@ -214,6 +255,8 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
         task.fail(f"rows {r0}..{r1}, columns {c0}..{c1} of a value [{o.rows}, {o.width}]")
     if what == "writes":
         return (r0, r1, c0, c1), _runs(o, r0, r1, c0, c1, item)
+    if o.r == "expert":
+        return (r0, r1, c0, c1), [(0, o.stack * o.rows * o.width * item)]
     low, high = c0 // o.panel, -(-c1 // o.panel)
     begin, end, row = low * o.rows + r0, (high - 1) * o.rows + r1, o.span(o.panel)
     return (r0, r1, c0, c1), [(begin * row, (end - begin) * row)]
@@ -247,11 +290,13 @@ def _cache_runs(task: Task, o: Operand) -> tuple[tuple[int, int, int, int], list
     ]
 
 
-def _read(task: Task, number: int, taken: Taken, memories: Memories) -> Array:
+def _read(task: Task, number: int, taken: Taken, memories: Memories) -> Array | Stack:
     o, slices, (r0, r1, c0, c1) = taken[number]
     if o.r == "cache" and o.c == "heads":
         return np.zeros(0)
     memory, low, size, _ = slices[0]
+    if o.r == "expert":
+        return Stack(memories, memory, low, o, r0, r1)
     unknown = memories.written(memory).missing(low, low + size)
     if unknown is not None:
         task.fail(f"byte {unknown} of memory {memory} is read and was never written")

@@ -27,6 +27,7 @@ def explain(schedule: Schedule, machine: Machine) -> Mapping[Phase, Sequence[Fin
             _peaks(schedule, phase, chip, machine, seconds),
             _parts(schedule, phase, chip, seconds),
             _kernels(schedule, phase, chip),
+            *_experts(schedule, phase),
             *_stored(schedule, phase, chip),
         )
     return found
@@ -110,6 +111,26 @@ def _kernels(schedule: Schedule, phase: str, chip: Gpu) -> Finding:
     ordered = tuple(r for _, r in sorted(rows, key=lambda r: -r[0]))
     columns = ("kernel", "runs", "us each", "us in all", "MB each", "TB/s", "waves", "limit")
     return Finding("kernels (of one chip)", columns, ordered)
+
+
+def _experts(schedule: Schedule, phase: str) -> tuple[Finding, ...]:
+    """What products of experts read and work through, where all choices are equally likely."""
+    rows: list[tuple[str | float, ...]] = []
+    for block, record in zip(schedule.programs[phase].blocks, schedule.plan["blocks"][phase], strict=True):
+        for k in record["kernels"]:
+            if "experts" in k:
+                e = k["experts"]
+                used = 100 * e["tokens"] * e["chosen"] / (e["filled"] * e["rows"])
+                weight = e["mats"] * e["n"] * e["k"] * e["element"] / 1e6
+                rows.append((
+                    k["name"], block.repeat, e["tokens"], f"{e['chosen']} of {e['count']}", e["distinct"],
+                    weight, f"{e['filled']} of {e['blocks']}", e["rows"], used,
+                ))  # fmt: skip
+    columns = (
+        "kernel", "runs", "tokens", "chosen", "experts read", "MB each", "blocks", "rows", "rows used %",
+    )  # fmt: skip
+    title = "experts of an even routing: their weights are read once, rows of a block are padded"
+    return (Finding(title, columns, tuple(rows)),) if rows else ()
 
 
 def _waves(kernel: Any, chip: Gpu) -> float:

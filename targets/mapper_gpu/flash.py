@@ -25,6 +25,8 @@ KEY_STEP = 64
 """Cache rows that a pipeline stage holds: splits are whole multiples."""
 QUERY_ROWS = 128
 """Query rows of a prefill tile, heads that share a cache head counted as rows."""
+ACCUMULATORS = 1 << 15
+"""Elements of the running result that a task keeps: half of an SM's registers, 128 KB."""
 OPERATIONS = 5.0
 """Operations per score besides the products: scale, maximum, subtract, sum, rescale."""
 
@@ -65,7 +67,8 @@ class Split:
 
 def split_of(a: Attention, splits: int) -> Split:
     """The split of the cache's room into at most `splits` stretches of whole steps."""
-    tokens = a.tokens if a.tokens * a.group <= QUERY_ROWS else max(1, QUERY_ROWS // a.group)
+    rows = min(QUERY_ROWS, ACCUMULATORS // a.value_dim)
+    tokens = a.tokens if a.tokens * a.group <= rows else max(1, rows // a.group)
     keys = math.ceil(math.ceil(a.length / splits) / KEY_STEP) * KEY_STEP
     return Split(tokens, math.ceil(a.length / keys), min(keys, a.length))
 

@@ -4,11 +4,12 @@ A state is a down-closed set of nodes that are done; a step adds a set that one 
 operands are done. Every such set is convex: no path leaves it and comes back. The cost of a kernel is its
 HBM bytes at the stream rate plus its launch. A kernel has one shape of reduction:
 
-    product     linears of the same x; before them row and point nodes on x, which every task repeats;
-    behind them
-                point and head nodes on their columns
+    product     linears of the same x; before them row and point nodes on x, which every task repeats; behind
+                them point and head nodes on their columns; or one linear with a matrix per head
     attention   one attention, with head nodes on its queries
     collective  one all-reduce or all-gather, with point nodes behind it
+    experts     one product of the chosen experts, with what is done inside of it
+    route       routing of all tokens at once: one task
     heads       point and head nodes of one width with an append, by sequence and head
     rows        anything else without a heavy node: row by row
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mapper_gpu.nodes import HEADS, HEAVY, POINTS, ROWS, Node, Section
+from mapper_gpu.nodes import EXPERTS, HEADS, HEAVY, POINTS, ROUTES, ROWS, Node, Section
 
 Cost = Callable[[str, tuple[int, ...]], float]
 """(kind of kernel, its nodes) -> seconds."""
@@ -105,19 +106,25 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
     if kind == "linear":
         same = len({(dag.nodes[h].inputs[0], dag.nodes[h].attr("groups", 1)) for h in heavy}) == 1
         legal = above <= {*ROWS, *POINTS} and below <= {*POINTS, *HEADS} and same
+        legal = legal and not (dag.nodes[heavy[0]].attr("heads") and (above or below or len(heavy) > 1))
         legal = legal and ("append" not in below or dag.rows <= ONE_TILE)
         legal = legal and all(dag.heads[i] <= WIDEST_HEAD for i in bits(down))
         return "product" if legal and not down & sum(1 << h for h in heavy) else None
     if len(heavy) != 1:
         return None
+    if kind in EXPERTS:
+        return "experts" if len(members) == 1 else None
     if kind == "attention":
         legal = above <= {"rope", "head_norm", "point"} and not below
+        legal = legal and not (above and dag.nodes[heavy[0]].attr("latent"))
         return "attention" if legal else None
     return "collective" if not above and below <= set(POINTS) else None
 
 
 def _light(dag: Dag, members: Sequence[int]) -> str | None:
     kinds = {dag.nodes[i].kind for i in members}
+    if kinds & set(ROUTES[1:]):
+        return "route" if kinds <= set(ROUTES) else None
     if "append" not in kinds:
         return "rows"
     widths = {dag.widths[v] for i in members for v in dag.nodes[i].inputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 from mapper_gpu import flash, programs
 from mapper_gpu.collective import GATHER, ONE_SHOT
 from mapper_gpu.flash import pieces
+from mapper_gpu.grid_experts import expert_tasks, route_task
 from mapper_gpu.hardware import ENGINES, Gpu
 from mapper_gpu.kernel import Branch, Kernel, attention_of, product_of
 from mapper_gpu.nodes import HEADS, Section
@@ -18,7 +20,10 @@ from mapper_gpu.programs import Builder, Columns
 from mapper_gpu.storage import Storage
 from mapper_gpu.timing import LINK, MERGE, NONE
 
-OPCODES = ("product", "product_merge", "attention", "attention_merge", "rows", "heads", "collective")
+OPCODES = (
+    "product", "product_merge", "attention", "attention_merge", "rows", "heads", "collective", "experts",
+    "route",
+)  # fmt: skip
 """Kinds of tasks; the position is the opcode."""
 Coordinates = tuple[int, int, int, int, int, int]
 """m0, m1, n0, n1, k0, k1."""
@@ -83,8 +88,14 @@ class Maker:
         """The tasks of a kernel."""
         made = Grid(kernel)
         partial = f"{self.label}.k{number}"
-        kind = {"product": self._product, "attention": self._attention, "collective": self._collective}
-        kind.get(kernel.kind, self._heads if kernel.kind == "heads" else self._rows)(made, partial)
+        kinds = {
+            "product": self._product, "attention": self._attention, "collective": self._collective,
+            "heads": self._heads, "rows": self._rows,
+        }  # fmt: skip
+        if kernel.kind in kinds:
+            kinds[kernel.kind](made, partial)
+        else:
+            {"experts": expert_tasks, "route": route_task}[kernel.kind](self, made, partial)
         return made
 
     # products ------------------------------------------------------------------------------------
@@ -101,7 +112,8 @@ class Maker:
             lanes.append((branch, lane_width(branch.lane, tile.n), main, merge, mine))
         kept = [self.keep(m) if m else -1 for _, _, _, m, _ in lanes]
         rows, product = self._rows_of(kernel), product_of(self.section, kernel.nodes)
-        walk = _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes])
+        heads = self.section.nodes[kernel.branches[0].linears[0]].attr("heads", 1)
+        walk = _walk(rows, tile, [(b.lane.n, w) for b, w, _, _, _ in lanes], heads)
         for join, (m0, m1, lane, n0, n1) in enumerate(walk):
             branch, _, main, merge, mine = lanes[lane]
             node = self.section.nodes[branch.linears[0]]
@@ -111,7 +123,7 @@ class Maker:
                 grid.tasks.append(self._product_task(main[j], mine[j], at, branch, tile, join, product))
             if merge is not None:
                 at = (m0, m1, n0, n1, 0, k)
-                task = self._task(merge, kept[lane], "product_merge", at, node.op)
+                task = self.task(merge, kept[lane], "product_merge", at, node.op)
                 task.lead, task.stage, task.join = MERGE, 1, join
                 task.near = self._moved(merge, at)
                 grid.tasks.append(task)
@@ -158,7 +170,7 @@ class Maker:
     ) -> Task:  # fmt: skip
         nodes = self.section.nodes
         m0, m1, n0, n1, k0, k1 = at
-        task = self._task(b, program, "product", at, nodes[branch.linears[0]].op)
+        task = self.task(b, program, "product", at, nodes[branch.linears[0]].op)
         engine = ENGINES.index(tile.engine)
         wide, short = self.gpu.mma[:2] if tile.engine != "vector" else (1, 1)
         if self.gpu.systolic and tile.engine != "vector":
@@ -224,6 +236,8 @@ class Maker:
             kept = self.keep(merge)
         engine = ENGINES.index(a.engine if a.engine in self.gpu.tensor else "vector")
         joins: dict[tuple[int, int, int], int] = {}
+        row = a.element * (a.dim + (0 if a.shared else a.value_dim))
+        held = max(1, math.ceil(2 * flash.KEY_STEP * row / self.gpu.page))
         for piece in pieces(a, split):
             j = piece.low // split.keys
             for s in range(a.batch):
@@ -232,13 +246,11 @@ class Maker:
                     at = (s * a.tokens + piece.first, s * a.tokens + piece.last, n0, n0 + group * a.value_dim,
                           piece.low, piece.high)  # fmt: skip
                     b, program = built[j]
-                    task = self._task(b, program, "attention", at, node.op)
+                    task = self.task(b, program, "attention", at, node.op)
                     task.far, task.near, task.flops = piece.far, piece.near, piece.flops
                     task.work = flash.as_work(self.gpu, a, engine, piece.work)
                     task.engine, task.lead = engine, NONE
-                    task.pages = max(
-                        1, math.ceil(2 * flash.KEY_STEP * (a.dim + a.value_dim) * a.element / self.gpu.page)
-                    )
+                    task.pages = held
                     if parts > 1:
                         task.join = joins.setdefault((s, h, piece.first), len(joins))
                     grid.tasks.append(task)
@@ -247,7 +259,7 @@ class Maker:
             n0 = h * group * a.value_dim
             at = (s * a.tokens + first, s * a.tokens + last, n0, n0 + group * a.value_dim, 0, a.length)
             assert merge is not None
-            task = self._task(merge, kept, "attention_merge", at, node.op)
+            task = self.task(merge, kept, "attention_merge", at, node.op)
             task.lead, task.stage, task.join = MERGE, 1, join
             task.near = float(sum(n for _, _, _, n in (*task.reads, *task.writes)))
             grid.tasks.append(task)
@@ -266,7 +278,7 @@ class Maker:
         width = max(self.section.values[nodes[i].output].width for i in kernel.nodes)
         for m0 in range(0, rows, kernel.rows):
             at = (m0, min(rows, m0 + kernel.rows), 0, width, 0, width)
-            self._even(grid, self._task(b, program, "rows", at, nodes[kernel.nodes[0]].op), rows)
+            self._even(grid, self.task(b, program, "rows", at, nodes[kernel.nodes[0]].op), rows)
 
     def _even(self, grid: Grid, task: Task, rows: int) -> None:
         timed = grid.kernel.timed
@@ -292,7 +304,7 @@ class Maker:
         for s in range(self.batch):
             for n0 in range(0, width, head):
                 at = (s * self.tokens, (s + 1) * self.tokens, n0, n0 + head, 0, 0)
-                task = self._task(b, program, "heads", at, nodes[kernel.nodes[0]].op)
+                task = self.task(b, program, "heads", at, nodes[kernel.nodes[0]].op)
                 timed = kernel.timed
                 task.far, task.near, task.work = timed.far / count, timed.near / count, timed.work / count
                 task.engine, task.lead = ENGINES.index("vector"), NONE
@@ -340,13 +352,14 @@ class Maker:
         stage: int,
         chip: int = -1,
     ) -> None:
-        task = self._task(b, program, "collective", at, op)
+        task = self.task(b, program, "collective", at, op)
         task.near, task.far, task.lead, task.stage, task.chip = near, far, LINK, stage, chip
         grid.tasks.append(task)
 
     # slices --------------------------------------------------------------------------------------
 
-    def _task(self, b: Builder, program: int, kind: str, at: Coordinates, op: int) -> Task:
+    def task(self, b: Builder, program: int, kind: str, at: Coordinates, op: int) -> Task:
+        """A task of a program at some coordinates, its slices filled in."""
         reads = [(s, chip, *run) for s, r, c, chip in b.sources for run in self._read(s, r, c, at)]
         writes = [(s, -1, *run) for s, r, c in b.targets for run in self._write(s, r, c, at)]
         return Task(OPCODES.index(kind), program, at, reads, writes, op, 0.0, 0.0, 0.0, 0, 0.0, NONE)
@@ -354,7 +367,10 @@ class Maker:
     def _read(self, s: Storage, r: str, c: Columns, at: Coordinates) -> list[tuple[int, int]]:
         if r == "cache":
             return self._cache(s, c, at)
-        r0, r1 = {"m": at[:2], "n": at[2:4], "all": (0, s.rows)}[r]
+        if r == "expert":
+            return [(0, s.bytes)]
+        blocks = (at[0] // max(1, s.width - 1), at[1] // max(1, s.width - 1))
+        r0, r1 = {"m": at[:2], "n": at[2:4], "all": (0, s.rows), "blocks": blocks}[r]
         c0, c1 = self._columns(s, c, at)
         return [s.cover(r0, r1, c0, c1)]
 
@@ -362,12 +378,15 @@ class Maker:
         if r == "cache":
             return self._cache(s, c, at)
         c0, c1 = self._columns(s, c, at)
-        return s.runs(at[0], at[1], c0, c1)
+        return s.runs(*((0, s.rows) if r == "all" else at[:2]), c0, c1)
 
     def _columns(self, s: Storage, c: Columns, at: Coordinates) -> tuple[int, int]:
         _, _, n0, n1, k0, k1 = at
         if not isinstance(c, str):
             return c[0], c[1]
+        if c.startswith("head:"):
+            k, n = (int(x) for x in c.split(":")[1:])
+            return n0 // n * k, (n0 // n + 1) * k
         node = next((n for n in self.section.nodes if n.kind == "attention"), None)
         if c in ("q", "stats", "groups"):
             assert node is not None
@@ -396,13 +415,15 @@ class Maker:
 
 
 def _walk(
-    rows: int, tile: Tile, lanes: Sequence[tuple[int, int]]
+    rows: int, tile: Tile, lanes: Sequence[tuple[int, int]], heads: int
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """(m0, m1, lane, n0, n1) of all tiles: down a band of row tiles, then to the next column tile."""
+    """(m0, m1, lane, n0, n1) of all tiles: down a band of row tiles, then to the next column tile, of one
+    head after the other."""
     starts = list(range(0, rows, tile.m))
     for at in range(0, len(starts), tile.band):
         band = starts[at : at + tile.band]
         for lane, (n, width) in enumerate(lanes):
-            for n0 in range(0, n, width):
+            for head, n0 in itertools.product(range(heads), range(0, n, width)):
                 for m0 in band:
-                    yield m0, min(rows, m0 + tile.m), lane, n0, min(n, n0 + width)
+                    last = min(n, n0 + width)
+                    yield m0, min(rows, m0 + tile.m), lane, head * n + n0, head * n + last

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mapper_gpu import flash, product
+from mapper_gpu import experts, flash, product
 from mapper_gpu.collective import Collective, allgather, allreduce
+from mapper_gpu.experts import ExpertTile, Grouped
 from mapper_gpu.flash import Attention, Split
 from mapper_gpu.fuse import Group, fuse
 from mapper_gpu.hardware import COMPUTE, ENGINES, Gpu, element_bytes
@@ -27,6 +28,8 @@ NORM_OPERATIONS = 4.0
 """Operations per element of a normalisation."""
 POINT_OPERATIONS = 8.0
 """Operations per element of other row work, an exponential counted as several."""
+HEADS_NEAR = 1.05
+"""A matrix per head is so small that its kernel is mostly latency: few tiles are as good as many."""
 ROWS_TILE = 8
 """Tokens of a row task at most; fewer where SMs would idle."""
 
@@ -45,7 +48,8 @@ class Branch:
 class Kernel:
     """One fused kernel. `nodes` are numbers of the section's nodes. `reads` are values from outside,
     `stores` those that it leaves in memory; `tile` is set for products, `split` for attention, `rows`
-    (tokens per task) for the others, `collective` for collectives. `timed.seconds` does not hold the launch
+    (tokens per task) for the others, `collective` for collectives, `grouped` and `expert_tile` for experts.
+    `timed.seconds` does not hold the launch
     gap."""
 
     name: str
@@ -62,6 +66,8 @@ class Kernel:
     attention: Attention | None = None
     rows: int = 0
     collective: Collective | None = None
+    grouped: Grouped | None = None
+    expert_tile: ExpertTile | None = None
 
 
 def kernels_of(gpu: Gpu, section: Section, chips: int = 1) -> tuple[Kernel, ...]:
@@ -103,6 +109,8 @@ def cost(gpu: Gpu, section: Section, kind: str, nodes: tuple[int, ...]) -> float
     tiles of a product read and normalise again each."""
     launch = gpu.gap + gpu.start + gpu.hbm_latency + gpu.l2_latency
     again = 0.0
+    if kind == "route":
+        return gpu.gap + _routed(gpu, section, nodes).seconds
     if kind == "product":
         heavy = [section.nodes[i] for i in nodes if section.nodes[i].kind == "linear"]
         before = [i for i in nodes if section.nodes[i].kind in ("norm", "embed")]
@@ -138,7 +146,40 @@ def make(gpu: Gpu, section: Section, group: Group, chips: int = 1) -> Kernel:
         seconds = made.seconds + far / gpu.stream
         timed = Timed(seconds, 1, far, made.bytes, 0.0, 0.0, "link")
         return Kernel(name, group.kind, nodes, reads, stores, weights, timed, collective=made)
+    if group.kind == "experts":
+        grouped = grouped_of(section, section.nodes[nodes[0]])
+        chosen, timed = experts.choose(gpu, grouped)
+        return Kernel(name, group.kind, nodes, reads, stores, weights, timed, grouped=grouped,
+                      expert_tile=chosen)  # fmt: skip
+    if group.kind == "route":
+        timed = _routed(gpu, section, nodes)
+        return Kernel(name, group.kind, nodes, reads, stores, weights, timed)
     return _rows(gpu, section, group.kind, name, nodes, reads, stores, weights)
+
+
+def grouped_of(section: Section, node: Node) -> Grouped:
+    """The product of experts that a node asks for."""
+    w, x, y = node.weights[0], section.values[node.inputs[0]], section.values[node.output]
+    return Grouped(
+        node.attr("routing"), w.n, w.k, len(node.weights), element_bytes(w.dtype), element_bytes(x.dtype),
+        element_bytes(y.dtype), COMPUTE[w.dtype], node.kind == "expert_up",
+    )  # fmt: skip
+
+
+def _routed(gpu: Gpu, section: Section, nodes: Sequence[int]) -> Timed:
+    """Routing of all tokens on one SM: a pass over the scores per chosen expert, and a sort of the pairs by
+    counting, then by prefix sums."""
+    work = moved = 0.0
+    for i in nodes:
+        node = section.nodes[i]
+        x, y = section.values[node.inputs[0]], section.values[node.output]
+        moved += x.bytes + y.bytes
+        passes = node.attr("chosen") if node.kind == "top_k" else 2
+        work += POINT_OPERATIONS * (x.rows * x.width * passes + y.rows * y.width)
+    engine = ENGINES.index("vector")
+    body = grid_seconds(gpu, 1, 0.0, moved, work, engine)
+    lead = gpu.start + gpu.hbm_latency + gpu.l2_latency
+    return Timed(lead + body, 1, 0.0, moved, work, 0.0, "latency" if lead > body else "arithmetic")
 
 
 def attention_of(node: Node) -> Attention:
@@ -187,7 +228,7 @@ def branches_of(section: Section, nodes: Sequence[int]) -> tuple[tuple[int, ...]
         made = [section.nodes[j].output for j in (*sorted(mine), *lane_nodes)]
         heads = [section.values[section.nodes[j].inputs[0]].head for j in lane_nodes
                  if section.nodes[j].kind in HEADS]  # fmt: skip
-        n = section.nodes[i].weights[0].n
+        n = section.nodes[i].weights[0].n // section.nodes[i].attr("heads", 1)
         lane = Lane(n, len(mine), max([1, *heads]))
         found.append(Branch(tuple(sorted(mine)), lane_nodes, tuple(v for v in made if v in out), lane))
     return prologue, tuple(found)
@@ -211,8 +252,8 @@ def product_of(section: Section, nodes: Sequence[int]) -> Product:
     return Product(
         rows=first.attr("rows", x.rows), k=w.k, lanes=tuple(b.lane for b in branches),
         element=element_bytes(w.dtype), operand=element_bytes(entering[0].dtype), engine=COMPUTE[w.dtype],
-        groups=w.count, out=out, extra=extra, prologue=norms * NORM_OPERATIONS, whole_rows=bool(norms),
-        low=_low([section.nodes[i].weights[0] for b in branches for i in b.linears]),
+        groups=w.count * first.attr("heads", 1), out=out, extra=extra, prologue=norms * NORM_OPERATIONS,
+        whole_rows=bool(norms), low=_low([section.nodes[i].weights[0] for b in branches for i in b.linears]),
     )  # fmt: skip
 
 
@@ -237,7 +278,9 @@ def _product(
     stores: tuple[str, ...], weights: tuple[Matrix, ...],
 ) -> Kernel:  # fmt: skip
     prologue, branches = branches_of(section, nodes)
-    tile, timed = product.choose(gpu, product_of(section, nodes))
+    heads = section.nodes[branches[0].linears[0]].attr("heads")
+    near = HEADS_NEAR if heads else product.NEAR
+    tile, timed = product.choose(gpu, product_of(section, nodes), near)
     return Kernel(name, "product", nodes, reads, stores, weights, timed, prologue, branches, tile)
 
 
@@ -256,11 +299,13 @@ def _rows(
     tasks = -(-rows // each) if kind == "rows" else _sequences(section) * max(
         values[v].width // max(1, values[v].head) for i in nodes for v in section.nodes[i].inputs
     )  # fmt: skip
-    moved = sum(values[v].bytes for v in (*reads, *stores) if not values[v].state)
+    moved = sum(_touched(section, nodes, v) for v in (*reads, *stores) if not values[v].state)
     moved += sum(values[section.nodes[i].output].bytes for i in nodes if section.nodes[i].kind == "embed")
-    elements = sum(
-        values[section.nodes[i].output].rows * values[section.nodes[i].output].width for i in nodes
+    made = (
+        section.nodes[i].inputs[0] if section.nodes[i].kind == "append" else section.nodes[i].output
+        for i in nodes
     )
+    elements = sum(values[v].rows * values[v].width for v in made)
     work = POINT_OPERATIONS * elements
     far = moved if moved > 0.5 * gpu.l2 else 0.0
     engine = ENGINES.index("vector")
@@ -269,6 +314,15 @@ def _rows(
     limit = "latency" if lead > body else "L2"
     timed = Timed(lead + body, tasks, far, moved - far, work, 0.0, limit)
     return Kernel(name, kind, nodes, reads, stores, weights, timed, rows=each)
+
+
+def _touched(section: Section, nodes: Sequence[int], name: str) -> float:
+    """Bytes of a value that row work reads or writes: of the rows of experts those that tokens chose."""
+    value = section.values[name]
+    summed = next((section.nodes[i] for i in nodes if section.nodes[i].kind == "weighted_sum"), None)
+    if summed is None or summed.inputs[0] != name:
+        return value.bytes
+    return value.bytes * min(1.0, float(summed.attr("pairs")) / value.rows)
 
 
 def _sequences(section: Section) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mapper.errors import CapacityError
+from mapper.errors import CapacityError, LoweringError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
 from mapper.schedule.tables import (
@@ -24,13 +24,16 @@ from mapper.schedule.tables import (
     Request,
     Schedule,
 )  # fmt: skip
-from mapper_gpu import extract as extraction
 from mapper_gpu.columns import between, block_of, columns_of, cycles
 from mapper_gpu.describe import describe
-from mapper_gpu.extract import Extracted
+from mapper_gpu.extract import extract
+from mapper_gpu.extractor import Extracted
+from mapper_gpu.extractor import Program as Work
+from mapper_gpu.flash import ACCUMULATORS
 from mapper_gpu.grid import OPCODES, Maker
 from mapper_gpu.hardware import Gpu, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
+from mapper_gpu.nodes import EXPERTS, HEAVY, Node
 from mapper_gpu.partition import partition
 from mapper_gpu.product import lane_width
 from mapper_gpu.storage import NUMPY, Memory, Storage
@@ -42,7 +45,7 @@ class Lowered:
     """One phase: its sections with their kernels, and the storage of each value by name."""
 
     phase: Phase
-    work: extraction.Program
+    work: Work
     kernels: list[tuple[Kernel, ...]]
     storages: dict[str, Storage] = field(default_factory=dict)
     programs: list[Any] = field(default_factory=list)
@@ -61,12 +64,13 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     found: list[Lowered] = []
     for phase, graph in graphs.items():
         tokens = request.prompt if phase == "prefill" else 1
-        work = partition(
-            extraction.extract(graph, phase, request.batch, tokens, request.context, form), chips
-        )
+        work = partition(extract(graph, phase, request.batch, tokens, request.context, form), chips)
         work = replace(work, sections=tuple(_operands(e, form) for e in work.sections))
         found.append(Lowered(phase, work, [kernels_of(chip, e.section, chips) for e in work.sections]))
+        _registers(found[-1])
     weights = Weights(graphs, chips, form)
+    for item in found:
+        weights.symbols |= item.work.constants
     for item in found:
         for e, kernels in zip(item.work.sections, item.kernels, strict=True):
             weights.need(item.phase, e, kernels)
@@ -80,14 +84,23 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     return _schedule(graphs, source, machine, chip, request, memory, found, weights, states, form)
 
 
+def _registers(item: Lowered) -> None:
+    """Raises LoweringError where one token's heads of latent attention are too many for an SM."""
+    for k in (k for kernels in item.kernels for k in kernels):
+        a = k.attention
+        if a is not None and a.shared and a.group * a.value_dim > ACCUMULATORS:
+            raise LoweringError(
+                f"gpu: latent attention of {a.group} heads on one chip: an SM accumulates "
+                f"{ACCUMULATORS // a.value_dim} of {a.value_dim} columns; more --chips share them"
+            )
+
+
 def _operands(e: Extracted, form: str) -> Extracted:
     """Values that only products and attention read are stored in the format that these round them to."""
     users: dict[str, set[str]] = {}
     for node in e.section.nodes:
         for i, v in enumerate(node.inputs):
-            users.setdefault(v, set()).add(
-                "product" if node.kind in ("linear", "attention") and i == 0 else "other"
-            )
+            users.setdefault(v, set()).add("product" if _multiplied(node, i) else "other")
     made = {n.output for n in e.section.nodes}
     values = {
         name: replace(v, dtype=form)
@@ -96,6 +109,12 @@ def _operands(e: Extracted, form: str) -> Extracted:
         for name, v in e.section.values.items()
     }
     return replace(e, section=replace(e.section, values=values))
+
+
+def _multiplied(node: Node, i: int) -> bool:
+    """Whether input i of a node is an operand of products alone, which rounds it."""
+    queries = 2 if node.attr("latent") else 1
+    return node.kind in ("linear", "attention", *EXPERTS) and i < (queries if node.kind == "attention" else 1)
 
 
 def _states(item: Lowered, memory: Memory, form: str) -> dict[str, Storage]:
@@ -122,10 +141,13 @@ def _panels(item: Lowered) -> dict[str, int]:
                 assert k.tile is not None
                 for v in b.stores:
                     if not v.endswith("@"):
-                        found[v] = math.gcd(lane_width(b.lane, k.tile.n), e.section.values[v].width)
+                        found[v] = math.gcd(lane_width(b.lane, k.tile.n), b.lane.n, e.section.values[v].width)
             if k.attention is not None:
                 for v in k.stores:
                     found[v] = k.attention.group * k.attention.value_dim
+            if k.expert_tile is not None:
+                for v in k.stores:
+                    found[v] = math.gcd(k.expert_tile.n, e.section.values[v].width)
             if k.kind == "heads":
                 for v in k.stores:
                     found[v] = max(1, e.section.values[v].head)
@@ -242,14 +264,17 @@ def _schedule(
     form: str,
 ) -> Schedule:
     ops: list[dict[str, Any]] = []
-    fused: dict[str, int] = {}
+    fused: dict[str, int | list[int]] = {}
     programs: dict[str, Program] = {}
     for item in found:
         base = len(ops)
         for row in item.work.ops:
             operands = [o + base if o >= 0 else -1 for o in row["operands"]]
             ops.append({**row, "id": len(ops), "operands": operands})
-        fused |= {str(k + base): v + base for k, v in _fused(item).items()}
+        fused |= {
+            str(k + base): [b + base for b in v] if isinstance(v, list) else v + base
+            for k, v in _fused(item).items()
+        }
         blocks = tuple(_based(b, base) for b in item.blocks)
         programs[item.phase] = Program(item.phase, blocks, item.cycles, item.work.tokens)
     plan: dict[str, Any] = {
@@ -310,27 +335,28 @@ def _based(block: Block, base: int) -> Block:
     return replace(block, steps=replace(block.steps, table=table))
 
 
-def _fused(item: Lowered) -> dict[int, int]:
-    """Op -> op whose steps do its work, for ops without steps of their own."""
+def _fused(item: Lowered) -> dict[int, int | list[int]]:
+    """Op -> op whose steps do its work, for ops without steps of their own; what every lane of a product
+    repeats -> the ops of all lanes."""
     own: set[int] = set()
-    pairs: list[tuple[int, int]] = []
+    pairs: list[tuple[int, list[int]]] = []
     for e, kernels in zip(item.work.sections, item.kernels, strict=True):
         nodes = e.section.nodes
         for k in kernels:
             heads = [nodes[b.linears[0]].op for b in k.branches] or [_doer(nodes, k)]
             own |= set(heads)
             for b in k.branches:
-                pairs += [(nodes[i].op, nodes[b.linears[0]].op) for i in (*b.linears, *b.nodes)]
-            pairs += [(nodes[i].op, heads[0]) for i in k.nodes]
-    found: dict[int, int] = {}
+                pairs += [(nodes[i].op, [nodes[b.linears[0]].op]) for i in (*b.linears, *b.nodes)]
+            pairs += [(nodes[i].op, list(dict.fromkeys(heads))) for i in k.nodes]
+    found: dict[int, int | list[int]] = {}
     for op, by in pairs:
         if op not in own:
-            found.setdefault(op, by)
+            found.setdefault(op, by[0] if len(by) == 1 else by)
     return found
 
 
 def _doer(nodes: Any, k: Kernel) -> int:
-    heavy = [i for i in k.nodes if nodes[i].kind in ("attention", "allreduce", "allgather")]
+    heavy = [i for i in k.nodes if nodes[i].kind in HEAVY]
     return int(nodes[heavy[0] if heavy else k.nodes[0]].op)
 
 

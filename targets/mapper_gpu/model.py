@@ -152,11 +152,12 @@ def fewest_chips(
 ) -> int:
     """The smallest power of two of chips whose memory holds weights and cache. Raises CapacityError."""
     chip = machine if isinstance(machine, Gpu) else gpu(machine)
-    need = weight_bytes(shape, precision) + cache_bytes(shape, precision, batch, length)
+    weights, cache = weight_bytes(shape, precision), cache_bytes(shape, precision, batch, length)
     room = chip.capacity * (1 - chip.reserved)
-    chips = 1
+    chips, need = 1, weights + cache
     while chips * room < need:
         chips *= 2
+        need = weights + cache * copies(shape, chips)
         if chips > _MOST_CHIPS:
             raise CapacityError(
                 f"gpu: {need:.4g} bytes of weights and cache; {_MOST_CHIPS} x {chip.name} hold less"
@@ -171,4 +172,11 @@ def room_for(
     chip = machine if isinstance(machine, Gpu) else gpu(machine)
     chips = parallel.tensor * parallel.pipeline
     room = chips * chip.capacity * (1 - chip.reserved) - weight_bytes(shape, precision)
-    return max(0, math.floor(room / cache_bytes(shape, precision, 1, length)))
+    each = cache_bytes(shape, precision, 1, length) * copies(shape, parallel.tensor)
+    return max(0, math.floor(room / each))
+
+
+def copies(shape: ModelShape, tensor: int) -> float:
+    """Of `tensor` chips that share heads, how many keep the same part of the cache: all where it has latent
+    rows, which have no heads."""
+    return tensor / min(tensor, 1 if shape.latent else shape.kv_heads)

@@ -209,6 +209,35 @@ class BreakProgram:
         return replace(schedule, plan=plan), f"instruction {gone} of a {p['kind']} dropped"
 
 
+def _shorten_stack(schedule: Schedule, place: Place, row: Row, rng: np.random.Generator) -> Any:
+    reads = list(row["reads"])
+    k = max(range(len(reads)), key=lambda i: reads[i]["bytes"])
+    cut = int(rng.integers(1, reads[k]["bytes"] // 2))
+    reads[k] = {**reads[k], "bytes": reads[k]["bytes"] - cut}
+    return {**row, "reads": reads}, f"a stack of experts ends {cut} bytes early"
+
+
+@dataclass(frozen=True)
+class FewerBlocks:
+    """The plan says that experts' rows come in fewer, or in taller, blocks than they do."""
+
+    name: str = "fewer_blocks"
+
+    def apply(self, schedule: Schedule, rng: np.random.Generator) -> Mutant | None:
+        """See Mutation."""
+        plan = copy.deepcopy(schedule.plan)
+        kernels = [k for records in plan["blocks"].values() for b in records for k in b["kernels"]]
+        found = [k["experts"] for k in kernels if "experts" in k]
+        if not found:
+            return None
+        e = found[rng.integers(len(found))]
+        if rng.integers(2):
+            e["blocks"] -= 1
+            return replace(schedule, plan=plan), f"{e['blocks']} blocks of experts"
+        e["tokens"] += e["count"] * e["rows"]
+        return replace(schedule, plan=plan), f"blocks of experts for {e['tokens']} tokens"
+
+
 MUTATIONS: tuple[Mutation, ...] = (
     OnTasks("drop_wait", _drop_wait),
     OnTasks("change_count", _change_count),
@@ -217,17 +246,24 @@ MUTATIONS: tuple[Mutation, ...] = (
     OnTasks("overlap_pages", _page),
     OnTasks("shift_split", _shift(_K0, _K1, "its stretch of the cache"), ("attention",)),
     OnTasks("shrink_split", _shrink, ("attention", "product")),
-    OnTasks("shift_tile", _shift(_N0, _N0 + 1, "its columns"), ("product", "product_merge", "attention")),
+    OnTasks(
+        "shift_tile",
+        _shift(_N0, _N0 + 1, "its columns"),
+        ("product", "product_merge", "attention", "experts"),
+    ),
     OnTasks("shift_rows", _shift(_M0, _M0 + 1, "its rows")),
     OnTasks(
         "drop_reduction",
         lambda s, p, r, g: (None, "dropped"),
-        ("product_merge", "attention_merge", "collective"),
+        ("product_merge", "attention_merge", "collective", "experts", "route"),
     ),
     OnTasks("other_chip", _other_chip),
     OnTasks("faster", _faster),
     SwapQueue(),
     MoveNode(),
     BreakProgram(),
+    OnTasks("shorten_stack", _shorten_stack, ("experts",)),
+    OnTasks("shift_blocks", _shift(_M0, _M0 + 1, "its blocks"), ("experts",)),
+    FewerBlocks(),
 )
 """The operators of this target."""

@@ -12,12 +12,16 @@ from typing import Any
 from mapper_gpu.hardware import element_bytes
 from mapper_gpu.packed import Packed
 
-HEAVY = ("linear", "attention", "allreduce", "allgather")
+EXPERTS = ("expert_up", "expert_down")
+"""Products of the experts that tokens chose (see extract_moe)."""
+HEAVY = ("linear", "attention", "allreduce", "allgather", *EXPERTS)
 """Kinds that shape a kernel: at most one kind of them in it."""
 ROWS = ("embed", "positions", "norm")
 """Kinds that need, or make, whole rows."""
 HEADS = ("head_norm", "rope", "append")
 """Kinds that need whole heads."""
+ROUTES = ("top_k", "align", "places")
+"""Kinds that say which expert takes which rows; all but the first need all rows at once."""
 POINTS = ("point", "gate", "route", "combine")
 """Kinds that work element by element (`route` and `combine`: token by token)."""
 
@@ -40,13 +44,27 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Pick:
+    """Rows of a stored weight in another order: of every `stride` rows those at the places `inner`."""
+
+    stride: int
+    inner: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """The places in short: what is picked starts somewhere else each time."""
+        return f"{self.inner[0]}+{len(self.inner)} of {self.stride}"
+
+
+@dataclass(frozen=True)
 class Matrix:
     """A weight [n, k] (rows are outputs), `count` of which are read of `total` stored (experts, heads).
 
     `split` is the axis that tensor parallelism cuts: "n", "k" or "" for a copy on every chip; `copies` chips
     in a row hold the same part. `first` and `of` say that these are rows first .. first + n of a stored
-    weight of `of` rows (0: all of it). `low` says how it is stored in low bits; `dtype` is then what
-    products are computed in.
+    weight of `of` rows (0: all of it); `pick` that they are rows of all of it in another order,
+    and `flipped` that each group of these is transposed, to as many rows. `low` says how it is stored in low
+    bits; `dtype` is then what products are computed in.
     """
 
     name: str
@@ -60,11 +78,15 @@ class Matrix:
     of: int = 0
     turned: bool = False
     copies: int = 1
+    pick: Pick | None = None
+    flipped: int = 0
     low: Packed | None = None
 
     @property
     def label(self) -> str:
         """Its name, with the first row where it is a part."""
+        if self.pick is not None:
+            return f"{self.name}[{self.pick.label}]"
         return f"{self.name}[{self.first}]" if self.of else self.name
 
     @property

@@ -2,17 +2,21 @@
 
 A linear whose columns only meet column-wise work and then feed an attention or another linear gives each
 chip its columns (heads); a linear of such cut columns is cut along K and leaves partial sums, which an
-all-reduce adds. The last matrix is cut by vocabulary and its columns are gathered. All else is done on
-every chip."""
+all-reduce adds, once what is linear is done. Experts likewise: each chip has some inner columns of each, so
+that chips are equally busy whichever experts the tokens choose. The last matrix is cut by vocabulary and its
+columns are gathered. All else is done on every chip."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from mapper.errors import LoweringError
-from mapper_gpu.extract import Extracted, Program
+from mapper_gpu.extractor import Extracted, Program
 from mapper_gpu.nodes import HEADS, POINTS, Matrix, Node, Section, Value
+
+COLUMNS = (*POINTS, *HEADS, "linear", "attention")
+"""Kinds that can do with some columns of their inputs."""
 
 
 def partition(program: Program, chips: int) -> Program:
@@ -29,54 +33,112 @@ def partition(program: Program, chips: int) -> Program:
     return replace(program, sections=sections, logits=logits)
 
 
+@dataclass
+class _Part:
+    """One chip's part of a section while it is made. `sharded` values have the chip's columns, `partial` ones
+    are what all chips' add up to; `renamed` maps these to their sums, where these are made."""
+
+    chips: int
+    values: dict[str, Value]
+    copies: int
+    cached: set[str]
+    cut: set[int]
+    whole_cache: bool
+    made: list[Node] = field(default_factory=list)
+    sharded: set[str] = field(default_factory=set)
+    partial: dict[str, int] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def whole(self, name: str) -> str:
+        """A value with the sum of all chips' parts: an all-reduce where there was none yet. What is linear is
+        done on the parts, so that one sum does for all of it."""
+        if name in self.partial and name not in self.renamed:
+            total = f"{name}.sum"
+            self.values[total] = self.values[name]
+            self.values[name] = replace(self.values[name], dtype="f32")
+            self.renamed[name] = total
+            node = Node("allreduce", (name,), total, (), {"name": "allreduce"}, self.partial[name])
+            self.made.append(node)
+        return self.renamed.get(name, name)
+
+    def add(self, i: int, node: Node) -> None:
+        """One node of the section."""
+        if self._linear(node):
+            self.partial[node.output] = node.op
+            self.made.append(node)
+            return
+        node = replace(node, inputs=tuple(self.whole(v) for v in node.inputs))
+        sharded = [v for v in node.inputs if v in self.sharded]
+        w = node.weights[0] if node.weights else None
+        if node.kind == "linear" and node.attr("heads") and w is not None:
+            heads = _part(node.attr("heads"), self.chips, node)
+            mine = replace(w, n=w.n // self.chips, split="n")
+            node = replace(node, weights=(mine,), attrs={**node.attrs, "heads": heads})
+            self.sharded.add(node.output)
+        elif node.kind == "linear" and i in self.cut and w is not None:
+            same = self.copies if node.output in self.cached else 1
+            n = _part(w.n * same, self.chips, node)
+            node = replace(node, weights=(replace(w, n=n, split="n", copies=same),))
+            self.sharded.add(node.output)
+        elif node.kind == "expert_up":
+            parts = tuple(replace(w, n=_part(w.n, self.chips, node), split="n") for w in node.weights)
+            node = replace(node, weights=parts, attrs=_vectors(node.attrs, self.chips, 1))
+            self.sharded.add(node.output)
+        elif node.kind in ("linear", "expert_down") and sharded and w is not None:
+            node = replace(node, weights=(_along_k(w, self.chips, node),))
+            self.partial[node.output] = node.op
+        elif node.kind == "attention":
+            node = replace(node, attrs=_heads(node, self.chips))
+            self.sharded.add(node.output)
+        elif sharded or (node.kind == "append" and not self.whole_cache):
+            self._columns(node)
+            same = self.copies if node.output in self.cached else 1
+            node = replace(node, attrs=_vectors(node.attrs, self.chips, same))
+            self.sharded.add(node.output)
+        self.made.append(node)
+
+    def _linear(self, node: Node) -> bool:
+        """Whether a node may be done on partial sums: it adds such, or weighs their rows."""
+        mine = [v in self.partial and v not in self.renamed for v in node.inputs]
+        if node.kind == "weighted_sum":
+            return mine[0]
+        return node.kind == "point" and node.attr("fn") == "add" and all(mine) and len(mine) == 2
+
+    def _columns(self, node: Node) -> None:
+        if node.kind not in (*POINTS, *HEADS):
+            raise LoweringError(f"gpu: {node.kind} on columns that {self.chips} chips share")
+        if any(v not in self.sharded for v in node.inputs):
+            raise LoweringError(f"gpu: {node.kind} of whole and shared columns")
+
+
 def _section(e: Extracted, chips: int, logits: str) -> Extracted:
     nodes = list(e.section.nodes)
-    cut = _cut_linears(nodes, e.section.outputs, logits)
+    latent = any(n.attr("latent") for n in nodes)
     copies, cached = _copies(nodes, chips), _cached(nodes)
-    values: dict[str, Value] = dict(e.section.values)
-    sharded: set[str] = set()
-    renamed: dict[str, str] = {}
-    made: list[Node] = []
+    cut = _cut_linears(nodes, e.section.outputs, logits)
+    if latent:
+        # all heads attend to the same rows, so that every chip makes and keeps all of them
+        copies, cut = 1, {i for i in cut if nodes[i].output not in cached}
+    part = _Part(chips, dict(e.section.values), copies, cached, cut, latent)
     for i, node in enumerate(nodes):
-        node = replace(node, inputs=tuple(renamed.get(v, v) for v in node.inputs))
-        if node.kind == "linear" and i in cut:
-            w, same = node.weights[0], copies if node.output in cached else 1
-            n = _part(w.n * same, chips, node)
-            node = replace(node, weights=(replace(w, n=n, split="n", copies=same),))
-            sharded.add(node.output)
-        elif node.kind == "linear" and node.inputs[0] in sharded:
-            w = node.weights[0]
-            node = replace(node, weights=(_along_k(w, chips, node),))
-            made += [node, _sum(node, values, renamed)]
-            continue
-        elif node.kind == "attention":
-            node = replace(node, attrs=_heads(node, chips))
-            sharded.add(node.output)
-        elif any(v in sharded for v in node.inputs) or node.kind == "append":
-            if node.kind not in (*POINTS, *HEADS):
-                raise LoweringError(f"gpu: {node.kind} on columns that {chips} chips share")
-            if any(v not in sharded for v in node.inputs):
-                raise LoweringError(f"gpu: {node.kind} of whole and shared columns")
-            same = copies if node.output in cached else 1
-            node = replace(node, attrs=_vectors(node.attrs, chips, same))
-            sharded.add(node.output)
-        made.append(node)
-    outputs = frozenset(renamed.get(v, v) for v in e.section.outputs)
-    if logits in sharded:
+        part.add(i, node)
+    outputs = frozenset(part.whole(v) for v in sorted(e.section.outputs))
+    values, made = part.values, part.made
+    if logits in part.sharded:
         whole = f"{logits}.whole"
         values[whole] = values[logits]
         made.append(Node("allgather", (logits,), whole, (), {"name": "allgather"}, made[-1].op))
         outputs = (outputs - {logits}) | {whole}
-    for name in sharded:
+    for name in part.sharded:
         v = values[name]
         values[name] = replace(v, width=v.width * (copies if name in cached else 1) // chips)
     states = {m.attr("cache") for m in made if m.kind == "append"}
     states |= {name for m in made if m.kind == "attention" for name in m.attr("caches")}
     for name in states:
-        if name in values:
+        if name in values and not latent:
             values[name] = replace(values[name], width=values[name].width * copies // chips)
     section = Section(e.section.name, e.section.count, tuple(made), values, outputs, e.section.carried)
-    carries = tuple(replace(c, yielded=renamed.get(c.yielded, c.yielded)) for c in e.carries)
+    carries = tuple(replace(c, yielded=part.renamed.get(c.yielded, c.yielded)) for c in e.carries)
     return replace(e, section=section, carries=carries)
 
 
@@ -112,33 +174,26 @@ def _along_k(w: Matrix, chips: int, node: Node) -> Matrix:
     return replace(w, k=k, split="k")
 
 
-def _sum(node: Node, values: dict[str, Value], renamed: dict[str, str]) -> Node:
-    """The all-reduce behind a linear of partial sums; later nodes read its result."""
-    whole = f"{node.output}.sum"
-    values[whole] = values[node.output]
-    values[node.output] = replace(values[node.output], dtype="f32")
-    renamed[node.output] = whole
-    return Node("allreduce", (node.output,), whole, (), {"name": "allreduce"}, node.op)
-
-
 def _heads(node: Node, chips: int) -> Mapping[str, object]:
     a = dict(node.attrs)
-    if chips > a["kv_heads"] and chips % a["kv_heads"] == 0:
+    if chips > a["kv_heads"] and chips % a["kv_heads"] == 0 and not a.get("latent"):
         a["kv_heads"] = chips
-    for name in ("heads", "kv_heads"):
+    for name in ("heads",) if a.get("latent") else ("heads", "kv_heads"):
         if a[name] % chips:
             raise LoweringError(f"gpu: {a[name]} {name.replace('_', ' ')} do not divide among {chips} chips")
         a[name] //= chips
-    if a.get("sinks"):
-        a["sinks"] = _vector(a["sinks"], chips)
+    for name in ("sinks", "slopes"):
+        if a.get(name):
+            a[name] = _vector(a[name], chips)
     return a
 
 
 def _vectors(attrs: Mapping[str, object], chips: int, copies: int) -> Mapping[str, object]:
     a = dict(attrs)
-    vector = a.get("vector")
-    if isinstance(vector, dict) and vector.get("split") == "n":
-        a["vector"] = _vector(vector, chips, copies)
+    for name in ("vector", "bias0", "bias1"):
+        vector = a.get(name)
+        if isinstance(vector, dict) and vector.get("split") == "n":
+            a[name] = _vector(vector, chips, copies)
     return a
 
 
@@ -174,6 +229,9 @@ def _columns_only(
     if nodes[linear].output == logits:
         return True
     behind = _behind(nodes, users, linear)
+    reached = {nodes[linear].output} | {nodes[j].output for j in behind}
+    if any(nodes[j].kind not in COLUMNS for v in reached for j in users.get(v, ())):
+        return False
     mine = {nodes[j].output for j in behind} | {nodes[linear].output}
     for name in mine:
         if name in outputs and not name.endswith("@"):
@@ -198,8 +256,6 @@ def _behind(nodes: list[Node], users: dict[str, list[int]], linear: int) -> set[
             if nodes[j].kind in (*POINTS, *HEADS) and j not in found:
                 found.add(j)
                 pending.append(nodes[j].output)
-            elif nodes[j].kind == "norm" and j not in found:
-                found.add(j)
     return found
 
 

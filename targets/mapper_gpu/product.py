@@ -240,10 +240,10 @@ def candidates(gpu: Gpu, p: Product) -> Iterator[Tile]:
 
 
 @lru_cache(maxsize=1 << 16)
-def choose(gpu: Gpu, p: Product) -> tuple[Tile, Timed]:
-    """The fastest legal tile, and its time; of those within NEAR of it the one with fewest tasks."""
+def choose(gpu: Gpu, p: Product, near: float = NEAR) -> tuple[Tile, Timed]:
+    """The fastest legal tile, and its time; of those within `near` of it the one with fewest tasks."""
     found = [(t, measure(gpu, p, t)) for t in candidates(gpu, p)]
     if not found:
         raise LoweringError(f"gpu: no tile of {p.rows} rows and {p.lanes} fits an SM of {gpu.name}")
-    limit = NEAR * min(t.seconds for _, t in found)
+    limit = near * min(t.seconds for _, t in found)
     return min((f for f in found if f[1].seconds <= limit), key=lambda f: (f[1].tasks, f[1].seconds))

@@ -11,7 +11,7 @@ source code is emitted from. As JSON, in the schedule's plan:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,14 @@ Columns = str | list[int]
 
 @dataclass
 class Builder:
-    """Collects one program. `storage` finds the storage of a value, a weight or a table by name."""
+    """Collects one program. `storage` finds the storage of a value, a weight or a table by name; `rows` are
+    "all" in a task that takes all tokens."""
 
     kind: str
     section: Section
     storage: Lookup
     tokens: int
+    rows: str = "m"
     reads: list[Json] = field(default_factory=list)
     writes: list[Json] = field(default_factory=list)
     code: list[Json] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Builder:
 
     def node(self, node: Node, c: str) -> None:
         """The instructions of a node on rows m and columns c."""
-        _NODES[node.kind](self, node, c)
+        NODES[node.kind](self, node, c)
 
 
 def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
@@ -86,6 +88,7 @@ def _operand(s: Storage, r: str, c: Columns, chip: int) -> Json:
         "rows": s.rows,
         "width": s.width,
         "panel": s.panel,
+        **({"stack": s.count} if s.count > 1 else {}),
         "r": r,
         "c": c,
         "chip": chip,
@@ -97,7 +100,8 @@ def vector_name(vector: Mapping[str, Any]) -> str:
     """The storage name of a vector's part."""
     first = vector.get("first", 0)
     whole = vector["length"] * vector.get("chips", 1) // vector.get("copies", 1)
-    return f"vector:{vector['symbol']}:{first}:{whole}"
+    pick = vector.get("pick")
+    return f"vector:{vector['symbol']}:{first if pick is None else pick.label}:{whole}"
 
 
 def _vector(b: Builder, vector: Mapping[str, Any] | None, c: str) -> str | None:
@@ -158,7 +162,7 @@ def _append(b: Builder, node: Node, c: str) -> None:
     b.targets.append((s, "cache", "heads"))
 
 
-_NODES = {
+NODES: dict[str, Callable[[Builder, Node, str], None]] = {
     "embed": _embed,
     "positions": _positions,
     "norm": _norm,
@@ -209,7 +213,9 @@ def product_program(
                 b.registers[key] = f"r{len(b.registers)}"
                 b.emit("columns", b.registers[key], made)
             made = b.registers[key]
-        source = made or b.read(x, "m", "k")
+        heads = nodes[i].attr("heads", 0)
+        w = nodes[i].weights[0]
+        source = made or b.read(x, "m", f"head:{w.k}:{w.n // heads}" if heads else "k")
         block = nodes[i].attr("round", 0)
         if block:
             rounded = f"={x}/round"
@@ -217,7 +223,7 @@ def product_program(
                 b.registers[rounded] = f"r{len(b.registers)}"
                 b.emit("round_blocks", b.registers[rounded], source, block)
             source = b.registers[rounded]
-        weight = _weight(b, nodes[i].weights[0], i)
+        weight = _weight(b, w, i)
         b.emit("matmul", b.register(nodes[i].output), source, weight, nodes[i].weights[0].dtype)
     if not split:
         run_nodes(b, epilogue, "n")
@@ -247,6 +253,9 @@ def merge_program(
 
 def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: str | None) -> None:
     """A stretch of the cache for the query heads of one cache head."""
+    if node.attr("latent"):
+        latent_program(b, node, partial)
+        return
     run_nodes(b, prologue, "q")
     q = b.value(node.inputs[0], "m", "q")
     k, v = (b.read(c, "cache", "keys", f"cache{i}") for i, c in enumerate(node.attr("caches")))
@@ -262,10 +271,29 @@ def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: 
         a["softcap"],
     ]
     out, stats = b.register(node.output), b.register(f"{node.output}.stats")
-    b.emit("attend", out, stats, q, k, v, past, *numbers)
+    slopes = [] if a["slopes"] is None else [b.read(vector_name(a["slopes"]), "all", "groups")]
+    b.emit("attend", out, stats, q, k, v, past, *numbers, *slopes)
     if partial is None:
         sinks = None if a["sinks"] is None else b.read(vector_name(a["sinks"]), "all", "groups")
         b.emit("finish", out, out, stats, sinks)
+        b.write(node.output, out)
+    else:
+        b.write(f"{partial}.sum", out)
+        b.write(f"{partial}.stats", stats, "m", "stats")
+
+
+def latent_program(b: Builder, node: Node, partial: str | None) -> None:
+    """A stretch of the cache of latent rows for all heads: queries in two parts, values are the first cache's
+    rows."""
+    q, rotated = (b.value(v, "m", "all") for v in node.inputs[:2])
+    latent, key = (b.read(c, "cache", "keys", f"cache{i}") for i, c in enumerate(node.attr("caches")))
+    past = b.read("past_length", "all", "all")
+    a = node.attrs
+    out, stats = b.register(node.output), b.register(f"{node.output}.stats")
+    b.emit("attend_latent", out, stats, q, latent, key, past, a["dim"], a["value_dim"], a["heads"], b.tokens,
+           a["window"], a["scale"], a["softcap"], rotated)  # fmt: skip
+    if partial is None:
+        b.emit("finish", out, out, stats, None)
         b.write(node.output, out)
     else:
         b.write(f"{partial}.sum", out)

@@ -24,8 +24,8 @@ class GpuSemantics:
 
     Layouts: "copies" (the array in C order on every chip), "panels" ([rows, width] as width/panel blocks,
     cut among chips along n or k, or copied; with "bits" the array's rows are `columns` packed elements (an
-    element each where "loose"), and a panel's rows are packed too), "cache" ([heads, batch, positions,
-    elements], heads cut among chips)."""
+    element each where "loose"), and a panel's rows are packed too), "stack" ([experts, n, k] in C order, cut
+    likewise), "cache" ([heads, batch, positions, elements], heads cut among chips)."""
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
         """Write the array into the buffers of all chips."""
@@ -70,6 +70,9 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
         for part in np.split(array.transpose(1, 0, 2, 3), count // copies):
             yield from [part] * copies
         return
+    if layout["kind"] == "stack" and array.ndim == 3:
+        yield from _cut(array, {"n": 1, "k": 2, "": None}[layout["split"]], count, int(layout["copies"]))
+        return
     if layout["kind"] != "panels" or array.ndim != 2:
         raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")
     bits = int(layout.get("bits", 0))
@@ -81,14 +84,17 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
     axis = {"n": 0, "k": 1, "": None}[layout["split"]]
     if axis == 0 and array.shape[0] == 1:
         axis = 1
-    copies = int(layout.get("copies", 1))
-    pieces = [array] * count
-    if axis is not None:
-        pieces = [p for p in np.split(array, count // copies, axis) for _ in range(copies)]
     panel = int(layout["panel"])
-    for piece in pieces:
+    for piece in _cut(array, axis, count, int(layout.get("copies", 1))):
         blocks = piece.reshape(piece.shape[0], -1, panel).transpose(1, 0, 2)
         yield lowbit_ops.packed(blocks, bits) if bits else blocks
+
+
+def _cut(array: Array, axis: int | None, count: int, copies: int) -> list[Array]:
+    """Each chip's part."""
+    if axis is None:
+        return [array] * count
+    return [p for p in np.split(array, count // copies, axis) for _ in range(copies)]
 
 
 def _where(schedule: Schedule, port: Port) -> Iterator[tuple[int, int, int]]:

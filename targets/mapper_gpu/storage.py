@@ -21,7 +21,8 @@ NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64",
 
 @dataclass(eq=False)
 class Storage:
-    """One value on every chip: the same number of bytes at the same offset, one buffer per chip.
+    """One value on every chip: the same number of bytes at the same offset, one buffer per chip. `count`
+    arrays [rows, width] behind each other are a stack, of which a task reads what its data says.
 
     `bits` is the size of packed elements (0: `dtype`'s own); a column stands for `per` columns of K."""
 
@@ -33,6 +34,7 @@ class Storage:
     program: str = ""
     first: int = -1
     offset: int = -1
+    count: int = 1
     bits: int = 0
     per: int = 1
 
@@ -51,7 +53,7 @@ class Storage:
     @property
     def bytes(self) -> int:
         """Bytes on one chip."""
-        return self.rows * (self.width // self.panel) * self.span(self.panel)
+        return self.count * self.rows * (self.width // self.panel) * self.span(self.panel)
 
     def cover(self, r0: int, r1: int, c0: int, c1: int) -> tuple[int, int]:
         """(offset, bytes) of the shortest run that holds rows r0..r1-1 of the panels with columns

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Registers = dict[str, Any]
-_ROUNDED = {"bf16": "bfloat16", "f16": "float16"}
+ROUNDED = {"bf16": "bfloat16", "f16": "float16"}
 _GELU = math.sqrt(2 / math.pi)
 
 
@@ -28,7 +28,7 @@ def tokens_of(task: Task) -> int:
     for i in task.code.code:
         if i[0] == "append":
             return int(i[4])
-        if i[0] == "attend":
+        if i[0] in ("attend", "attend_latent"):
             return int(i[10])
     task.fail("a cache operand without an instruction that reads or writes it")
 
@@ -92,10 +92,15 @@ def _columns(task: Task, r: Registers, out: str, x: str) -> None:
     r[out] = r[x][:, task.at[4] : task.at[5]]
 
 
+def rounded(x: Array, form: str) -> Array:
+    """An operand of a product as tensor cores take it."""
+    return np.asarray(x.astype(dtype(ROUNDED[form])).astype(np.float32))
+
+
 def _matmul(task: Task, r: Registers, out: str, x: str, weight: str, form: str) -> None:
     v = r[x]
-    if form in _ROUNDED:
-        v = v.astype(dtype(_ROUNDED[form])).astype(np.float32)
+    if form in ROUNDED:
+        v = rounded(v, form)
     r[out] = v @ r[weight].T
 
 
@@ -114,7 +119,7 @@ def _erf(x: Array) -> Array:
     return np.asarray(np.vectorize(math.erf, otypes=[np.float32])(x), np.float32)
 
 
-_ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: x / 2 * (1 + _erf(x / np.float32(math.sqrt(2)))),
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(np.float32(_GELU) * (x + np.float32(0.044715) * x**3))),
@@ -126,7 +131,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Any]] = {
     "identity": lambda x: x,
 }
 _UNARY: dict[str, Callable[[Array], Any]] = {
-    "tanh": np.tanh, "sigmoid": _ACTIVATIONS["sigmoid"], "relu": _ACTIVATIONS["relu"], "exp": np.exp,
+    "tanh": np.tanh, "sigmoid": ACTIVATIONS["sigmoid"], "relu": ACTIVATIONS["relu"], "exp": np.exp,
     "neg": np.negative, "softplus": lambda x: np.logaddexp(np.float32(0), x), "sqrt": np.sqrt, "abs": np.abs,
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -140,7 +145,7 @@ def _point(task: Task, r: Registers, out: str, fn: str, inputs: list[str], scala
         if scalar is not None:
             values.insert(int(scalar[0]), np.float32(scalar[1]))
         if fn.startswith("act:"):
-            made = _ACTIVATIONS[fn[4:]](values[0])
+            made = ACTIVATIONS[fn[4:]](values[0])
         elif len(values) == 1:
             made = _UNARY[fn](values[0])
         else:
@@ -150,34 +155,63 @@ def _point(task: Task, r: Registers, out: str, fn: str, inputs: list[str], scala
 
 def _gate(task: Task, r: Registers, out: str, act: str, gate: str, up: str) -> None:
     with np.errstate(all="ignore"):
-        r[out] = np.asarray(_ACTIVATIONS[act](r[gate]) * r[up], np.float32)
+        r[out] = np.asarray(ACTIVATIONS[act](r[gate]) * r[up], np.float32)
 
 
 def _attend(
     task: Task, r: Registers, out: str, stats: str, q: str, k: str, v: str, past: str, dim: int, value: int,
-    group: int, tokens: int, window: int, scale: float, softcap: float,
+    group: int, tokens: int, window: int, scale: float, softcap: float, slopes: str | None = None,
 ) -> None:  # fmt: skip
     """out [rows, group * value]: unnormalised; stats [rows, 2 * group]: maxima, then sums, of this
     stretch."""
-    keys, values = r[k], r[v]
-    rounded = next((o.dtype for o in task.code.reads if o.r == "cache"), np.dtype(np.float32))
-    asked = r[q].reshape(-1, group, dim).astype(rounded).astype(np.float32)
-    place = int(r[past][0, 0]) + np.arange(task.at[0], task.at[1]) % tokens
+    asked = as_cached(task, r[q].reshape(-1, group, dim))
+    slope = None if slopes is None else r[slopes][0]
+    made = _stretch(task, asked, r[k], r[v], int(r[past][0, 0]), tokens, window, scale, softcap, slope)
+    r[out], r[stats] = made[0].reshape(asked.shape[0], group * value), made[1]
+
+
+def _attend_latent(
+    task: Task, r: Registers, out: str, stats: str, q: str, latent: str, key: str, past: str, dim: int,
+    value: int, group: int, tokens: int, window: int, scale: float, softcap: float, rotated: str,
+) -> None:  # fmt: skip
+    """As `attend`, of queries in two parts on rows in two parts, the first of which are the values."""
+    asked = np.concatenate([
+        as_cached(task, r[q].reshape(-1, group, value)),
+        as_cached(task, r[rotated].reshape(-1, group, dim - value)),
+    ], axis=-1)  # fmt: skip
+    keys = np.concatenate([r[latent], r[key]], axis=-1)
+    made = _stretch(task, asked, keys, r[latent], int(r[past][0, 0]), tokens, window, scale, softcap, None)
+    r[out], r[stats] = made[0].reshape(asked.shape[0], group * value), made[1]
+
+
+def as_cached(task: Task, x: Array) -> Array:
+    """Queries rounded to the cache's format, as tensor cores take them."""
+    kind = next((o.dtype for o in task.code.reads if o.r == "cache"), np.dtype(np.float32))
+    return np.asarray(x.astype(kind).astype(np.float32))
+
+
+def _stretch(
+    task: Task, asked: Array, keys: Array, values: Array, past: int, tokens: int, window: int, scale: float,
+    softcap: float, slope: Array | None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """([rows, heads, value] unnormalised, [rows, 2 heads] maxima and sums) of queries [rows, heads, dim]."""
+    place = past + np.arange(task.at[0], task.at[1]) % tokens
     at = np.arange(task.at[4], task.at[5])
     seen = at[None, :] <= place[:, None]
     if window:
         seen &= at[None, :] > place[:, None] - window
     known = seen.any(0)
-    scores = np.full((asked.shape[0], group, len(at)), -np.inf, np.float32)
+    scores = np.full((*asked.shape[:2], len(at)), -np.inf, np.float32)
     scores[..., known] = (asked @ keys[known].T) * np.float32(scale)
     if softcap:
         scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
+    if slope is not None:
+        scores = scores + slope[None, :, None] * (at[None, :] - place[:, None])[:, None, :]
     scores = np.where(seen[:, None, :], scores, np.float32(-np.inf))
     top = scores.max(-1)
     shares = np.exp(scores - np.where(np.isfinite(top), top, 0)[..., None])
-    made = shares[..., known] @ values[known]
-    r[out] = np.asarray(made, np.float32).reshape(asked.shape[0], group * value)
-    r[stats] = np.concatenate([top, shares.sum(-1)], axis=1).astype(np.float32)
+    made = np.asarray(shares[..., known] @ values[known], np.float32)
+    return made, np.concatenate([top, shares.sum(-1)], axis=1).astype(np.float32)
 
 
 def _merge(task: Task, r: Registers, out: str, total: str, parts: list[str], stats: list[str]) -> None:
@@ -210,6 +244,7 @@ def _finish(task: Task, r: Registers, out: str, x: str, stats: str, sinks: str |
 MEANINGS: dict[str, Callable[..., None]] = {
     "embed": _embed, "positions": _positions, "norm": _norm, "rope": _rope, "columns": _columns,
     "matmul": _matmul, "sum": _sum, "concat": _concat, "point": _point, "gate": _gate, "attend": _attend,
+    "attend_latent": _attend_latent,
     "merge": _merge, "finish": _finish, "dequantise": lowbit_ops.dequantise,
     "round_blocks": lowbit_ops.round_blocks,
 }  # fmt: skip

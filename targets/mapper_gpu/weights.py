@@ -16,22 +16,25 @@ from mapper.ir.graph import Graph
 from mapper.ir.types import numpy_dtype
 from mapper.ir.weights import WeightSymbol
 from mapper.schedule.tables import Port
-from mapper_gpu.extract import Extracted
+from mapper_gpu.extractor import Extracted
 from mapper_gpu.kernel import Kernel
-from mapper_gpu.nodes import Matrix, Node
+from mapper_gpu.nodes import EXPERTS, Matrix, Node, Pick
 from mapper_gpu.packed import INTEGERS, Part
 from mapper_gpu.programs import vector_name
 from mapper_gpu.storage import NUMPY, Memory, Storage
 
 Json = Any
 Key = tuple[Any, ...]
+VECTORS = ("weight", "bias", "vector", "sinks", "slopes", "correction", "biases", "bias0", "bias1")
+"""Attributes of nodes that may name a vector."""
 
 
 @dataclass(frozen=True)
 class Held:
     """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
-    [k, n]), and how chips share it. A vector has k = 0; a rope table keeps its shape. Of a low-bit weight
-    each `part` is held, k its columns."""
+    [k, n]; or those rows that `pick` names), and how chips share it. `count` experts are a stack of such
+    weights, or a table with a vector each. A vector has k = 0; a rope table keeps its shape. Of a low-bit
+    weight each `part` is held, k its columns."""
 
     symbol: str
     kind: str
@@ -42,6 +45,9 @@ class Held:
     split: str
     dtype: str
     copies: int = 1
+    pick: Pick | None = None
+    count: int = 1
+    flipped: int = 0
     part: Part | None = None
 
 
@@ -63,12 +69,12 @@ class Weights:
             for i in k.nodes:
                 for label, held in _of(e.section.nodes[i], self.form):
                     for name in e.slots.get(held.symbol, (held.symbol,)):
-                        one = Held(name, *list(held.__dict__.values())[1:])
+                        one = replace(held, symbol=name)
                         self.cuts[one] = math.lcm(
                             self.cuts.get(one, 1), splits if one.kind == "matrix" else 1
                         )
                     names = e.slots.get(held.symbol, (held.symbol,))
-                    found[label] = [Held(n, *list(held.__dict__.values())[1:]) for n in names]
+                    found[label] = [replace(held, symbol=n) for n in names]
         self.users[phase, id(e)] = sorted(found.items())
 
     def allocate(self, memory: Memory) -> None:
@@ -77,8 +83,8 @@ class Weights:
         seen: Counter[Key] = Counter()
         for held, cuts in self.cuts.items():
             rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
-            if held.kind == "vector" or held.kind == "rope":
-                rows, width, panel = 1, held.n, held.n
+            if held.kind in ("vector", "rope", "vectors"):
+                rows, width, panel = held.count if held.kind == "vectors" else 1, held.n, held.n
             key = (
                 held.symbol,
                 held.first,
@@ -89,18 +95,22 @@ class Weights:
                 held.split,
                 held.dtype,
                 held.copies,
+                held.count,
+                held.flipped,
+                held.pick,
                 held.part,
             )
             if key not in layouts:
-                name = (
-                    held.symbol
-                    if not held.first and held.kind != "vector"
-                    else f"{held.symbol}[{held.first}:]"
-                )
-                same = (held.symbol, held.first, held.part)
+                name = held.symbol
+                if held.pick is not None:
+                    name += f"[{held.pick.label}]"
+                elif held.first or held.kind in ("vector", "vectors"):
+                    name += f"[{held.first}:]"
+                same = (held.symbol, held.first, held.pick, held.part)
                 name += f"#{seen[same]}" if seen[same] else ""
                 seen[same] += 1
-                made = Storage(name, rows, width, held.dtype, panel)
+                stack = held.count if held.kind == "stack" else 1
+                made = Storage(name, rows, width, held.dtype, panel, count=stack)
                 if held.part is not None:
                     made = replace(made, name=f"{name}.{held.part.name}", bits=held.part.bits,
                                    per=max(1, held.part.per))  # fmt: skip
@@ -129,7 +139,7 @@ class Weights:
                 continue
             seen.add(s)
             shape = self._whole(held)
-            layout: Json = {"kind": "panels", "panel": s.panel, "split": held.split, "copies": held.copies}
+            layout = _layout(held, s.panel)
             if held.part is not None and held.part.bits:
                 stored = self._stored(held, shape[0])
                 layout |= {"bits": held.part.bits, "columns": shape[1]}
@@ -165,14 +175,19 @@ class Weights:
         assert packing is not None and held.part is not None
         return packing.parts.get(held.part.name)
 
-    def _whole(self, held: Held) -> tuple[int, int]:
+    def _whole(self, held: Held) -> tuple[int, ...]:
         n = held.n * (self.chips // held.copies if held.split == "n" else 1)
         if held.kind in ("vector", "rope"):
             return 1, n
-        return n, held.k * (self.chips if held.split == "k" else 1)
+        if held.kind == "vectors":
+            return held.count, n
+        whole = (n, held.k * (self.chips if held.split == "k" else 1))
+        return (held.count, *whole) if held.kind == "stack" else whole
 
-    def _source(self, held: Held, shape: tuple[int, int]) -> Json:
+    def _source(self, held: Held, shape: tuple[int, ...]) -> Json:
         symbol = self.symbols[held.symbol]
+        if held.kind in ("stack", "vectors"):
+            return _stacked(held, symbol, shape)
         if held.part is not None:
             return self._coded(held, symbol.shape[0])
         source: Json = weight_source(symbol).expression
@@ -180,11 +195,24 @@ class Weights:
             source = ["cast", source, NUMPY[held.dtype]]
         if held.kind in ("vector", "rope"):
             total = symbol.elements
+            if held.pick is not None:
+                return [
+                    "reshape",
+                    _picked(["reshape", source, [total, 1]], held.pick, [total, 1]),
+                    [1, shape[1]],
+                ]
             source = ["reshape", source, [1, total]]
             return source if shape[1] == total else ["slice", source, 1, held.first, held.first + shape[1]]
         if held.turned:
             source = ["transpose", source, [1, 0]]
-        rows = symbol.shape[1] if held.turned else symbol.shape[0]
+        rows, k = symbol.shape[::-1] if held.turned else symbol.shape
+        if held.pick is not None:
+            made = _picked(source, held.pick, [rows, k])
+            if not held.flipped:
+                return made
+            groups = [rows // held.pick.stride, len(held.pick.inner), k]
+            turned = ["transpose", ["reshape", made, groups], [0, 2, 1]]
+            return ["reshape", turned, list(shape)]
         return source if shape[0] == rows else ["slice", source, 0, held.first, held.first + shape[0]]
 
     def _coded(self, held: Held, rows: int) -> Json:
@@ -237,11 +265,53 @@ class Weights:
         return dict(sorted(found.items()))
 
 
+def _layout(held: Held, panel: int) -> dict[str, Any]:
+    """How a weight lies on its chips (see semantics)."""
+    if held.kind == "stack":
+        return {"kind": "stack", "split": held.split, "copies": held.copies}
+    split = "k" if held.kind == "vectors" and held.split == "n" else held.split
+    return {"kind": "panels", "panel": panel, "split": split, "copies": held.copies}
+
+
+def _stacked(held: Held, symbol: WeightSymbol, shape: tuple[int, ...]) -> Json:
+    """The expression of a stack [experts, n, k], or of a table [experts, n]."""
+    source: Json = weight_source(symbol).expression
+    if numpy_dtype(symbol.dtype).name != NUMPY[held.dtype]:
+        source = ["cast", source, NUMPY[held.dtype]]
+    dims = list(symbol.shape)
+    if held.kind == "stack" and held.turned:
+        source, dims = ["transpose", source, [0, 2, 1]], [dims[0], dims[2], dims[1]]
+    if held.pick is not None:
+        rest = dims[2:]
+        k = math.prod(rest)
+        flat = _picked(["reshape", source, [dims[0] * dims[1], k]], held.pick, [dims[0] * dims[1], k])
+        return ["reshape", flat, list(shape)]
+    return source if dims[1] == shape[1] else ["slice", source, 1, held.first, held.first + shape[1]]
+
+
+def _picked(source: Json, pick: Pick, shape: list[int]) -> Json:
+    """The expression of the rows of an array [rows, k] that `pick` names."""
+    rows, k = shape
+    grouped = ["reshape", source, [rows // pick.stride, pick.stride, k]]
+    runs: list[list[int]] = []
+    for i in pick.inner:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] = i + 1
+        else:
+            runs.append([i, i + 1])
+    parts = [["slice", grouped, 1, a, b] for a, b in runs]
+    made = parts[0] if len(parts) == 1 else ["concat", parts, 1]
+    return ["reshape", made, [rows // pick.stride * len(pick.inner), k]]
+
+
 def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
     """(name in programs, what is held) of a node's weights."""
     for w in node.weights:
         if node.kind in ("embed", "positions"):
             yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, False, "", form)
+        elif node.kind in EXPERTS:
+            for label, held in _matrix(w, form):
+                yield label, replace(held, kind="stack", count=w.total)
         else:
             yield from _matrix(w, form)
     if node.kind == "rope":
@@ -250,7 +320,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             f"rope:{table['symbol']}",
             Held(table["symbol"], "rope", math.prod(table["shape"]), 0, 0, False, "", "f32"),
         )
-    for name in ("weight", "bias", "vector", "sinks"):
+    for name in VECTORS:
         v = node.attr(name)
         if isinstance(v, Mapping):
             split = "n" if v.get("chips", 1) > 1 else ""
@@ -258,7 +328,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
                 vector_name(v),
                 Held(
                     v["symbol"],
-                    "vector",
+                    "vectors" if "experts" in v else "vector",
                     v["length"],
                     0,
                     v.get("first", 0),
@@ -266,19 +336,25 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
                     split,
                     "f32",
                     v.get("copies", 1),
+                    v.get("pick"),
+                    v.get("experts", 1),
                 ),
             )
 
 
 def _matrix(w: Matrix, form: str) -> Iterator[tuple[str, Held]]:
     if w.low is None:
-        yield w.label, Held(w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies)
+        yield (
+            w.label,
+            Held(
+                w.name, "matrix", w.n, w.k, w.first, w.turned, w.split, form, w.copies, w.pick,
+                flipped=w.flipped,
+            ),
+        )  # fmt: skip
         return
     for part in w.low.parts:
         kind, split = "matrix", w.split
         if not part.per:  # one for a whole row: on every chip that has a part of it
             kind, split = "rows", "" if w.split == "k" else w.split
-        yield (
-            f"{w.label}.{part.name}",
-            Held(w.name, kind, w.n, part.width(w.k), w.first, w.turned, split, part.dtype, w.copies, part),
-        )
+        whole = Held(w.name, kind, w.n, part.width(w.k), w.first, w.turned, split, part.dtype, w.copies)
+        yield f"{w.label}.{part.name}", replace(whole, part=part)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mapper import driver
 from mapper.machine import Machine, parse, read
+from mapper.zoo import families, files
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "targets" / "mapper_gpu" / "machines"
@@ -26,3 +27,11 @@ def built(model: Path | str = EXAMPLE, **options: object) -> driver.Compiled:
     done = driver.build(model, "gpu", **options)  # type: ignore[arg-type]
     assert {k: v[0].message for k, v in done.report.violations.items() if v} == {}
     return done
+
+
+def toy(name: str, layers: int, folder: Path) -> Path:
+    """A model of the zoo at toy widths with random weights."""
+    made = families.shortened(families.tiny(families.config(name)), layers)
+    path = folder / f"{name}.onnx"
+    files.write(made, path, "f32", seed=1)
+    return path

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from mapper.runtime.mutation import MutationTest, decoder_case
 from mapper.schedule.checks import run_checks
 from mapper_gpu import BACKEND
-from tests.gpu.common import built, h100
+from tests.gpu.common import built, h100, toy
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,17 @@ def test_page_colours_and_orders() -> None:
             seen += 1
             assert page[a] + pages[a] <= page[b] or page[b] + pages[b] <= page[a]
     assert seen > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "chips", "megakernel"),
+    [("qwen3-30b-a3b", 2, 1, False), ("qwen3-30b-a3b", 2, 2, True), ("deepseek-v3", 4, 2, False)],
+)
+def test_mutants_of_experts_die(name: str, layers: int, chips: int, megakernel: bool, tmp_path: Path) -> None:
+    model = toy(name, layers, tmp_path)
+    schedule = built(model, machine=h100(megakernel), chips=chips, prompt=6, context=10).schedule
+    case = decoder_case(BACKEND.semantics(), 4)
+    report = MutationTest(schedule, case, BACKEND.checks(), BACKEND.mutations(), seed=5).run(54)
+    print(report.table())
+    assert report.kill_rate() >= 0.98, report.survivors
+    assert report.equivalent_share <= 0.05

@@ -72,7 +72,8 @@ def reduction(kind: str) -> Case:
 CONV1 = {"strides": (2,), "pads": (1, 1), "dilations": (1,), "group": 2}
 CONV2 = {"strides": (1, 2), "pads": (0, 1, 2, 0), "dilations": (2, 1)}
 BACKWARDS = {"axes": (0, 1), "starts": (1, -1), "ends": (2**63 - 1, -(2**62)), "steps": (2, -1)}
-LATENT = {"weight": "w10", "nope_dim": 3, "scale": 0.3, "causal": True}
+CACHED_LATENT = {"weight": "w10", "nope_dim": 3, "scale": 0.3}
+LATENT = {**CACHED_LATENT, "causal": True}
 EXPERTS = {"act": "silu", "gate": "e", "up": "e", "down": "d", "up_bias": "b4"}
 PACKED = {"act": "silu", "up": "d", "up_transposed": True, "down": "p", "packing": "halves"}
 GROUPED = {"top_k": 2, "correction": "v6", "groups": 3, "top_groups": 2, "group_score": "top2"}
@@ -135,6 +136,7 @@ CASES: list[Case] = [
     ("embed_at", [np.array(2)], {"table": "table", "batch": 2, "seq": 3, "offset": 1}),
     ("cache_append", [f(2, 2, 9, 8), f(2, 2, 3, 8), np.array(5)], {}),
     ("cached_attention", [f(2, 4, 3, 8), f(2, 2, 9, 8), f(2, 2, 9, 6), np.array(5)], {"scale": 0.3}),
+    ("cached_latent_attention", [f(2, 2, 2, 5), f(2, 1, 9, 6), f(2, 1, 9, 2), np.array(5)], CACHED_LATENT),
 ]  # fmt: skip
 DATA_DEPENDENT = {"nonzero", "range"}
 

@@ -68,6 +68,15 @@ def test_attention_is_its_definition(window: int) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_latent_attention_over_a_cache_sees_what_is_filled() -> None:
+    q, latent, key, weight = f(2, 2, 3, 6), f(2, 1, 5, 7), f(2, 1, 5, 2), f(7, 2 * (4 + 3))
+    attrs = {"weight": "t", "nope_dim": 4, "scale": 0.4}
+    (expected,) = call("latent_attention", [q, latent, key], {**attrs, "causal": True}, t=weight)
+    cache = [np.concatenate([x, np.full_like(x, np.nan)], axis=2) for x in (latent, key)]
+    (found,) = call("cached_latent_attention", [q, *cache, np.array(2)], attrs, t=weight)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_alibi_slopes_are_the_additive_mask() -> None:
     q, k, v = f(1, 2, 3, 4), f(1, 2, 3, 4), f(1, 2, 3, 4)
     slopes = (0.5, 0.25)

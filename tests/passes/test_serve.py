@@ -216,8 +216,9 @@ def test_a_fixed_batch_that_differs_is_refused() -> None:
         serve(graph, batch=2)
 
 
-@pytest.mark.parametrize("odd", [(0,), (5,), (0, 5)])
+@pytest.mark.parametrize("odd", [(0,), (5,), (0, 5), (0, 1)])
 def test_layers_beside_the_repeat_keep_their_caches(odd: tuple[int, ...], tmp_path: Path) -> None:
+    """Also where two of them are a repeat of their own."""
     layers = [Options(act="relu") if i in odd else Options() for i in range(6)]
     graph = load(saved(mixed(layers), tmp_path))
     assert shorten(graph) is not None

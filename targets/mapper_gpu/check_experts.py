@@ -1,0 +1,127 @@
+"""Checks of routing and experts: the grid has room for every routing, every block is worked through once, and
+every token's rows are summed once. Which rows a block has is data; that a task takes no row twice, and no
+expert that is not there, its execution faults on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mapper import machine as machines
+from mapper.schedule.tables import Schedule
+from mapper.schedule.violation import Violation, first
+from mapper_gpu.check_rows import Rows, rows_of
+from mapper_gpu.check_tiles import chips_of, of_kind, painted
+
+BOXES = ("m0", "m1", "n0", "n1", "k0", "k1")
+
+
+@dataclass(frozen=True)
+class ExpertsCover:
+    """Experts' kernels have as many blocks of rows as the worst routing makes; their tasks cover all blocks,
+    columns and all of K exactly once on every chip, in whole blocks whose accumulators fit half of the
+    registers; each reads its weights out of the whole stack of all experts; together they bring in from HBM
+    what the experts of an even routing weigh."""
+
+    name: str = "ExpertsCover"
+
+    def run(self, schedule: Schedule) -> list[Violation]:
+        """See class."""
+        return first(self._all(schedule))
+
+    def _all(self, schedule: Schedule) -> Iterator[Violation]:
+        registers = machines.parse(schedule.machine_toml, schedule.machine).value("sm.registers") / 2
+        for rows, record in rows_of(schedule):
+            for number, kernel in enumerate(record["kernels"]):
+                if kernel["kind"] == "experts":
+                    yield from self._kernel(schedule, rows, kernel["experts"], number, registers)
+
+    def _kernel(
+        self, schedule: Schedule, rows: Rows, e: Any, number: int, registers: float
+    ) -> Iterator[Violation]:
+        tile, blocks = int(e["rows"]), int(e["blocks"])
+        pairs = int(e["tokens"]) * int(e["chosen"])
+        alone = min(pairs, int(e["count"]))
+        most = alone + ((pairs - alone) // tile if int(e["tokens"]) > tile else 0)
+        if blocks < most:
+            yield Violation(f"{rows.kernel(number)} has {blocks} blocks, a routing may need {most}")
+        mine = (rows["kernel"] == number) & of_kind(schedule, rows, "experts")
+        chip = chips_of(rows, schedule)
+        for c in range(schedule.chips):
+            boxes = np.stack([rows[k][mine & (chip == c)] for k in BOXES], axis=1)
+            wrong = painted(boxes, (blocks * tile, int(e["n"]), int(e["k"])))
+            if wrong:
+                yield Violation(f"{rows.kernel(number)} on chip {c}: {wrong}")
+        cut = mine & ((rows["m0"] % tile != 0) | (rows["m1"] % tile != 0))
+        held = 4 * tile * (rows["n1"] - rows["n0"]) * int(e["mats"])
+        for row in np.flatnonzero(cut | (mine & (held > registers))).tolist():
+            yield Violation(
+                f"{rows.name(row)} has parts of blocks, or {held[row]} bytes of registers", (row,)
+            )
+        yield from _stacks(schedule, rows, np.flatnonzero(mine).tolist())
+        share = float(e["chosen"]) / float(e["count"])
+        read = float(e["count"]) * (1 - (1 - share) ** int(e["tokens"]))
+        least = read * int(e["mats"]) * int(e["n"]) * int(e["k"]) * float(e["element"])
+        for c in range(schedule.chips):
+            here = mine & (chip == c)
+            got = float(rows["bytes"][here].sum())
+            # every task rounds its share to whole bytes
+            if got + int(here.sum()) < least:
+                yield Violation(f"{rows.kernel(number)} on chip {c} moves {got:.0f} bytes, not {least:.0f}")
+
+
+def _stacks(schedule: Schedule, rows: Rows, mine: list[int]) -> Iterator[Violation]:
+    """Reads of stacks are all of the stack, on the task's own chip."""
+    programs = schedule.plan["programs"][rows.phase]
+    size = schedule.buffers.column("bytes").to_numpy()
+    values = schedule.buffers.column("value").to_pylist()
+    offsets, buffer, low, length = rows.block.steps.slices("reads")
+    for row in mine:
+        stacks = [o for o in programs[int(rows["program"][row])]["reads"] if o["r"] == "expert"]
+        part = slice(int(offsets[row]), int(offsets[row + 1]))
+        found = {
+            values[b]: (a, n, size[b]) for b, a, n in zip(buffer[part], low[part], length[part], strict=True)
+        }
+        if not stacks:
+            yield Violation(f"{rows.name(row)} reads no stack of experts", (row,))
+        for o in stacks:
+            a, n, whole = found.get(o["value"], (0, 0, -1))
+            item = {"f32": 4, "bf16": 2, "f16": 2}[o["dtype"]]
+            want = int(o["stack"]) * int(o["rows"]) * int(o["width"]) * item
+            if (a, n) != (0, want) or whole != want:
+                yield Violation(f"{rows.name(row)}: bytes {a}..{a + n} of a stack of {want}", (row,))
+
+
+@dataclass(frozen=True)
+class RowsCover:
+    """Row kernels take every token exactly once on every chip, so that the rows of its experts are summed
+    once; routing is one task with all tokens."""
+
+    name: str = "RowsCover"
+
+    def run(self, schedule: Schedule) -> list[Violation]:
+        """See class."""
+        return first(self._all(schedule))
+
+    def _all(self, schedule: Schedule) -> Iterator[Violation]:
+        for rows, record in rows_of(schedule):
+            tokens = schedule.request.batch * schedule.programs[rows.phase].sequence
+            chip = chips_of(rows, schedule)
+            for number, kernel in enumerate(record["kernels"]):
+                if kernel["kind"] not in ("rows", "route"):
+                    continue
+                mine = (rows["kernel"] == number) & of_kind(schedule, rows, kernel["kind"])
+                for c in range(schedule.chips):
+                    here = mine & (chip == c)
+                    boxes = np.stack([rows["m0"][here], rows["m1"][here]], axis=1)
+                    wrong = painted(boxes, (tokens,))
+                    if kernel["kind"] == "route" and not wrong and len(boxes) != 1:
+                        wrong = "routing in parts"
+                    if wrong:
+                        yield Violation(f"{rows.kernel(number)} on chip {c}: {wrong}")
+
+
+CHECKS = (ExpertsCover(), RowsCover())

@@ -1,0 +1,77 @@
+"""Programs of routing and experts. A stack of weights [experts, n, k] is one operand whose slice is all of it
+on the task's chip: which expert's columns a task reads is in the block's row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mapper_gpu.nodes import Matrix, Node
+from mapper_gpu.programs import NODES, Builder, vector_name
+
+
+def _top_k(b: Builder, node: Node, c: str) -> None:
+    logits = b.value(node.inputs[0], b.rows, "all")
+    vector = node.attr("correction")
+    correction = None if vector is None else b.read(vector_name(vector), "all", "all")
+    names = ("scoring", "groups", "top_groups", "group_score", "group_fill", "normalise", "epsilon", "scale")
+    b.emit("top_k", b.register(node.output), logits, correction, node.attr("chosen"),
+           *(node.attr(n) for n in names))  # fmt: skip
+
+
+def _sorted(b: Builder, node: Node, c: str) -> None:
+    routing = b.value(node.inputs[0], "all", "all")
+    b.emit(node.kind, b.register(node.output), routing,
+           *(node.attr(n) for n in ("experts", "chosen", "tile", "blocks")))  # fmt: skip
+
+
+def _weighted_sum(b: Builder, node: Node, c: str) -> None:
+    made, routing, places = node.inputs
+    x = b.read(made, "all", "all")
+    how, at = b.value(routing, "m", "all"), b.value(places, "m", "all")
+    b.emit("weighted_sum", b.register(node.output), x, how, at, node.attr("weighted"))
+
+
+def _share_bias(b: Builder, node: Node, c: str) -> None:
+    x, routing = (b.value(v, "m", "all") for v in node.inputs)
+    table = b.read(vector_name(node.attr("biases")), "all", "all")
+    b.emit("share_bias", b.register(node.output), x, routing, table, node.attr("weighted"))
+
+
+NODES |= {
+    "top_k": _top_k, "align": _sorted, "places": _sorted, "weighted_sum": _weighted_sum,
+    "share_bias": _share_bias,
+}  # fmt: skip
+
+
+def experts_program(b: Builder, node: Node) -> None:
+    """Columns n of the experts of a run of blocks: rows gathered or read, products, and for those that enter
+    the experts also biases and activation."""
+    how = node.attr("routing")
+    if node.kind == "expert_down":
+        x, blocks = b.read(node.inputs[0], "m", "all"), b.read(node.inputs[1], "blocks", "all")
+        b.write(node.output, _product(b, node.output, x, blocks, node.weights[0]))
+        return
+    x, blocks = b.read(node.inputs[0], "all", "all"), b.read(node.inputs[1], "blocks", "all")
+    routing = b.read(node.inputs[2], "all", "all") if len(node.inputs) > 2 else None
+    rows = b.register(f"{node.output}.rows")
+    b.emit("gather", rows, x, blocks, how.chosen, routing)
+    made = []
+    for i, w in enumerate(node.weights):
+        y = _product(b, f"{node.output}.{i}", rows, blocks, w)
+        bias: Mapping[str, Any] | None = node.attr(f"bias{i}")
+        if bias is not None:
+            table, whole = b.read(vector_name(bias), "all", "n"), y
+            y = b.register(f"{node.output}.{i}.biased")
+            b.emit("expert_bias", y, whole, blocks, table)
+        made.append(y)
+    out = b.register(node.output)
+    b.emit("expert_gate", out, node.attr("act"), made, node.attr("limit"), node.attr("offset"))
+    b.write(node.output, out)
+
+
+def _product(b: Builder, name: str, x: str, blocks: str, weight: Matrix) -> str:
+    stack = b.read(weight.label, "expert", "all", f"stack:{weight.label}")
+    out = b.register(name)
+    b.emit("expert_matmul", out, x, blocks, stack, weight.dtype)
+    return out
