@@ -84,7 +84,10 @@ def decoder(image: Image, shape: Shape, exact: bool = False) -> Callable[[], Any
     from torch.nn import functional
 
     names = [n for n in image.ports if n.startswith("weight:")]
-    find = lambda *parts: image.rows(next(n for n in names if all(p in n for p in parts)))  # noqa: E731
+
+    def find(*parts: str) -> Any:
+        return image.rows(next(n for n in names if all(p in n for p in parts)))
+
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
              "input_layernorm", "post_attention_layernorm")  # fmt: skip
     layers = [{p: find(f"layers.{i}.", p) for p in parts} for i in range(shape.layers)]

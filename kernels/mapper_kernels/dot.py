@@ -28,8 +28,8 @@ AHEAD, SKEW = 1024, 576
 """How far ahead of the first stream is prefetched, and how much farther ahead of each further one, bytes.
 
 Streams are often a multiple of 4096 bytes apart, and memory gives less where lines with the same low bits are
-asked for at once: 36 against 40 GB/s for four plain streams that are 4096 and 256 bytes off. What is computed
-stays in step; only what is asked for is shifted, by an odd number of lines."""
+asked for at once; chosen with `python -m benchmarks.gemv`. What is computed stays in step; only what is asked
+for is shifted, by an odd number of lines."""
 
 
 OFFSET = {"int8": 128, "int8f": 128, "int8row": 128, "int4": 8, "int4f": 8, "mxfp4": 12}

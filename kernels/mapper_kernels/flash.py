@@ -1,4 +1,4 @@
-"""Attention of one query row over a long range of cached rows, in one pass: blocks of scores, a running
+"""Attention of query rows over a long range of cached rows, in one pass: blocks of scores, a running
 maximum, a running sum and a running output, so that parts of the range can be merged exactly (log-sum-exp).
 
 Keys and values are rows of D elements in float32, float16, bfloat16, or int8 with a float32 scale per row;
@@ -16,7 +16,7 @@ from mapper_kernels.cached import scores, weigh
 from mapper_kernels.jit import fast, intrinsic, jit
 from mapper_kernels.memory import f32
 from mapper_kernels.scalar import exp32, tanh32
-from mapper_kernels.sizes import POSITIONS, QUERIES, SCORES
+from mapper_kernels.sizes import FACTORS, POSITIONS, QUERIES
 from mapper_kernels.vec import F32, Emitter, Value, vector
 
 _LOWEST = np.float32(-np.inf)
@@ -133,7 +133,7 @@ def attend(
         for i in range(1, dv + 2):
             y[i] = np.float32(0)
         y[0] = _LOWEST
-    factors = scratch + SCORES - 64
+    factors = scratch + FACTORS
     first = low
     while first < high:
         # all queries take a block of rows while it is in the caches

@@ -14,8 +14,10 @@ POSITIONS = 128
 """Positions per step of the running softmax: their scores and values stay in the first-level cache."""
 QUERIES = (4, 2, 1)
 """Queries that read the same cached rows at once: as many as are left."""
-SCORES = 4 * POSITIONS * max(QUERIES) + 64
-"""Bytes of the scores of as many positions and queries, and of a factor for each."""
+FACTORS = 4 * POSITIONS * max(QUERIES)
+"""Bytes of the scores of as many positions and queries; behind them a factor for each query."""
+SCORES = FACTORS + 64
+"""Bytes of both."""
 
 
 def up(n: int) -> int:
