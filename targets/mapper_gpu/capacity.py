@@ -25,6 +25,9 @@ def chips_for(graphs: Mapping[Phase, Graph], machine: Machine, item: int) -> int
     room = machine.value("memory.hbm.capacity") * (1 - machine.value("memory.hbm.reserved"))
     first = next(iter(graphs.values()))
     tables = {op.attr("table") for op in first.ops() if op.mnemonic in _TABLES}
+    tables |= {
+        op.attr("weight") for op in first.ops() if op.mnemonic == "load" and len(op.result_shape()) > 1
+    }
     shared = sum(w.elements for n, w in first.weights.items() if n in tables)
     plain = dequantised(first)
     matrices = sum(

@@ -32,23 +32,30 @@ class Source:
     bias: Any
     width: int
     row: int
-    op: DataflowOp | None
+    op: DataflowOp
     made: dict[tuple[int, ...], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Columns of a source: `ids` in the shape behind batch and tokens; `turned` where the tokens' axis is
-    behind the first of these."""
+    """Columns of a source: `ids` along the axes of the value that are columns, `axes` says what each axis of
+    the value is: "b" the batch, "s" the tokens, "r" both in one, "i" columns."""
 
     source: Source
     ids: Ids
-    turned: bool = False
+    axes: str
+
+    @property
+    def turned(self) -> bool:
+        """Whether heads come before tokens."""
+        return self.axes == "bisi"
 
 
-def cut(c: Extractor, x: str, symbol: str, turned_: bool, bias: Any, width: int) -> View:
+def cut(c: Extractor, op: DataflowOp, x: str, turned: bool, bias: Any) -> View:
     """The view of a whole linear that is about to be cut."""
-    return View("", "cut", Cut(Source(x, symbol, turned_, bias, width, c.row, c.op), np.arange(width)))
+    shape = op.result_shape()
+    made = Source(x, op.attr("weight"), turned, bias, shape[-1], c.row, op)
+    return View("", "cut", Cut(made, np.arange(shape[-1]), "bsi" if len(shape) == 3 else "ri"))
 
 
 def is_cut(op: DataflowOp) -> bool:
@@ -67,26 +74,52 @@ def view_of_cut(c: Extractor, view: View, to: tuple[int, ...]) -> View:
     """Cut columns in another shape."""
     of: Cut = view.data
     b, s = c.batch, c.tokens
-    inner: tuple[int, ...]
-    if of.turned and s > 1 and of.ids.shape[0] > 1:
-        c.fail(f"reshape to {to} of heads before tokens")
-    if to[:2] == (b, s):
-        turned_, inner = False, to[2:]
+    lead = of.axes.rstrip("i")
+    if lead not in ("bs", "r") and not _still(of, b, s):
+        c.fail(f"reshape to {to} of columns before tokens")
+    if to[:2] == (b, s) and len(to) > 2:
+        axes, inner = "bs", to[2:]
     elif len(to) == 4 and to[0] == b and to[2] == s and (s == 1 or to[1] == 1):
-        turned_, inner = True, (to[1], to[3])
+        return View("", "cut", Cut(of.source, of.ids.reshape(to[1], to[3]), "bisi"))
     elif to[0] == b * s:
-        turned_, inner = False, to[1:]
+        axes, inner = "r", to[1:]
+    elif len(to) == 3 and to[0] == b and to[1] % s == 0 and to[1] // s * to[2] == of.ids.size:
+        axes, inner = "bs", (to[1] // s, to[2])  # tokens and heads in one axis, which only norms look at
     else:
         c.fail(f"reshape to {to} of cut columns [{b} x {s}, {of.ids.size}]")
-    return View("", "cut", Cut(of.source, of.ids.reshape(inner), turned_))
+    return View("", "cut", Cut(of.source, of.ids.reshape(inner), axes + "i" * len(inner)))
 
 
-def turned(c: Extractor, view: View) -> View:
-    """Heads and tokens exchanged."""
+def _still(of: Cut, b: int, s: int) -> bool:
+    """Whether bringing batch and tokens to the front moves no element: what they pass has one row."""
+    sizes = [b if x == "b" else s if x == "s" else 0 for x in of.axes]
+    inner = iter(of.ids.shape)
+    sizes = [next(inner) if x == "i" else n for x, n in zip(of.axes, sizes, strict=True)]
+    order = sorted(range(len(sizes)), key=lambda i: ("bsri".index(of.axes[i]), i))
+    busy = [i for i in order if sizes[i] > 1]
+    return busy == sorted(busy)
+
+
+def transposed(c: Extractor, view: View, perm: tuple[int, ...]) -> View:
+    """Axes in another order."""
     of: Cut = view.data
-    if of.ids.ndim != 2:
-        c.fail("a transpose of cut columns that are no heads")
-    return View("", "cut", replace(of, turned=not of.turned))
+    if len(perm) != len(of.axes):
+        c.fail(f"transpose by {perm} of cut columns of axes {of.axes}")
+    number = {i: of.axes[:i].count("i") for i, x in enumerate(of.axes) if x == "i"}
+    ids = of.ids.transpose([number[p] for p in perm if p in number])
+    return View("", "cut", Cut(of.source, ids, "".join(of.axes[p] for p in perm)))
+
+
+@rule("expand", table=VIEWS)
+def _expand(c: Extractor, op: DataflowOp) -> None:
+    """The same columns several times: each time a row of the weight of its own."""
+    of: Cut = c.view(op.operands[0], "cut").data
+    before, to = op.operand_shape(0), op.result_shape()
+    grown = [x for x, a, b in zip(of.axes, before, to, strict=False) if a != b]
+    if len(before) != len(to) or len(to) != len(of.axes) or set(grown) - {"i"}:
+        c.fail(f"expand to {to} of cut columns {before} of axes {of.axes}")
+    ids = np.broadcast_to(of.ids, [n for x, n in zip(of.axes, to, strict=True) if x == "i"])
+    c.views[op.results[0]] = View("", "cut", replace(of, ids=ids))
 
 
 @rule("split", "slice", table=VIEWS)
@@ -104,11 +137,9 @@ def _cut(c: Extractor, op: DataflowOp) -> None:
 
 def _inner_axis(c: Extractor, of: Cut, axis: int, rank: int) -> int:
     """The axis of `ids` that an axis of the value is."""
-    lead = rank - of.ids.ndim
-    at = axis - lead if not of.turned else {1: 0, 3: 1}.get(axis, -1)
-    if at < 0:
-        c.fail(f"a cut along axis {axis}")
-    return at
+    if rank != len(of.axes) or of.axes[axis] != "i":
+        c.fail(f"a cut along axis {axis} of cut columns of axes {of.axes}")
+    return of.axes[:axis].count("i")
 
 
 def _ranges(c: Extractor, op: DataflowOp, rank: int) -> tuple[int, list[slice]]:
@@ -132,9 +163,7 @@ def joined(c: Extractor, op: DataflowOp, views: Sequence[View]) -> View:
     if op.attr("axis") % rank != rank - 1:
         c.fail("a concatenation along another axis than the columns of heads")
     cuts = [v.data for v in views if v.form == "cut"]
-    if len(cuts) == len(views) and all(
-        x.source is cuts[0].source and x.turned == cuts[0].turned for x in cuts
-    ):
+    if len(cuts) == len(views) and all(x.source is cuts[0].source and x.axes == cuts[0].axes for x in cuts):
         return View("", "cut", replace(cuts[0], ids=np.concatenate([x.ids for x in cuts], axis=-1)))
     return View("", "joined", tuple(made(c, v) for v in views))
 
@@ -154,9 +183,10 @@ def made(c: Extractor, view: View) -> View:
         source.made[key] = c.linear(source.x, weight, source.bias, "linear", first, pick)
         c.row, c.op = before
     name = source.made[key]
-    form = "rows" if ids.ndim == 1 else "turned" if of.turned else "heads"
-    if ids.ndim > 2:
-        c.fail(f"columns in a shape of {ids.ndim} axes")
+    forms = {"bsi": "rows", "ri": "rows", "bsii": "heads", "rii": "heads", "bisi": "turned"}
+    form = forms.get(of.axes)
+    if form is None:
+        c.fail(f"columns of axes {of.axes}")
     if ids.ndim == 2:
         value = c.values[name]
         c.values[name] = replace(value, head=ids.shape[1])

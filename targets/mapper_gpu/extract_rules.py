@@ -28,6 +28,18 @@ def _embed(c: Extractor, op: DataflowOp) -> None:
     c.views[op.results[0]] = View(c.add("embed", [view.name], c.fresh(width), [weight]), "rows")
 
 
+@rule("gather")
+def _gather(c: Extractor, op: DataflowOp) -> None:
+    """Rows of a table that the file has the other way round, as a product takes it."""
+    table, ids = c.views[op.operands[0]], c.view(op.operands[1], "rows")
+    if table.form != "table" or op.attr("axis") != 0 or c.values[ids.name].width != 1:
+        c.fail("a lookup of something else than tokens in a table")
+    rows, width = op.operand_shape(0)
+    c.rows[c.row]["weight_bytes"] = int(width * element_bytes(c.form))
+    weight = Matrix(table.name, rows, width, c.form, turned=table.data)
+    c.views[op.results[0]] = View(c.add("embed", [ids.name], c.fresh(width), [weight]), "rows")
+
+
 @rule("embed_at")
 def _embed_at(c: Extractor, op: DataflowOp) -> None:
     width, symbol = op.result_shape()[-1], op.attr("table")
@@ -44,7 +56,7 @@ def _linear(c: Extractor, op: DataflowOp) -> None:
     symbol, turned = op.attr("weight"), not op.attr("transposed")
     bias = c.vector(op.attr("bias"), "n")
     if is_cut(op):
-        c.views[op.results[0]] = cut(c, x.name, symbol, turned, bias, op.result_shape()[-1])
+        c.views[op.results[0]] = cut(c, op, x.name, turned, bias)
         return
     name = "lm_head" if op.mnemonic == "lm_head" else "linear"
     c.views[op.results[0]] = View(c.linear(x.name, c.matrix(symbol, turned), bias, name), "rows")

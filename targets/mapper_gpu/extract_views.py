@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mapper.ir.op import DataflowOp
-from mapper_gpu.extract_cut import joined, turned, view_of_cut
+from mapper_gpu.extract_cut import joined, transposed, view_of_cut
 from mapper_gpu.extractor import VIEWS, Extractor, View, rule
 
 
@@ -28,6 +28,14 @@ def _reshape(c: Extractor, op: DataflowOp) -> None:
         c.views[op.results[0]] = View(view.name, "rows")
     elif len(to) == 4 and to[:2] == (b, s) and to[2] * to[3] == width and view.form in ("rows", "heads"):
         c.views[op.results[0]] = _headed(c, view, to[3], "heads")
+    elif (
+        len(to) == 3
+        and to[0] == b
+        and to[1] * to[2] == s * width
+        and width % to[2] == 0
+        and (view.form in ("rows", "heads"))
+    ):
+        c.views[op.results[0]] = _headed(c, view, to[2], "heads")  # tokens and heads in one axis
     elif len(to) == 4 and to[0] == b and to[2] == s and view.form == "rows" and to[1] * to[3] == width and (
         s == 1 or to[1] == 1
     ):  # fmt: skip
@@ -48,12 +56,15 @@ def _headed(c: Extractor, view: View, head: int, form: str) -> View:
 
 @rule("transpose", table=VIEWS)
 def _transpose(c: Extractor, op: DataflowOp) -> None:
-    view = c.views[op.operands[0]]
-    if op.attr("perm") != (0, 2, 1, 3):
-        c.fail(f"transpose by {op.attr('perm')}")
+    view, perm = c.views[op.operands[0]], op.attr("perm")
     if view.form == "cut":
-        c.views[op.results[0]] = turned(c, view)
+        c.views[op.results[0]] = transposed(c, view, perm)
         return
+    if view.form in ("vector", "table") and perm == (1, 0):
+        c.views[op.results[0]] = View(view.name, "table", view.form == "vector" or not view.data)
+        return
+    if perm != (0, 2, 1, 3):
+        c.fail(f"transpose by {perm}")
     view = c.view(op.operands[0], "heads", "turned")
     c.views[op.results[0]] = View(view.name, "turned" if view.form == "heads" else "heads")
 

@@ -314,7 +314,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
     """(name in programs, what is held) of a node's weights."""
     for w in node.weights:
         if node.kind in ("embed", "positions"):
-            yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, False, "", form)
+            yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, w.turned, "", form)
         elif node.kind in EXPERTS:
             for label, held in _matrix(w, form):
                 yield label, replace(held, kind="stack", count=w.total)

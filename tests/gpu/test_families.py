@@ -165,3 +165,43 @@ def test_deepseek_v3_fits_sixteen_chips() -> None:
     assert [b.repeat for b in blocks] == [1, 3, 58, 1]
     assert max(len(b.steps) for b in blocks) / 16 < 8 * 256
     assert done.result.phases["decode"].ratio >= 1
+
+
+LOOKED_AT = sorted(
+    p
+    for n in ("falcon__dyn18-kv", "falcon__ts17-kv", "qwen3__genai-fp32", "bloom__dyn18-kv")
+    for p in FOLDER.glob(f"{n}.onnx")
+)
+"""Heads of one matrix taken in other orders of axes and several times; tokens and heads in one axis; a table
+that the file has the other way round; an input that nothing reads."""
+
+
+@pytest.mark.parametrize("weights", [None, "bf16"])
+@pytest.mark.parametrize("chips", [1, 2])
+@pytest.mark.parametrize("model", LOOKED_AT, ids=lambda p: p.stem)
+def test_spellings_of_heads_and_tables(model: Path, chips: int, weights: str | None, tmp_path: Path) -> None:
+    if weights is None:
+        agrees(model, tmp_path, chips=chips, batch=2)
+        return
+    built(model, prompt=4, context=12, out=tmp_path / "s", chips=chips, weights=weights)
+    found = driver.verify(tmp_path / "s", tokens=5)
+    assert found.ok, found.failures
+
+
+@pytest.mark.parametrize(
+    ("perm", "shape", "still"),
+    [((0, 1, 2, 3), (1, 6), True), ((0, 2, 1, 3), (1, 6), True), ((0, 2, 1, 3), (2, 3), False)],
+)
+def test_axes_that_move_elements_are_not_reshaped_away(
+    perm: tuple[int, ...], shape: tuple[int, int], still: bool
+) -> None:
+    """Whether [B, S, ...] behind a transpose still lies as it did, against NumPy."""
+    from mapper_gpu.extract_cut import Cut, Source, _still
+
+    b, s = 2, 4
+    ids = np.arange(6).reshape(shape)
+    array = np.arange(b * s * 6).reshape(b, s, *shape)
+    axes = "".join("bsii"[p] for p in perm)
+    cut = Cut(Source("x", "w", False, None, 6, 0, None), ids, axes)  # type: ignore[arg-type]
+    assert _still(cut, b, s) == still
+    assert np.array_equal(array.transpose(perm).reshape(-1), array.reshape(-1)) == still
