@@ -1,4 +1,4 @@
-"""`make demo`: the example model on the LPU, on a GPU and on this computer, compiled, executed from disk, compared.
+"""`make demo`: the example model on LPU, GPU and this computer, compiled, executed from disk, compared.
 
 For each target: compile, then load the schedule from its directory alone and execute it for a prompt of 16
 tokens of held-out text and 32 decoded ones. The tokens must be onnxruntime's; the logits must be within 1e-3

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: what the system has, within the limits of its control groups."""
+"""How much memory a process may still take: what the system has, within the limits of control groups."""
 
 from __future__ import annotations
 
