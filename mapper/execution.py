@@ -162,7 +162,8 @@ def judge_for(
     arithmetic = dict((schedule.plan or {}).get("arithmetic") or {"matmul": "float32"})
     if arithmetic["matmul"] == "float32":
         return OracleJudge()
-    from mapper.judge import FormatJudge, Formats
+    from mapper.forward import Formats
+    from mapper.judge import FormatJudge
 
     return FormatJudge(graph(), names, Formats(**arithmetic), start, states(schedule))
 

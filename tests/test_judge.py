@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from mapper.forward import Formats
 from mapper.frontend.load import load
-from mapper.judge import SLACK, FormatJudge, Formats
+from mapper.judge import SLACK, FormatJudge
 from mapper.runtime.caches import Entry
 from mapper.runtime.inputs import interface
 from mapper.runtime.oracle import Oracle, oracle

@@ -6,28 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from mapper.ir.op import DataflowOp
 from mapper.ir.reference import Step, meaning
 from mapper.ir.reference_compute import round_blocks, sigmoid, softmax
 from mapper.ir.reference_transformer import ACTIVATION_MEANINGS
 from mapper.ir.types import Array
 
 
-def _eligible(s: Step, choice: Array) -> Array:
-    """The scores to choose by, those outside of the best groups replaced."""
-    groups = s.attr("groups")
-    if not groups:
-        return choice
-    runs = choice.reshape(*choice.shape[:-1], groups, -1)
-    best = np.sort(runs, axis=-1)[..., ::-1]
-    value = best[..., 0] if s.attr("group_score") == "max" else best[..., :2].sum(-1)
-    order = np.argsort(-value, axis=-1, kind="stable")[..., : s.attr("top_groups")]
-    kept = np.zeros(value.shape, bool)
-    np.put_along_axis(kept, order, True, axis=-1)
-    return np.where(kept[..., None], runs, s.attr("group_fill")).reshape(choice.shape)
-
-
-@meaning("route")
-def _route(s: Step) -> tuple[Array, Array]:
+def choice_of(s: Step) -> tuple[Array, Array]:
+    """Scores [..., experts] of a `route`, and those that it chooses by."""
     logits, scoring = s.arg("logits"), s.attr("scoring")
     scores = logits
     if scoring == "softmax":
@@ -35,14 +22,43 @@ def _route(s: Step) -> tuple[Array, Array]:
     elif scoring == "sigmoid":
         scores = np.asarray(sigmoid(logits))
     correction = s.weight("correction")
-    choice = _eligible(s, scores if correction is None else scores + correction)
-    index = np.argsort(-choice, axis=-1, kind="stable")[..., : s.attr("top_k")]
+    return scores, scores if correction is None else scores + correction
+
+
+def shares_of(s: Step, scores: Array, index: Array) -> Array:
+    """Shares [..., chosen] of the chosen experts."""
     share = np.take_along_axis(scores, index, -1)
-    if scoring == "topk_softmax":
+    if s.attr("scoring") == "topk_softmax":
         share = softmax(share, -1)
     if s.attr("normalise"):
         share = share / (share.sum(-1, keepdims=True) + s.attr("epsilon"))
-    return index, (share * s.attr("scale")).astype(logits.dtype)
+    return np.asarray(share * s.attr("scale"), s.arg("logits").dtype)
+
+
+def eligible(op: DataflowOp, choice: Array) -> Array:
+    """Scores [..., experts] to choose by, those outside of the best groups replaced."""
+    groups = op.attr("groups")
+    if not groups:
+        return choice
+    runs = choice.reshape(*choice.shape[:-1], groups, -1)
+    best = np.sort(runs, axis=-1)[..., ::-1]
+    value = best[..., 0] if op.attr("group_score") == "max" else best[..., :2].sum(-1)
+    order = np.argsort(-value, axis=-1, kind="stable")[..., : op.attr("top_groups")]
+    kept = np.zeros(value.shape, bool)
+    np.put_along_axis(kept, order, True, axis=-1)
+    return np.where(kept[..., None], runs, op.attr("group_fill")).reshape(choice.shape)
+
+
+def best_of(op: DataflowOp, choice: Array) -> Array:
+    """The experts [..., chosen] that a `route` takes by scores [..., experts]."""
+    return np.argsort(-eligible(op, choice), axis=-1, kind="stable")[..., : op.attr("top_k")]
+
+
+@meaning("route")
+def _route(s: Step) -> tuple[Array, Array]:
+    scores, choice = choice_of(s)
+    index = best_of(s.op, choice)
+    return index, shares_of(s, scores, index)
 
 
 def _product(s: Step, x: Array, name: str, expert: int) -> Array:

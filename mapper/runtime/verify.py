@@ -24,16 +24,23 @@ Array = npt.NDArray[Any]
 RELATIVE = 1e-3
 """Allowed error of float32 targets, over the largest magnitude of the compared array."""
 SEED = 2024
+Got = tuple[Array, Mapping[Entry, Array]]
+"""What a step gave: the logits [B, S, V] and new cache entries."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a step should give, and the absolute error allowed: the logits [B, S, V] and new cache entries."""
+    """What a step should give, and the absolute error allowed: the logits [B, S, V] and new cache entries.
+
+    `near_ties` counts the choices of experts that rounding decides, `other_choices` those of them that were
+    taken to be the schedule's, and are not those of exact arithmetic."""
 
     logits: Array
     entries: Mapping[Entry, Array]
     logits_error: float
     entry_error: Mapping[Entry, float]
+    near_ties: int = 0
+    other_choices: int = 0
 
 
 class Stepper(Protocol):
@@ -58,8 +65,11 @@ class Judge(Protocol):
     def rule(self) -> str:
         """The rule in words, for the report."""
 
-    def judge(self, ids: Array, past: int, logits: Array, entries: Mapping[Entry, Array]) -> Wanted:
-        """What tokens `ids` [B, S] after `past` positions should give, and what the oracle gives."""
+    def judge(
+        self, ids: Array, past: int, logits: Array, entries: Mapping[Entry, Array], got: Got | None = None
+    ) -> Wanted:
+        """What tokens `ids` [B, S] after `past` positions should give, where the oracle gives `logits` and
+        `entries`. `got` is looked at only where rounding decides which experts are taken."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,9 @@ class OracleJudge:
         """See Judge."""
         return f"within {self.relative:g} of the largest magnitude of onnxruntime's result"
 
-    def judge(self, ids: Array, past: int, logits: Array, entries: Mapping[Entry, Array]) -> Wanted:
+    def judge(
+        self, ids: Array, past: int, logits: Array, entries: Mapping[Entry, Array], got: Got | None = None
+    ) -> Wanted:
         """See Judge."""
         allowed = {e: self.relative * _largest(a) for e, a in entries.items()}
         return Wanted(logits, entries, self.relative * _largest(logits), allowed)
@@ -91,6 +103,9 @@ class Verification:
     not counted where steps follow), `tokens_differing` those that differ (`tokens_excused` of them
     by the rule for near ties), `steps_executed` steps of the schedule's tables. `against_original`: how far
     the results are from the model with its own weights, where the schedule has them in another format.
+    `near_ties` counts the choices of experts that the schedule's formats cannot tell apart from others,
+    `other_choices` those that it made otherwise than float64 does: what follows from them is compared with
+    float64 on the same experts.
     """
 
     oracle: str
@@ -106,6 +121,8 @@ class Verification:
     runs: int
     failures: tuple[str, ...] = field(default=())
     against_original: Deviation | None = None
+    near_ties: int = 0
+    other_choices: int = 0
 
     @property
     def tokens_equal(self) -> bool:
@@ -138,6 +155,11 @@ class Verification:
             "oracle": self.oracle,
             "rule": self.rule,
             "first_difference": self.reason or None,
+            **(
+                {"expert_near_ties": n, "expert_choices_differing": self.other_choices}
+                if (n := self.near_ties)
+                else {}
+            ),
             **({"against_original": d.record()} if (d := self.against_original) is not None else {}),
         }
 
@@ -212,6 +234,8 @@ class _Tally:
     tokens: int = 0
     differing: int = 0
     excused: int = 0
+    near_ties: int = 0
+    other_choices: int = 0
     failures: list[str] = field(default_factory=list)
 
     def add(
@@ -219,7 +243,9 @@ class _Tally:
         logits: Array, new: Mapping[Entry, Array], judge: Judge, counts: bool,
     ) -> None:  # fmt: skip
         """Compare one step: `got` and `entries` with what the judge wants, errors with the oracle too."""
-        wanted = judge.judge(ids, past, logits, new)
+        wanted = judge.judge(ids, past, logits, new, (got, entries))
+        self.near_ties += wanted.near_ties
+        self.other_choices += wanted.other_choices
         place = (
             f"position {past}: " if ids.shape[1] == 1 else f"positions {past}..{past + ids.shape[1] - 1}: "
         )
@@ -231,6 +257,9 @@ class _Tally:
         for entry, array in new.items():
             self.cache = max(self.cache, compare("cache", entries[entry], array, np.inf).max_abs)
         count = compare_tokens(got[:, -1], logits[:, -1], wanted.logits_error)
+        if wanted.other_choices:
+            right = compare_tokens(got[:, -1], wanted.logits[:, -1], wanted.logits_error)
+            count = replace(count, excused=count.excused + count.wrong - right.wrong, wrong=right.wrong)
         self.tokens += (count.equal + count.excused + count.wrong) * counts
         self.differing += count.excused + count.wrong
         self.excused += count.excused
@@ -249,5 +278,6 @@ class _Tally:
         """The verification."""
         return Verification(
             oracle, rule, self.max_abs, self.max_rel, self.cache, self.tokens, self.differing, self.excused,
-            session.steps, session.cycles, session.runs, tuple(self.failures),
+            session.steps, session.cycles, session.runs, tuple(self.failures), None, self.near_ties,
+            self.other_choices,
         )  # fmt: skip

@@ -250,7 +250,7 @@ def _weights(schedule: Schedule) -> None:
             raise ScheduleError(f"{what}: {size} bytes is not what {entry.get('dtype')} {whole[2:]} takes")
 
 
-ARITHMETIC = ("matmul", "accumulate", "key_cache", "value_cache")
+ARITHMETIC = ("matmul", "accumulate", "key_cache", "value_cache", "table")
 
 
 def _plan(schedule: Schedule) -> None:

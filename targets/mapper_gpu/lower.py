@@ -296,7 +296,8 @@ def _schedule(
     }
     if form != "f32":
         kind = NUMPY[form]
-        plan["arithmetic"] = {"matmul": kind, "accumulate": "float32", "key_cache": kind, "value_cache": kind}
+        kept = dict.fromkeys(("matmul", "key_cache", "value_cache", "table"), kind)
+        plan["arithmetic"] = {**kept, "accumulate": "float32"}
     path = "" if source.path is None else str(source.path)
     chips = memory.chips
     return Schedule(
