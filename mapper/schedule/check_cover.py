@@ -78,9 +78,10 @@ def _work(schedule: Schedule, phase: str, times: Timeline, mine: Any, doer: Int)
         if port.kind in ("weight", "constant"):
             weights[list(port.buffers)] = True
     reads = times.reads
-    of_weight = weights[reads.buffer] & (times.op[reads.step] >= 0)
-    size = (reads.high - reads.low)[of_weight]
-    done["weight_bytes"] = np.bincount(times.op[reads.step[of_weight]], size, minlength=count)
+    of_weight = np.flatnonzero(weights[reads.slices.buffer][reads.part])
+    by, part = times.op[reads.step[of_weight]], reads.part[of_weight]
+    size = (reads.slices.high - reads.slices.low)[part[by >= 0]]
+    done["weight_bytes"] = np.bincount(by[by >= 0], size, minlength=count)
     needs = np.zeros(count, bool)
     for what, got in done.items():
         each = np.asarray(table.column(what).to_numpy(), np.int64) * repeat
@@ -126,7 +127,7 @@ def _order(
 
 def _outputs(schedule: Schedule, phase: str, times: Timeline) -> Iterator[Violation]:
     written = np.zeros(schedule.buffers.num_rows, bool)
-    written[times.writes.buffer] = True
+    written[times.writes.slices.buffer] = True
     for port in schedule.ports:
         if port.kind not in ("output", "state") or (port.programs and phase not in port.programs):
             continue

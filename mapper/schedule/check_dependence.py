@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mapper.schedule.check_memory import windows
 from mapper.schedule.ranges import NEVER, expand, paint_min, query_max
 from mapper.schedule.tables import Int, Schedule
-from mapper.schedule.timeline import Accesses, Timeline, timeline
+from mapper.schedule.timeline import Accesses, Short, Timeline, timeline
 from mapper.schedule.violation import Violation, buffer_label, first, label
 
 
@@ -44,9 +44,9 @@ def _int(values: npt.NDArray[Any]) -> Int:
 
 @dataclass(frozen=True)
 class _Space:
-    """All buffers end to end, cut into segments where a write or a buffer begins or ends; accesses as
-    ranges of them. A write covers its segments whole; a read that touches a part of one touches all that
-    write it."""
+    """All buffers end to end, cut into segments where a write or a buffer begins or ends; the slices of reads
+    and of writes as ranges of them. A write covers its segments whole; a read that touches a part of one
+    touches all that write it."""
 
     size: int
     base: Int  # first byte of each buffer, and the end of the last
@@ -59,9 +59,10 @@ class _Space:
         """Cut the space of one program."""
         sizes = np.asarray(schedule.buffers.column("bytes").to_numpy(), np.int64)
         base = np.concatenate([[0], np.cumsum(sizes)])
-        writes = [base[times.writes.buffer] + edge for edge in (times.writes.low, times.writes.high)]
+        r, w = times.reads.slices, times.writes.slices
+        writes = [base[w.buffer] + edge for edge in (w.low, w.high)]
         edges = np.unique(np.concatenate([base, *writes]))
-        low, high = (base[times.reads.buffer] + edge for edge in (times.reads.low, times.reads.high))
+        low, high = (base[r.buffer] + edge for edge in (r.low, r.high))
         first = np.searchsorted(edges, low, side="right") - 1
         last = np.searchsorted(edges, high, side="left")
         a, b = (np.searchsorted(edges, w) for w in writes)
@@ -84,19 +85,22 @@ class _Space:
 def _unwritten(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> Iterator[Violation]:
     """Reads of bytes that no completed write covers."""
     low, high = space.initial(schedule, phase)
+    first_end = np.full(len(space.writes[0]), NEVER)
+    np.minimum.at(first_end, times.writes.part, times.writes.end)
     ready = paint_min(
         space.size,
         np.concatenate([low, space.writes[0]]),
         np.concatenate([high, space.writes[1]]),
-        np.concatenate([np.full(len(low), -NEVER), times.writes.end]),
+        np.concatenate([np.full(len(low), -NEVER), first_end]),
     )
     reads = times.reads
-    needed, begin = query_max(ready, *space.reads), reads.begin
+    needed, begin = query_max(ready, *space.reads)[reads.part], reads.begin
     for row in np.flatnonzero(needed > begin):
-        step, buffer = int(reads.step[row]), int(reads.buffer[row])
-        part = np.arange(space.reads[0][row], space.reads[1][row])
+        step, one = int(reads.step[row]), int(reads.part[row])
+        buffer = int(reads.slices.buffer[one])
+        part = np.arange(space.reads[0][one], space.reads[1][one])
         place = int(space.edges[part[np.argmax(ready[part])]] - space.base[buffer])
-        place = max(place, int(reads.low[row]))
+        place = max(place, int(reads.slices.low[one]))
         when = "never written" if needed[row] == NEVER else f"written at cycle {needed[row]}"
         message = (
             f"{label(schedule, phase, times, step)} reads at cycle {begin[row]} byte {place} of "
@@ -112,10 +116,10 @@ def _races(schedule: Schedule, phase: str, times: Timeline, space: _Space) -> It
 
     Reads of the same bytes whose times touch are looked at as one first: where that clashes with no write,
     none of them does."""
-    if not any(True for _ in _pairs(*_joined(times, space), _Uses.of(times.writes), space)):
-        return
     reads, writes = times.reads, times.writes
-    for x, y in _pairs(_Uses.of(reads), space.reads, _Uses.of(writes), space):
+    if not any(True for _ in _pairs(*_joined(times, space), _Uses.of(writes), space)):
+        return
+    for x, y in _pairs(_Uses.of(reads), _rows(space.reads, reads.part), _Uses.of(writes), space):
         message = (
             f"{label(schedule, phase, times, x[0])} and {label(schedule, phase, times, y[0])} use the "
             f"same bytes of {buffer_label(schedule, x[1])} at once, and one writes them"
@@ -132,32 +136,41 @@ class _Uses:
     buffer: Int
     begin: Int
     end: Int
+    part: Int
 
     @staticmethod
     def of(a: Accesses) -> _Uses:
         """Each for itself."""
-        return _Uses(a.step, a.buffer, a.begin, a.end)
+        return _Uses(_int(a.step), a.buffer, a.begin, a.end, _int(a.part))
 
     def __len__(self) -> int:
         return len(self.step)
 
 
+def _rows(ranges: tuple[Int, Int], part: Int | Short) -> tuple[Int, Int]:
+    """The ranges of accesses, from those of their slices."""
+    return np.asarray(ranges[0][part]), np.asarray(ranges[1][part])
+
+
 def _joined(times: Timeline, space: _Space) -> tuple[_Uses, tuple[Int, Int]]:
     """Reads with those of equal segments that overlap in time made one; those of steps that write the same
     buffer stay as they are. Reads of what nobody writes, as of weights, are left out."""
-    reads, (low, high) = _written(times, space)
+    reads = _written(times, space)
     count = len(times.start) + 1
     own = _among(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)
-    alone = np.where(own, np.arange(len(reads)) + 1, 0)
-    order = np.lexsort((reads.begin, high, low, alone))
+    used = np.unique(reads.part)
+    alike = np.zeros(len(space.reads[0]), np.int64)
+    ranges = space.reads[0][used] * space.size + space.reads[1][used]
+    alike[used] = np.unique(ranges, return_inverse=True)[1]
+    group = alike[reads.part]
+    group[own] = len(alike) + np.flatnonzero(own)
+    # reads are in order of their steps' starts, and mostly of their own
+    order = np.argsort(reads.begin, kind="stable")
+    order = order[np.argsort(group[order], kind="stable")]
     if not len(order):
-        return _Uses.of(reads), (low, high)
-    # of the columns in order none is kept for longer than it takes: there may be millions of reads
-    key = np.concatenate([[True], alone[order[1:]] > 0])
-    del alone, own
-    for column in (low, high):
-        ordered = column[order]
-        key[1:] |= ordered[1:] != ordered[:-1]
+        return _Uses.of(reads), _rows(space.reads, reads.part)
+    key = np.concatenate([[True], group[order[1:]] != group[order[:-1]]])
+    del alike, group, own
     begin, end = reads.begin[order], reads.end[order]
     # a running maximum that starts anew with each key: keys in order make growing offsets
     number = np.cumsum(key) * (np.int64(end.max()) + 1)
@@ -168,18 +181,18 @@ def _joined(times: Timeline, space: _Space) -> tuple[_Uses, tuple[Int, Int]]:
     last = np.maximum.reduceat(end, first)
     rows = order[first]
     met = _meet(reads.buffer[rows], begin[first], last, times.writes)
-    rows = rows[met]
-    made = _Uses(reads.step[rows], reads.buffer[rows], begin[first][met], last[met])
-    return made, (low[rows], high[rows])
+    rows, first, last = rows[met], first[met], last[met]
+    part = _int(reads.part[rows])
+    made = _Uses(_int(reads.step[rows]), reads.slices.buffer[part], begin[first], last, part)
+    return made, _rows(space.reads, part)
 
 
-def _written(times: Timeline, space: _Space) -> tuple[Accesses, tuple[Int, Int]]:
-    """The reads of buffers that the program writes, and their ranges."""
+def _written(times: Timeline, space: _Space) -> Accesses:
+    """The reads of buffers that the program writes."""
     reads, written = times.reads, np.zeros(len(space.base) - 1, np.bool_)
-    written[times.writes.buffer] = True
-    mine = np.flatnonzero(written[reads.buffer])
-    kept = Accesses(reads.step[mine], reads.buffer[mine], reads.low[mine], reads.high[mine], reads.spans)
-    return kept, (space.reads[0][mine], space.reads[1][mine])
+    written[times.writes.slices.buffer] = True
+    mine = np.flatnonzero(written[reads.slices.buffer][reads.part])
+    return replace(reads, step=reads.step[mine], part=reads.part[mine])
 
 
 def _meet(buffer: Int, begin: Int, end: Int, writes: Accesses) -> npt.NDArray[np.bool_]:
@@ -195,13 +208,17 @@ def _meet(buffer: Int, begin: Int, end: Int, writes: Accesses) -> npt.NDArray[np
     return np.asarray((at >= 0) & (reach[np.maximum(at, 0)] > buffer * width + begin))
 
 
+_WINDOW = 1 << 18
+"""Segments of accesses that are looked at together: arrays of these stay in a processor's cache."""
+
+
 def _pairs(
     reads: _Uses, ranges: tuple[Int, Int], writes: _Uses, space: _Space
 ) -> Iterator[tuple[Place, Place]]:
     """((step, buffer), (step, buffer)) of accesses that clash, each pair of steps once."""
-    low, high = (np.concatenate([ranges[k], space.writes[k]]) for k in (0, 1))
+    low, high = (np.concatenate([ranges[k], space.writes[k][writes.part]]) for k in (0, 1))
     seen: set[tuple[int, int]] = set()
-    for rows, a, b in windows(low, high, space.size):
+    for rows, a, b in windows(low, high, space.size, _WINDOW):
         owner, segment = expand(a, b)
         access = rows[owner]
         for x, y in _clashes(reads, writes, access, segment):
@@ -243,28 +260,39 @@ def _clashes(reads: _Uses, writes: _Uses, access: Int, segment: Int) -> Iterator
     access, segment, written, step = access[order], segment[order], written[order], step[order]
     begin, end = begin[order], end[order]
     buffer = np.concatenate([reads.buffer, writes.buffer])
+    past = _Past.of(segment, end)
     for mine, against in ((written, written), (written, ~written), (~written, written)):
-        busy, holder = _running_max(segment, end, against)
+        busy, holder = past.latest(against)
         hit = mine & (holder >= 0) & (busy > begin) & (step != step[np.maximum(holder, 0)])
         for i in np.flatnonzero(hit):
             j = int(holder[i])
             yield (int(step[j]), int(buffer[access[j]])), (int(step[i]), int(buffer[access[i]]))
 
 
-def _running_max(segment: Int, end: Int, mask: npt.NDArray[np.bool_]) -> tuple[Int, Int]:
-    """For each row: the largest `end` among earlier rows of its segment in `mask`, and that row (or -1)."""
-    n = len(segment)
-    if not n:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    # ends become ranks: (segment, rank) is then one growing key, and one running maximum serves all
-    rank = np.empty(n, np.int64)
-    rank[np.argsort(end, kind="stable")] = np.arange(1, n + 1)
-    number = np.cumsum(np.concatenate([[0], segment[1:] != segment[:-1]]))
-    key = number * (n + 1) + np.where(mask, rank, 0)
-    best = np.maximum.accumulate(key)
-    before = np.concatenate([[-1], best[:-1]])
-    same = (before // (n + 1) == number) & (before % (n + 1) > 0)
-    by_rank = np.empty(n + 1, np.int64)
-    by_rank[rank] = np.arange(n)
-    holder = np.where(same, by_rank[np.where(same, before % (n + 1), 1)], -1)
-    return np.where(holder >= 0, end[np.maximum(holder, 0)], -1), holder
+@dataclass(frozen=True)
+class _Past:
+    """Rows in order of segments, and how late each is over. Ends become ranks: (segment, rank) is then one
+    growing key, and one running maximum serves all segments."""
+
+    end: Int
+    rank: Int
+    by_rank: Int
+    base: Int  # of the keys of each row's segment
+
+    @staticmethod
+    def of(segment: Int, end: Int) -> _Past:
+        """Of rows whose segments are in order."""
+        n = len(segment)
+        order = np.argsort(end, kind="stable")
+        rank, by_rank = np.empty(n, np.int64), np.concatenate([[-1], order])
+        rank[order] = np.arange(1, n + 1)
+        fresh = np.concatenate([np.zeros(min(n, 1), np.int64), segment[1:] != segment[:-1]])
+        return _Past(end, rank, by_rank, np.cumsum(fresh) * (n + 1))
+
+    def latest(self, mask: npt.NDArray[np.bool_]) -> tuple[Int, Int]:
+        """For each row: the largest `end` among earlier rows of its segment in `mask`, and that row (or
+        -1)."""
+        best = np.maximum.accumulate(self.base + np.where(mask, self.rank, 0))
+        before = np.concatenate([np.full(min(len(best), 1), -1), best[:-1]]) - self.base
+        holder = self.by_rank[np.maximum(before, 0)]
+        return np.where(holder >= 0, self.end[np.maximum(holder, 0)], -1), holder

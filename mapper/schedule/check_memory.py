@@ -53,10 +53,14 @@ class CapacityFits:
         for phase in schedule.programs:
             times = timeline(schedule, phase)
             for accesses in (times.reads, times.writes):
-                for row in np.flatnonzero(accesses.high > size[accesses.buffer]):
-                    step, buffer = int(accesses.step[row]), int(accesses.buffer[row])
+                slices = accesses.slices
+                outside = slices.high > size[slices.buffer]
+                rows = np.flatnonzero(outside[accesses.part]) if outside.any() else ()
+                for row in rows:
+                    step, one = int(accesses.step[row]), int(accesses.part[row])
+                    buffer = int(slices.buffer[one])
                     message = (
-                        f"{label(schedule, phase, times, step)} reaches byte {accesses.high[row]} of "
+                        f"{label(schedule, phase, times, step)} reaches byte {slices.high[one]} of "
                         f"{buffer_label(schedule, buffer)}, which has {size[buffer]}"
                     )
                     yield Violation(message, (step,), None, int(times.start[step]), float(size[buffer]))
@@ -82,9 +86,9 @@ class LifetimesDisjoint:
         for accesses in (times.reads, times.writes):
             since = accesses.begin
             last = np.maximum(accesses.end - 1, since)
-            outside = (since < begin[accesses.buffer]) | (last > end[accesses.buffer])
-            for row in np.flatnonzero(outside):
-                step, buffer = int(accesses.step[row]), int(accesses.buffer[row])
+            opens, closes = (of[accesses.slices.buffer][accesses.part] for of in (begin, end))
+            for row in np.flatnonzero((since < opens) | (last > closes)):
+                step, buffer = int(accesses.step[row]), int(accesses.slices.buffer[accesses.part[row]])
                 message = (
                     f"{label(schedule, phase, times, step)} uses {buffer_label(schedule, buffer)} during "
                     f"{since[row]}..{last[row]}, outside its life {begin[buffer]}..{end[buffer]}"
@@ -164,10 +168,10 @@ class WeightsIntact:
         for phase in schedule.programs:
             times = timeline(schedule, phase)
             writes: Accesses = times.writes
-            for row in np.flatnonzero(fixed[writes.buffer]):
+            for row in np.flatnonzero(fixed[writes.slices.buffer][writes.part]):
                 step = int(writes.step[row])
                 message = (
                     f"{label(schedule, phase, times, step)} overwrites a weight in "
-                    f"{buffer_label(schedule, int(writes.buffer[row]))}"
+                    f"{buffer_label(schedule, int(writes.slices.buffer[writes.part[row]]))}"
                 )
                 yield Violation(message, (step,), None, int(times.start[step]))

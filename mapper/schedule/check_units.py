@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper import machine as machines
-from mapper.schedule.tables import Int, Schedule
-from mapper.schedule.timeline import Timeline, timeline
+from mapper.schedule.tables import Schedule
+from mapper.schedule.timeline import Short, Timeline, timeline
 from mapper.schedule.violation import Violation, first, label
 
 Float = npt.NDArray[np.float64]
@@ -69,14 +69,18 @@ class BandwidthHolds:
     def _program(self, schedule: Schedule, phase: str, limits: Float) -> Iterator[Violation]:
         times = timeline(schedule, phase)
         memory_of = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
-        step = np.concatenate([times.reads.step, times.writes.step])
-        size = _moved(
-            schedule, times, step, np.concatenate([a.high - a.low for a in (times.reads, times.writes)])
-        )
-        memory = memory_of[np.concatenate([times.reads.buffer, times.writes.buffer])]
+        accesses = (times.reads, times.writes)
+        step = np.concatenate([a.step for a in accesses])
+        size = np.concatenate([(a.slices.high - a.slices.low)[a.part] for a in accesses]).astype(np.float64)
+        memory = np.concatenate([memory_of[a.slices.buffer][a.part] for a in accesses])
+        share = _share(schedule, times, step, size)
+        # accesses by memory; sorting 16-bit numbers takes no comparisons
+        order = np.argsort(memory.astype(np.uint16 if len(limits) <= 1 << 16 else np.int64), kind="stable")
+        bounds = np.searchsorted(memory[order], np.arange(len(limits) + 1))
         for number in np.flatnonzero(np.isfinite(limits)):
-            here = memory == number
-            found = _peak(times, step[here], size[here], float(limits[number]))
+            here = order[bounds[number] : bounds[number + 1]]
+            moved = np.bincount(step[here], size[here], minlength=len(times)) * share
+            found = _peak(times, moved, float(limits[number]))
             if found is not None:
                 cycle, rate, steps = found
                 name = schedule.memories[number][0]
@@ -88,13 +92,13 @@ class BandwidthHolds:
                 yield Violation(message, tuple(steps[:16]), name, cycle, float(limits[number]))
 
 
-def _moved(schedule: Schedule, times: Timeline, step: Int, size: Int) -> Float:
-    """Bytes of each access; those of a gathering step are its share of what the step says it moves."""
+def _share(schedule: Schedule, times: Timeline, step: Short, size: Float) -> Float:
+    """The part of its slices that each step moves: all, but of a gathering step what it says it moves."""
     plan = schedule.plan if isinstance(schedule.plan, dict) else {}
     gather = [i for i, name in enumerate(schedule.opcodes) if name in plan.get("gather", ())]
-    part = np.isin(times.opcode[step], gather)
-    total = np.bincount(step, size, minlength=len(times))[step]
-    return np.where(part, np.minimum(size, size * (times.bytes[step] / np.maximum(total, 1))), size)
+    total = np.bincount(step, size, minlength=len(times))
+    part = np.minimum(1, times.bytes / np.maximum(total, 1))
+    return np.where(np.isin(times.opcode, gather), part, 1.0)
 
 
 def _limits(schedule: Schedule) -> Float:
@@ -109,20 +113,25 @@ def _limits(schedule: Schedule) -> Float:
     return limits
 
 
-def _peak(times: Timeline, step: Int, size: Float, limit: float) -> tuple[int, float, list[int]] | None:
-    """(cycle, bytes per cycle, running steps) of the highest rate where it exceeds `limit`."""
+def _peak(times: Timeline, moved: Float, limit: float) -> tuple[int, float, list[int]] | None:
+    """(cycle, bytes per cycle, running steps) of the highest rate where it exceeds `limit`; `moved` are the
+    bytes of each step."""
+    step = np.flatnonzero(moved)
     if not len(step):
         return None
     begin = times.start[step]
     end = np.maximum(times.end[step], begin + 1)
-    rate = size / (end - begin)
-    at, change = np.concatenate([begin, end]), np.concatenate([rate, -rate])
-    cycles, inverse = np.unique(at, return_inverse=True)
-    total = np.cumsum(np.bincount(inverse, change))
-    highest = int(np.argmax(total))
+    rate = moved[step] / (end - begin)
+    over = np.argsort(end, kind="stable")
+    at, change = np.concatenate([begin, end[over]]), np.concatenate([rate, -rate[over]])
+    order = np.argsort(at, kind="stable")  # of two columns in order
+    at, total = at[order], np.cumsum(change[order])
+    # the rate of a cycle is there after its last change
+    final = np.flatnonzero(np.concatenate([at[1:] != at[:-1], [True]]))
+    highest = final[int(np.argmax(total[final]))]
     # the sum of many rates carries rounding errors of its own
     if total[highest] <= limit * (1 + 1e-9) + 1e-6:
         return None
-    cycle = int(cycles[highest])
-    running = np.unique(step[(begin <= cycle) & (end > cycle)])
+    cycle = int(at[highest])
+    running = step[(begin <= cycle) & (end > cycle)]
     return cycle, float(total[highest]), [int(s) for s in running]

@@ -90,29 +90,24 @@ def _initial(schedule: Schedule, phase: str) -> dict[int, list[Piece]]:
 
 def _run(schedule: Schedule, phase: str, memory: dict[int, list[Piece]]) -> None:
     times = timeline(schedule, phase)
-    reads, writes = times.reads, times.writes
     steps = np.arange(len(times) + 1)
-    read_at, write_at = np.searchsorted(reads.step, steps), np.searchsorted(writes.step, steps)
+    read_at, write_at = (np.searchsorted(a.step, steps) for a in (times.reads, times.writes))
+    reads, writes = (
+        list(zip(a.buffer.tolist(), a.low.tolist(), a.high.tolist(), strict=True))
+        for a in (times.reads, times.writes)
+    )
     arguments = _arguments(schedule, phase)
     for step in range(len(times)):
-        operands = [
-            repr(_read(memory, int(reads.buffer[k]), int(reads.low[k]), int(reads.high[k])))
-            for k in range(read_at[step], read_at[step + 1])
-        ]
+        operands = [repr(_read(memory, *read)) for read in reads[read_at[step] : read_at[step + 1]]]
         immediate = arguments[times.block[step]][times.row[step]]
         if commutes(schedule, int(times.opcode[step]), immediate):
             operands.sort()
-        targets = range(write_at[step], write_at[step + 1])
+        targets = writes[write_at[step] : write_at[step + 1]]
         # a step may leave part of what it writes as it was, so the old bytes count as an operand
-        old = [
-            repr(_read(memory, int(writes.buffer[k]), int(writes.low[k]), int(writes.high[k])))
-            for k in targets
-        ]
+        old = [repr(_read(memory, *target)) for target in targets]
         value = _digest(schedule.opcodes[times.opcode[step]], repr(immediate), *operands, "writes", *old)
-        for place, k in enumerate(targets):
-            _write(
-                memory, int(writes.buffer[k]), int(writes.low[k]), int(writes.high[k]), f"{value}[{place}]"
-            )
+        for place, target in enumerate(targets):
+            _write(memory, *target, f"{value}[{place}]")
 
 
 def _arguments(schedule: Schedule, phase: str) -> list[list[list[int]]]:

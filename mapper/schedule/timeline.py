@@ -10,10 +10,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from mapper.schedule.tables import Block, Int, Program, Schedule
 
 Side = Literal["reads", "writes"]
+Short = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Bytes [low, high) of buffers, after binding: what accesses are of. Most are used by many."""
+
+    buffer: Int
+    low: Int
+    high: Int
 
 
 @dataclass(frozen=True)
@@ -21,26 +32,41 @@ class Accesses:
     """Memory accesses, one row each: the step (row of the Timeline) and the bytes [low, high) of a buffer.
 
     A read takes its bytes at `begin`; a write can be read from `end` on. In between the bytes are in use.
-    `spans` are (begin, end) of each step, not of each access: a program may have millions.
+    `part` numbers the `slices`, and `spans` are (begin, end) of each step, not of each access: a program may
+    have millions. All other columns are made anew each time that they are asked for.
     """
 
-    step: Int
-    buffer: Int  # after binding
-    low: Int
-    high: Int
+    step: Short
+    part: Short
+    slices: Slices
     spans: tuple[Int, Int]
 
     def __len__(self) -> int:
         return len(self.step)
 
     @property
+    def buffer(self) -> Int:
+        """The buffer of each access, after binding."""
+        return np.asarray(self.slices.buffer[self.part])
+
+    @property
+    def low(self) -> Int:
+        """The first byte of each access."""
+        return np.asarray(self.slices.low[self.part])
+
+    @property
+    def high(self) -> Int:
+        """The byte behind the last one of each access."""
+        return np.asarray(self.slices.high[self.part])
+
+    @property
     def begin(self) -> Int:
-        """When each access begins; made anew each time."""
+        """When each access begins."""
         return np.asarray(self.spans[0][self.step])
 
     @property
     def end(self) -> Int:
-        """When each access is over; made anew each time."""
+        """When each access is over."""
         return np.asarray(self.spans[1][self.step])
 
 
@@ -110,9 +136,8 @@ def _unroll(schedule: Schedule, program: Program) -> Timeline:
     base = np.cumsum([0] + [len(p["start"]) for p in parts])
     # a program may have millions of steps: what is no longer needed goes at once
     columns = {k: _cat([p.pop(k) for p in parts]) for k in _SCALARS}
-    order = np.lexsort(
-        (columns["row"], columns["repetition"], columns["block"], columns["unit"], columns["start"])
-    )
+    # the sort is stable, and the columns are in order of block, repetition and row
+    order = np.lexsort((columns["unit"], columns["start"]))
     for k in _SCALARS:
         columns[k] = columns[k][order]
     place = np.empty(len(order), np.int64)
@@ -150,45 +175,70 @@ def _unroll_block(block: Block, number: int) -> dict[str, Int]:
     return columns
 
 
-def _unroll_slices(block: Block, which: Side) -> list[Int]:
-    """[step within the unrolled block, bound buffer, low, high], one row per access."""
-    offsets, buffer, low, length = block.steps.slices(which)
-    n, times, count = len(block.steps), block.repeat, len(buffer)
-    step = np.repeat(np.arange(n), np.diff(offsets))
-    repetition = np.repeat(np.arange(times), count)
-    bound = np.tile(buffer, times)
-    if block.bindings is not None and block.bindings.num_rows and count:
+def _unroll_slices(block: Block, which: Side) -> tuple[Short, Short, Slices]:
+    """(step within the unrolled block, slice) of each access, and the slices: those of buffers that are bound
+    anew with each repetition once per repetition, the others once."""
+    offsets, slot, low, length = block.steps.slices(which)
+    n, times = len(block.steps), block.repeat
+    keep = np.flatnonzero(length > 0)
+    step = np.repeat(np.arange(n), np.diff(offsets))[keep]
+    distinct, part = _distinct((slot[keep], low[keep], length[keep]))
+    slot, low, high = slot[keep][distinct], low[keep][distinct], (low + length)[keep][distinct]
+    moved = np.zeros(len(slot), np.bool_)
+    bound = np.zeros((times, 0), np.int64)
+    if block.bindings is not None and block.bindings.num_rows and len(slot):
         slots, at, to = (np.asarray(block.bindings.column(k).to_numpy(), np.int64) for k in range(3))
-        keys = slots * times + at
-        order = np.argsort(keys)
-        keys, to = keys[order], to[order]
-        wanted = bound * times + repetition
-        found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        bound = np.where(keys[found] == wanted, to[found], bound)
-    return [np.tile(step, times) + repetition * n, bound, np.tile(low, times), np.tile(low + length, times)]
+        known = np.unique(slots)
+        table = np.tile(known, (times, 1))
+        here = (at >= 0) & (at < times)
+        table[at[here], np.searchsorted(known, slots[here])] = to[here]
+        place = np.minimum(np.searchsorted(known, slot), len(known) - 1)
+        moved = known[place] == slot
+        bound = table[:, place[moved]]
+    fixed, moving = np.flatnonzero(~moved), np.flatnonzero(moved)
+    number = np.empty(len(slot), np.int64)
+    number[fixed], number[moving] = np.arange(len(fixed)), len(fixed) + np.arange(len(moving))
+    turn = np.repeat(np.arange(times), len(step))
+    parts = np.tile(number[part], times) + turn * np.tile(len(moving) * moved[part], times)
+    slices = Slices(
+        np.concatenate([slot[fixed], bound.reshape(-1)]),
+        np.concatenate([low[fixed], np.tile(low[moving], times)]),
+        np.concatenate([high[fixed], np.tile(high[moving], times)]),
+    )
+    return (np.tile(step, times) + turn * n).astype(np.int32), parts.astype(np.int32), slices
+
+
+def _distinct(columns: tuple[Int, ...]) -> tuple[Int, Int]:
+    """(rows that differ from each other, which of them each row is like)."""
+    order = np.lexsort(columns)
+    fresh = np.ones(len(order), np.bool_)
+    fresh[1:] = np.logical_or.reduce([c[order[1:]] != c[order[:-1]] for c in columns])
+    like = np.empty(len(order), np.int64)
+    like[order] = np.cumsum(fresh) - 1
+    return order[fresh], like
 
 
 def _join(
-    parts: list[list[Int]],
+    parts: list[tuple[Short, Short, Slices]],
     base: Int,
     place: Int,
     columns: dict[str, Int],
     which: Side,
     timing: tuple[Int, Int] | None,
 ) -> Accesses:
-    step = place[_cat([p[0] + b for p, b in zip(parts, base, strict=False)])]
-    flat = [step] + [_cat([p[k] for p in parts]) for k in (1, 2, 3)]
+    place = place.astype(np.int32)
+    step = np.concatenate([_NONE, *(place[p[0] + b] for p, b in zip(parts, base, strict=False))])
+    first = np.cumsum([0, *(len(p[2].buffer) for p in parts)])
+    part = np.concatenate([_NONE, *(p[1] + np.int32(f) for p, f in zip(parts, first, strict=False))])
+    slices = Slices(*(_cat([getattr(p[2], k) for p in parts]) for k in ("buffer", "low", "high")))
     parts.clear()
-    del step
-    keep = np.flatnonzero(flat[3] > flat[2])
-    keep = keep[np.argsort(flat[0][keep], kind="stable")]
-    for k in range(4):
-        flat[k] = flat[k][keep]
-    step, buffer, low, high = flat
-    del keep
+    order = np.argsort(step, kind="stable")
     begin, end = columns["start"], columns["end"]
     if timing is not None:
         offset = timing[_SIDES.index(which)][columns["opcode"]]
         exact = columns["start"] + offset
         begin, end = np.where(offset >= 0, exact, begin), np.where(offset >= 0, exact, end)
-    return Accesses(step, buffer, low, high, (begin, end))
+    return Accesses(step[order], part[order], slices, (begin, end))
+
+
+_NONE = np.zeros(0, np.int32)

@@ -81,21 +81,22 @@ def _rows(phase: str, number: int, block: Block) -> Rows:
     if count and int(np.diff(offsets).min()) < fixed + 2:
         raise ValueError(f"{phase}, block {number}: a row with too few immediates")
     table = {name: flat[offsets[:-1] + i] for i, name in enumerate(FIXED)}
-    waits: list[tuple[int, int, int, int]] = []
-    signals: list[tuple[int, int]] = []
-    values = flat.tolist()
-    for row, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        at = begin + fixed
-        n = values[at]
-        at += 1
-        for _ in range(n):
-            waits.append((row, *values[at : at + 3]))
-            at += 3
-        m = values[at]
-        signals += [(row, c) for c in values[at + 1 : at + 1 + m]]
-        if at + 1 + m != end or n < 0 or m < 0:
-            raise ValueError(f"{phase}, block {number}, row {row}: immediates that are no waits and signals")
-    return Rows(
-        phase, number, block, table, np.array(waits, np.int64).reshape(-1, 4),
-        np.array(signals, np.int64).reshape(-1, 2),
-    )  # fmt: skip
+    at, end = offsets[:-1] + fixed, offsets[1:]
+    n = flat[at]
+    second = at + 1 + 3 * n
+    inside = (n >= 0) & (second < end)
+    m = flat[np.where(inside, second, at)]
+    wrong = np.flatnonzero(~inside | (second + 1 + m != end))
+    if len(wrong):
+        raise ValueError(f"{phase}, block {number}, row {wrong[0]}: immediates that are no waits and signals")
+    rows = np.arange(count)
+    triples = flat[_ranges(at + 1, 3 * n)].reshape(-1, 3)
+    waits = np.concatenate([np.repeat(rows, n)[:, None], triples], axis=1)
+    signals = np.stack([np.repeat(rows, m), flat[_ranges(second + 1, m)]], axis=1)
+    return Rows(phase, number, block, table, waits, signals)
+
+
+def _ranges(begin: Int, size: Int) -> Int:
+    """begin[i] .. begin[i] + size[i] of every i, one behind the other."""
+    ends = np.cumsum(size)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin - ends + size, size)

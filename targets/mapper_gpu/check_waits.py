@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
@@ -120,6 +121,8 @@ class QueuesAcyclic:
         after: list[list[int]] = [[] for _ in range(n + counters)]
         need = np.zeros(n + counters, np.int64)
         unit = rows["unit"]
+        if self._forward(rows, counters):
+            return
         order = np.lexsort((np.arange(n), rows["start"], unit)).tolist()
         edges = [(a, b) for a, b in pairwise(order) if unit[a] == unit[b]]
         edges += [(row, n + c) for row, c in rows.signals.tolist() if 0 <= c < counters]
@@ -139,21 +142,62 @@ class QueuesAcyclic:
             stuck = int(np.flatnonzero(need[:n] > 0)[0]) if (need[:n] > 0).any() else 0
             yield Violation(f"{rows.name(stuck)} waits for itself through queues and counters", (stuck,))
 
+    def _forward(self, rows: Rows, counters: int) -> bool:
+        """Whether time alone shows that there is no cycle: tasks take time, signals come at their ends, and
+        who waits for a counter starts after all of its signals. Queues are in order of starts."""
+        _, end = _totals(rows, counters)
+        inside = rows.waits[(rows.waits[:, 1] >= 0) & (rows.waits[:, 1] < counters)]
+        return bool((rows["duration"] > 0).all() and (end[inside[:, 1]] <= rows["start"][inside[:, 0]]).all())
+
 
 Columns = dict[str, Int]
 """Accesses as columns: row, buffer, low, high, write (0 or 1); later also order, unit, mask, known, stage."""
 
 
 @dataclass
+class _Sets:
+    """Sets of counters as numbers: of each its bits, and the unions that were made. Few differ, because the
+    tasks of a kernel wait for the same."""
+
+    bits: list[int] = field(default_factory=lambda: [0])
+    number: dict[int, int] = field(default_factory=lambda: {0: 0})
+    unions: dict[tuple[int, int], int] = field(default_factory=dict)
+    ones: dict[int, int] = field(default_factory=dict)
+
+    def of(self, bits: int) -> int:
+        """The number of a set."""
+        if bits not in self.number:
+            self.number[bits] = len(self.bits)
+            self.bits.append(bits)
+        return self.number[bits]
+
+    def one(self, counter: int) -> int:
+        """The number of the set of one counter; nothing is known of those before the first."""
+        if counter not in self.ones:
+            self.ones[counter] = self.of(1 << counter if counter >= 0 else 0)
+        return self.ones[counter]
+
+    def union(self, a: int, b: int) -> int:
+        """The number of the union of two."""
+        if not a:
+            return b
+        made = self.unions.get((a, b))
+        if made is None:
+            made = self.unions[a, b] = self.of(self.bits[a] | self.bits[b])
+        return made
+
+
+@dataclass
 class _Past:
-    """Accesses of the program so far by buffer, and the sets of counters that their masks number."""
+    """The program so far: accesses by buffer [fields, accesses], the sets of counters that its tasks knew and
+    raised, what is known once a counter is over, and what each unit's last task knew. `tasks` keeps what the
+    tasks of a block wait for and raise."""
 
-    buffers: dict[int, list[Columns]] = field(default_factory=dict)
-    masks: dict[int, int] = field(default_factory=dict)
-
-    def number(self, mask: int) -> int:
-        """The number of a set of counters."""
-        return self.masks.setdefault(mask, len(self.masks))
+    buffers: dict[int, Int] = field(default_factory=dict)
+    tasks: dict[int, tuple[list[list[int]], list[list[int]]]] = field(default_factory=dict)
+    sets: _Sets = field(default_factory=_Sets)
+    closure: dict[int, int] = field(default_factory=dict)
+    queue: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,15 +215,11 @@ class DependencesWaited:
         return first(v for phase in schedule.programs for v in self._program(schedule, phase))
 
     def _program(self, schedule: Schedule, phase: str) -> Iterator[Violation]:
-        instances = list(_instances(schedule, phase))
-        closure: dict[int, int] = {}
-        queue: dict[int, int] = {}
         past = _Past()
-        order = 0
-        base = 0
-        for rows, counters, repetition in instances:
-            known, masks = _knowledge(rows, counters, base, closure, queue)
-            yield from _ordered(rows, _accesses(rows, repetition), known, masks, past, order)
+        order = base = 0
+        for rows, counters, repetition in _instances(schedule, phase):
+            known, raised = _knowledge(rows, base, past)
+            yield from _ordered(rows, _accesses(rows, repetition), known, raised, past, order)
             order += len(known)
             base += counters
 
@@ -192,32 +232,40 @@ def _instances(schedule: Schedule, phase: str) -> Iterator[tuple[Rows, int, int]
                 yield rows, int(record["counters"]), r
 
 
-def _knowledge(
-    rows: Rows, counters: int, base: int, closure: dict[int, int], queue: dict[int, int]
-) -> tuple[list[int], list[int]]:
-    """Per row the set of counters (bits) that are known to be over when it starts, and those that it raises.
-
-    `closure` maps a counter to what is known once it is over; `queue` a unit to what its last task knew."""
-    n = len(rows.block.steps)
-    waits: list[list[int]] = [[] for _ in range(n)]
-    raised: list[list[int]] = [[] for _ in range(n)]
-    for row, c, _, _ in rows.waits.tolist():
-        waits[row].append(base + c)
-    for row, c in rows.signals.tolist():
-        raised[row].append(base + c)
-    unit = rows["unit"].tolist()
+def _knowledge(rows: Rows, base: int, past: _Past) -> tuple[Int, Int]:
+    """Per row the number of the set of counters that are known to be over when it starts, and of the set of
+    those that it raises."""
+    n, sets, closure, queue = len(rows.block.steps), past.sets, past.closure, past.queue
+    if rows.number not in past.tasks:
+        past.tasks[rows.number] = _listed(n, rows.waits), _listed(n, rows.signals)
+    waits, raised = past.tasks[rows.number]
+    after: dict[int, int] = {}
     known, masks = [0] * n, [0] * n
-    for row in range(n):
-        mine = queue.get(unit[row], 0)
-        for c in waits[row]:
-            mine |= closure.get(c, 0) | (1 << c if c >= 0 else 0)
+    for row, unit in enumerate(rows["unit"].tolist()):
+        mine = queue.get(unit, 0)
+        for relative in waits[row]:
+            c = base + relative
+            if c not in after:
+                after[c] = sets.union(closure.get(c, 0), sets.one(c))
+            mine = sets.union(mine, after[c])
         known[row] = mine
-        for c in raised[row]:
+        for relative in raised[row]:
+            c = base + relative
             # a wait is for all signals, so whoever waited knows what any of them knew
-            closure[c] = closure.get(c, 0) | mine
-            masks[row] |= 1 << c
-        queue[unit[row]] = mine
-    return known, masks
+            if closure.get(c) != mine:
+                closure[c] = sets.union(closure.get(c, 0), mine)
+                after.pop(c, None)
+            masks[row] = sets.union(masks[row], sets.one(c))
+        queue[unit] = mine
+    return np.array(known, np.int64), np.array(masks, np.int64)
+
+
+def _listed(n: int, pairs: Int) -> list[list[int]]:
+    """The counters of each of n rows, from (row, counter, ...)."""
+    found: list[list[int]] = [[] for _ in range(n)]
+    for row, counter in pairs[:, :2].tolist():
+        found[row].append(counter)
+    return found
 
 
 def _accesses(rows: Rows, repetition: int) -> Columns:
@@ -238,52 +286,74 @@ def _accesses(rows: Rows, repetition: int) -> Columns:
 
 
 def _ordered(
-    rows: Rows, accesses: Columns, known: list[int], masks: list[int], past: _Past, order: int
+    rows: Rows, accesses: Columns, known: Int, raised: Int, past: _Past, order: int
 ) -> Iterator[Violation]:
     written = np.unique(accesses["buffer"][accesses["write"] == 1])
     mine = np.isin(accesses["buffer"], [*written.tolist(), *past.buffers])
     found = {k: v[mine] for k, v in accesses.items()}
     row = found["row"]
-    found["order"], found["unit"] = order + row, rows["unit"][row]
-    found["mask"] = np.array([past.number(m) for m in masks], np.int64)[row]
-    found["known"] = np.array([past.number(m) for m in known], np.int64)[row]
+    found |= {"order": order + row, "unit": rows["unit"][row], "mask": raised[row], "known": known[row]}
     found["stage"] = rows["stage"][row]
-    sets = list(past.masks)
-    by = np.argsort(found["buffer"], kind="stable")
-    ends = np.flatnonzero(np.diff(found["buffer"][by], append=-1)) + 1
-    for part in np.split(by, ends[:-1]):
-        if len(part):
-            here = {k: v[part] for k, v in found.items()}
-            parts = past.buffers.setdefault(int(here["buffer"][0]), [])
-            parts.append(here)
-            yield from _one_buffer(rows, here, parts, sets)
+    by = np.lexsort([found[k] for k in (*_ALIKE, "buffer")])
+    table = np.stack([found[k][by] for k in _FIELDS])
+    buffer = found["buffer"][by]
+    new = np.concatenate([[True], buffer[1:] != buffer[:-1]]) if len(by) else np.zeros(0, np.bool_)
+    fresh = new.copy()
+    for k in _ALIKE:
+        column = found[k][by]
+        fresh[1:] |= column[1:] != column[:-1]
+    for a, b in pairwise([*np.flatnonzero(new).tolist(), len(by)]):
+        here, number = table[:, a:b], int(buffer[a])
+        before = past.buffers.get(number)
+        earlier = here if before is None else np.concatenate([before, here], axis=1)
+        past.buffers[number] = earlier
+        for i in _unwaited(here, fresh[a:b], earlier, past.sets.bits):
+            late = int(here[_ROW, i])
+            where = f"bytes {here[_LOW, i]}..{here[_HIGH, i]} of buffer {number}"
+            message = f"{rows.name(late)} has not waited for who used {where}"
+            yield Violation(message, (late,), None, int(rows["start"][late]))
 
 
-def _one_buffer(rows: Rows, here: Columns, parts: list[Columns], sets: list[int]) -> Iterator[Violation]:
-    """Accesses of one buffer that have not waited for earlier ones, those alike looked at once."""
-    key = np.lexsort([here[k] for k in _ALIKE])
-    same = np.logical_and.reduce([here[k][key[1:]] == here[k][key[:-1]] for k in _ALIKE])
-    asked = key[np.concatenate([[True], ~same])]
-    names = ("low", "high", "write", "order", "unit", "mask")
-    earlier = {k: np.concatenate([p[k] for p in parts]) for k in names}
-    marks, mark = np.unique(earlier["mask"], return_inverse=True)
-    knows, know = np.unique(here["known"][asked], return_inverse=True)
-    waited = np.array([[sets[m] & sets[k] != 0 for m in marks.tolist()] for k in knows.tolist()])
+def _unwaited(here: Int, fresh: npt.NDArray[np.bool_], earlier: Int, sets: list[int]) -> Iterator[int]:
+    """Columns of `here`, accesses of one buffer, that have not waited for one of `earlier`, and have to.
+    Those alike, each group of which begins where `fresh`, are looked at as one, each for itself only where
+    that one has not waited for all."""
+    asked = np.flatnonzero(fresh)
+    marks, mark = np.unique(earlier[_MASK], return_inverse=True)
+    knows, know = np.unique(here[_KNOWN, asked], return_inverse=True)
+    waited: npt.NDArray[np.bool_] = np.array(
+        [[sets[m] & sets[k] != 0 for m in marks.tolist()] for k in knows.tolist()]
+    )
+    # what all have waited for takes no comparison
+    left = np.flatnonzero(~np.all(waited, axis=0)[mark])
+    if not len(left):
+        return
+    earlier, mark = earlier[:, left], mark[left]
+    last = np.append(asked[1:], here.shape[1]) - 1
     step = max(1, _PAIRS // len(mark))
     for begin in range(0, len(asked), step):
-        q = asked[begin : begin + step]
-        low, high, write, order, unit = (here[k][q][:, None] for k in names[:5])
-        near = (earlier["low"] < high) & (earlier["high"] > low) & (earlier["order"] < order)
-        near &= (earlier["unit"] != unit) & ((earlier["write"] == 1) | (write == 1))
-        near &= ~waited[know[begin : begin + step][:, None], mark]
-        for i in q[near.any(1)].tolist():
-            row, buffer = int(here["row"][i]), int(here["buffer"][i])
-            where = f"bytes {here['low'][i]}..{here['high'][i]} of buffer {buffer}"
-            message = f"{rows.name(row)} has not waited for who used {where}"
-            yield Violation(message, (row,), None, int(rows["start"][row]))
+        group = slice(begin, begin + step)
+        near = _clash(here[:, asked[group]], here[_ORDER, last[group]], earlier)
+        near &= ~waited[know[group][:, None], mark]
+        for g in np.flatnonzero(near.any(axis=1)).tolist():
+            alike = np.arange(asked[begin + g], last[begin + g] + 1)
+            of = earlier[:, np.flatnonzero(near[g])]
+            each = _clash(here[:, alike], here[_ORDER, alike], of) & (
+                of[_UNIT] != here[_UNIT, alike][:, None]
+            )
+            yield from alike[each.any(1)].tolist()
+
+
+def _clash(some: Int, order: Int, earlier: Int) -> npt.NDArray[np.bool_]:
+    """[some, earlier]: which use the same bytes, one of them writing, the earlier one before `order`."""
+    near = (earlier[_LOW] < some[_HIGH][:, None]) & (earlier[_HIGH] > some[_LOW][:, None])
+    near &= earlier[_ORDER] < order[:, None]
+    return np.asarray(near & ((earlier[_WRITE] == 1) | (some[_WRITE][:, None] == 1)))
 
 
 _ALIKE = ("low", "high", "write", "known", "stage")
+_FIELDS = ("low", "high", "write", "order", "unit", "mask", "known", "row")
+_LOW, _HIGH, _WRITE, _ORDER, _UNIT, _MASK, _KNOWN, _ROW = range(len(_FIELDS))
 _PAIRS = 1 << 22
 """Pairs of accesses that are compared at once."""
 

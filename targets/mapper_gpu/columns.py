@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mapper.schedule.tables import Block, Int, StepTable, step_table
+from mapper.schedule.tables import Block, Int, step_table
 from mapper_gpu import persistent
 from mapper_gpu.grid import Grid, Task
 from mapper_gpu.hardware import Gpu
 from mapper_gpu.queues import Stages, place, place_merges, ranks, stage_starts
+from mapper_gpu.storage import Storage
 from mapper_gpu.timing import KERNEL, QUEUE, Float, task_seconds
 
 FIELDS = (
@@ -181,12 +182,21 @@ class Columns:
         last = np.flatnonzero(self.stage == self.stage.max())
         counters = self._persistent_counters if self.megakernel else self._counters
         waits, signals, total = counters(before)
-        parts = [self._chip(c, begin, length, waits, signals) for c in range(chips)]
-        order = np.concatenate([np.arange(n)] * chips)
-        keep = np.concatenate([
-            np.array([t.chip in (-1, c) for t in self.tasks]) for c in range(chips)
-        ])  # fmt: skip
-        table = _table(parts, keep, order)
+        homes = np.array([t.chip for t in self.tasks], np.int64)
+        chip, row = np.divmod(np.arange(n * chips), n)
+        rows = np.flatnonzero((homes[row] < 0) | (homes[row] == chip))
+        unit = self.unit[row] + chip * (gpu.sms + 1)
+        rows = rows[np.lexsort((row[rows], unit[rows], begin[row[rows]]))]
+        mine = row[rows]
+        args = self._immediates(waits, signals)
+        opcode, op = (np.array([getattr(t, k) for t in self.tasks], np.int64) for k in ("opcode", "op"))
+        flops = np.array([round(t.flops) for t in self.tasks], np.int64)
+        table = step_table(
+            begin[mine], length[mine], unit[rows], opcode[mine], _taken(*args, rows),
+            self._slices([t.reads for t in self.tasks], mine, chip[rows]),
+            self._slices([t.writes for t in self.tasks], mine, chip[rows]),
+            op[mine], self.far[mine], flops[mine],
+        )  # fmt: skip
         count = sum(self.tasks[i].chip in (-1, 0) for i in last)
         return Counted(Block(name, table, start, repeat, period), total, count)
 
@@ -253,72 +263,68 @@ class Columns:
         rows = np.flatnonzero(self.stage == stage + 1)
         return bool(self.heads[stage + 1]) or bool((self.join[rows] < 0).all())
 
-    def _chip(
-        self, chip: int, begin: Int, length: Int, waits: list[list[Wait]], signals: list[list[int]]
-    ) -> dict[str, list[object]]:
-        chips, gpu = self.chips, self.gpu
-        args: list[list[int]] = []
-        for i, t in enumerate(self.tasks):
-            row = [
-                t.program,
-                int(self.kernel[i]),
-                *t.at,
-                int(self.near[i]),
-                int(self.work[i]),
-                t.engine,
-                int(self.shared[i]),
-                int(self.lead[i]),
-                t.pages,
-                int(self.page[i]),
-                t.join,
-                int(self.stage[i]),
-            ]
-            mine = sorted({
-                (c * chips + other, a, b) for c, a, b, own in waits[i]
-                for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own,))
-            })  # fmt: skip
-            row.append(len(mine))
-            for wait in mine:
-                row += wait
-            row.append(len(signals[i]))
-            row += [c * chips + chip for c in signals[i]]
-            args.append(row)
-        slices = [
-            [[(s.first + (chip if own < 0 else own), offset, size) for s, own, offset, size in part]
-             for part in (t.reads, t.writes)] for t in self.tasks
-        ]  # fmt: skip
-        return {
-            "start": begin.tolist(), "duration": length.tolist(),
-            "unit": (self.unit + chip * (gpu.sms + 1)).tolist(), "opcode": [t.opcode for t in self.tasks],
-            "args": list(args), "reads": [s[0] for s in slices], "writes": [s[1] for s in slices],
-            "op": [t.op for t in self.tasks], "bytes": self.far.tolist(),
-            "flops": [round(t.flops) for t in self.tasks],
-        }  # fmt: skip
+    def _immediates(self, waits: list[list[Wait]], signals: list[list[int]]) -> tuple[Int, Int]:
+        """(offsets, immediates) of all tasks of chip 0, then of the next. Few tasks differ in what they wait
+        for and raise."""
+        chips = self.chips
+        names = ("program", "at", "engine", "pages", "join")
+        program, at, engine, pages, join = (np.array([getattr(t, k) for t in self.tasks]) for k in names)
+        columns = [program, self.kernel, *at.T, self.near, self.work, engine, self.shared, self.lead, pages,
+                   self.page, join, self.stage]  # fmt: skip
+        fixed = np.stack(columns, axis=1).astype(np.int64)
+        kinds: dict[tuple[object, ...], int] = {}
+        kind = np.array(
+            [kinds.setdefault((tuple(w), tuple(s)), len(kinds)) for w, s in zip(waits, signals, strict=True)]
+        )
+        distinct = [(waits[i], signals[i]) for i in np.unique(kind, return_index=True)[1].tolist()]
+        tails = [_tail(w, s, chip, chips) for chip in range(chips) for w, s in distinct]
+        sizes = np.array([len(t) for t in tails], np.int64)
+        number = (kind + len(distinct) * np.arange(chips)[:, None]).reshape(-1)
+        first = np.cumsum(sizes) - sizes
+        offsets = np.concatenate([[0], np.cumsum(fixed.shape[1] + sizes[number])]).astype(np.int64)
+        made = np.empty(offsets[-1], np.int64)
+        made[offsets[:-1, None] + np.arange(fixed.shape[1])] = np.tile(fixed, (chips, 1))
+        flat = np.array([v for t in tails for v in t], np.int64)
+        behind = _ranges(offsets[:-1] + fixed.shape[1], sizes[number])
+        made[behind] = flat[_ranges(first[number], sizes[number])]
+        return offsets, made
+
+    def _slices(
+        self, parts: Sequence[Sequence[tuple[Storage, int, int, int]]], rows: Int, chip: Int
+    ) -> Ragged:
+        """Slices of tasks `rows` on chips `chip`: those of each task are given for chip 0."""
+        offsets = np.cumsum([0, *(len(p) for p in parts)]).astype(np.int64)
+        flat = np.array(
+            [(s.first + max(own, 0), own, low, size) for p in parts for s, own, low, size in p], np.int64
+        ).reshape(-1, 4)
+        taken, values = _taken(offsets, flat, rows)
+        buffer, own, low, size = values.T
+        buffer = np.where(own < 0, buffer + np.repeat(chip, np.diff(taken)), buffer)
+        return taken, buffer, low, size
 
 
-def _table(parts: list[dict[str, list[object]]], keep: Int, order: Int) -> StepTable:
-    flat = {k: [v for p in parts for v in p[k]] for k in parts[0]}
-    start, unit = (np.array(flat[k], np.int64) for k in ("start", "unit"))
-    rows = np.flatnonzero(keep)
-    rows = rows[np.lexsort((order[rows], unit[rows], start[rows]))].tolist()
+def _tail(waits: list[Wait], signals: list[int], chip: int, chips: int) -> list[int]:
+    """Waits and signals of a task on a chip, as immediates."""
+    mine = sorted({
+        (c * chips + other, a, b) for c, a, b, own in waits
+        for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own,))
+    })  # fmt: skip
+    return [
+        len(mine),
+        *(v for wait in mine for v in wait),
+        len(signals),
+        *(c * chips + chip for c in signals),
+    ]
 
-    def column(name: str) -> list[int]:
-        values = flat[name]
-        return [int(values[i]) for i in rows]
 
-    def ragged(name: str) -> tuple[Int, list[object]]:
-        lists = [flat[name][i] for i in rows]
-        sizes = [len(v) for v in lists]
-        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), [v for part in lists for v in part]
+def _ranges(first: Int, size: Int) -> Int:
+    """first[i] .. first[i] + size[i] of every i, one behind the other."""
+    ends = np.cumsum(size)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - ends + size, size)
 
-    def slices(name: str) -> Ragged:
-        offsets, values = ragged(name)
-        array = np.array(values, np.int64).reshape(-1, 3)
-        return offsets, array[:, 0], array[:, 1], array[:, 2]
 
-    offsets, values = ragged("args")
-    return step_table(
-        column("start"), column("duration"), column("unit"), column("opcode"),
-        (offsets, np.array(values, np.int64)), slices("reads"), slices("writes"), column("op"),
-        column("bytes"), column("flops"),
-    )  # fmt: skip
+def _taken(offsets: Int, flat: Int, rows: Int) -> tuple[Int, Int]:
+    """(offsets, values) of some rows of a ragged column; a value may have columns."""
+    size = np.diff(offsets)[rows]
+    ends = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
+    return ends, np.asarray(flat[_ranges(offsets[rows], size)])

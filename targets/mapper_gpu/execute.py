@@ -18,7 +18,7 @@ from mapper.errors import ExecutionFault
 from mapper.runtime.interface import Memories
 from mapper.schedule.dtypes import dtype
 from mapper.schedule.tables import Int, Phase, Schedule
-from mapper.schedule.timeline import timeline
+from mapper.schedule.timeline import Slices, timeline
 from mapper_gpu import expert_ops, lowbit_ops, tile_ops
 
 Array = npt.NDArray[Any]
@@ -144,7 +144,8 @@ def run(schedule: Schedule, phase: Phase, memories: Memories) -> int:
     )
     arguments = [b.steps.args() for b in schedule.programs[phase].blocks]
     steps = np.arange(len(times) + 1)
-    bounds = [np.searchsorted(a.step, steps) for a in (times.reads, times.writes)]
+    accesses = (times.reads, times.writes)
+    sides = [(a.slices, a.part.tolist(), np.searchsorted(a.step, steps)) for a in accesses]
     for step in range(len(times)):
         offsets, flat = arguments[times.block[step]]
         row = times.row[step]
@@ -158,8 +159,8 @@ def run(schedule: Schedule, phase: Phase, memories: Memories) -> int:
                 f"{name}: a {schedule.opcodes[times.opcode[step]]} with the program of a {code.kind}"
             )
         operands = [
-            _slices(part, int(bound[step]), int(bound[step + 1]), memory, first)
-            for part, bound in zip((times.reads, times.writes), bounds, strict=True)
+            _slices(slices, parts[bound[step] : bound[step + 1]], memory, first)
+            for slices, parts, bound in sides
         ]
         task = Task(name, code, tuple(int(v) for v in args[COORDINATES]), operands[0], operands[1], batch)
         with np.errstate(all="ignore"):
@@ -167,15 +168,15 @@ def run(schedule: Schedule, phase: Phase, memories: Memories) -> int:
     return schedule.programs[phase].cycles
 
 
-def _slices(part: Any, begin: int, end: int, memory: Int, first: Int) -> list[tuple[int, int, int, int]]:
+def _slices(of: Slices, parts: list[int], memory: Int, first: Int) -> list[tuple[int, int, int, int]]:
     return [
         (
-            int(memory[part.buffer[i]]),
-            int(first[part.buffer[i]] + part.low[i]),
-            int(part.high[i] - part.low[i]),
-            int(part.low[i]),
+            int(memory[of.buffer[i]]),
+            int(first[of.buffer[i]] + of.low[i]),
+            int(of.high[i] - of.low[i]),
+            int(of.low[i]),
         )
-        for i in range(begin, end)
+        for i in parts
     ]
 
 
