@@ -20,15 +20,19 @@ from dataclasses import dataclass
 from mapper_gpu.hardware import Gpu
 
 ONE_SHOT, TWO_SHOT, RING, GATHER, EXCHANGE = "one-shot", "two-shot", "ring", "all-gather", "all-to-all"
+SEND = "send"
+"""A chip reads what its peer in an earlier stage of a pipeline made."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """The chosen algorithm, its seconds, and the bytes that pass each chip's link."""
+    """The chosen algorithm, its seconds, and the bytes that pass each chip's link; `across` where these go
+    through the network between link domains."""
 
     algorithm: str
     seconds: float
     bytes: float
+    across: bool = False
 
 
 def _tier(gpu: Gpu, chips: int) -> tuple[float, float]:

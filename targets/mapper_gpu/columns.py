@@ -62,13 +62,23 @@ def sharers(gpu: Gpu, count: int) -> Int:
 
 
 def block_of(
-    gpu: Gpu, name: str, grids: Sequence[Grid], chips: int, start: int, repeat: int, before: int
+    gpu: Gpu,
+    name: str,
+    grids: Sequence[Grid],
+    chips: int,
+    start: int,
+    repeat: int,
+    before: int,
+    base: int = 0,
 ) -> Counted:
-    """A block of kernels in the machine's style. `before` is the count of the block before (-1: none)."""
-    return columns_of(gpu, grids, chips, gpu.megakernel, before < 0).finish(name, start, repeat, before)
+    """A block of kernels in the machine's style. `before` is the count of the block before (-1: none);
+    `base` the first of the chips."""
+    return columns_of(gpu, grids, chips, gpu.megakernel, before < 0, base).finish(name, start, repeat, before)
 
 
-def columns_of(gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, opens: bool) -> Columns:
+def columns_of(
+    gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, opens: bool, base: int = 0
+) -> Columns:
     """The columns of a block's kernels; `opens` where it is the first of its program."""
     tasks: list[Task] = []
     kernel: list[int] = []
@@ -82,7 +92,8 @@ def columns_of(gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, op
             kernel += [number] * len(mine)
             stage += [len(heads)] * len(mine)
             heads.append(int(s == 0))
-    return Columns(gpu, tasks, np.array(kernel), np.array(stage), np.array(heads), chips, megakernel, opens)
+    return Columns(gpu, tasks, np.array(kernel), np.array(stage), np.array(heads), chips, megakernel, opens,
+                   base)  # fmt: skip
 
 
 class Columns:
@@ -90,9 +101,9 @@ class Columns:
 
     def __init__(
         self, gpu: Gpu, tasks: list[Task], kernel: Int, stage: Int, heads: Int, chips: int, megakernel: bool,
-        opens: bool,
+        opens: bool, base: int,
     ) -> None:  # fmt: skip
-        self.megakernel, self.opens = megakernel, opens
+        self.megakernel, self.opens, self.base = megakernel, opens, base
         self.gpu, self.tasks, self.kernel, self.stage, self.heads, self.chips = (
             gpu, tasks, kernel, stage, heads, chips,
         )  # fmt: skip
@@ -275,7 +286,7 @@ class Columns:
             ]
             mine = sorted({
                 (c * chips + other, a, b) for c, a, b, own in waits[i]
-                for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own,))
+                for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own - self.base,))
             })  # fmt: skip
             row.append(len(mine))
             for wait in mine:
@@ -284,12 +295,13 @@ class Columns:
             row += [c * chips + chip for c in signals[i]]
             args.append(row)
         slices = [
-            [[(s.first + (chip if own < 0 else own), offset, size) for s, own, offset, size in part]
+            [[(s.first + (chip if own < 0 else own - s.base), offset, size) for s, own, offset, size in part]
              for part in (t.reads, t.writes)] for t in self.tasks
         ]  # fmt: skip
         return {
             "start": begin.tolist(), "duration": length.tolist(),
-            "unit": (self.unit + chip * (gpu.sms + 1)).tolist(), "opcode": [t.opcode for t in self.tasks],
+            "unit": (self.unit + (self.base + chip) * (gpu.sms + 1)).tolist(),
+            "opcode": [t.opcode for t in self.tasks],
             "args": list(args), "reads": [s[0] for s in slices], "writes": [s[1] for s in slices],
             "op": [t.op for t in self.tasks], "bytes": self.far.tolist(),
             "flops": [round(t.flops) for t in self.tasks],
