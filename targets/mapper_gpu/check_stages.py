@@ -21,7 +21,8 @@ LINK, NETWORK = 4, 5
 class StagesHold:
     """Blocks follow each other stage by stage, no stage is left out, and a block's tasks are on its stage's
     chips and use its memories. A send has one task on each chip, which copies whole buffers of the chip's
-    peer in an earlier stage, pays for the network between link domains, and carries all those bytes."""
+    peer in an earlier stage and carries all those bytes; it and other collectives pay for the network where
+    they join link domains."""
 
     name: str = "StagesHold"
 
@@ -45,6 +46,8 @@ class StagesHold:
             group = stage_of(schedule, record)
             yield from _inside(schedule, rows, record, group)
             for number, kernel in enumerate(record["kernels"]):
+                if kernel["kind"] == "collective" and not _sends(kernel):
+                    yield from _tier(rows, number, group, domain)
                 if _sends(kernel):
                     yield from _send(schedule, rows, number, group, domain)
 
@@ -69,6 +72,12 @@ def _inside(schedule: Schedule, rows: Rows, record: Any, group: range) -> Iterat
             away &= ~sent[row]
         for r in np.unique(row[away]).tolist():
             yield Violation(f"{rows.name(r)}: {which} memory of another stage", (r,))
+
+
+def _tier(rows: Rows, number: int, group: range, domain: int) -> Iterator[Violation]:
+    lead = NETWORK if group.start // domain != (group.stop - 1) // domain else LINK
+    for row in np.flatnonzero((rows["kernel"] == number) & (rows["lead"] != lead)).tolist():
+        yield Violation(f"{rows.name(row)} does not pay for its link", (row,))
 
 
 def _send(schedule: Schedule, rows: Rows, number: int, group: range, domain: int) -> Iterator[Violation]:

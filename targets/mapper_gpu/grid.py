@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mapper_gpu import flash, programs
-from mapper_gpu.collective import GATHER, ONE_SHOT, SEND
+from mapper_gpu.collective import GATHER, ONE_SHOT, SEND, Collective
 from mapper_gpu.flash import pieces
 from mapper_gpu.grid_experts import expert_tasks, route_task
 from mapper_gpu.hardware import ENGINES, Gpu
@@ -332,9 +332,10 @@ class Maker:
                 programs.gather_program(b, source, head.output, self.group, epilogue, kernel.stores, 0)
             else:
                 programs.reduce_program(b, source, head.output, self.group, epilogue, kernel.stores, "all")
-            self._link(grid, b, self.keep(b), at, head.op, made.bytes, kernel.timed.far, 0)
+            kept = self.keep(b)
+            self._link(grid, b, kept, at, head.op, made.bytes, kernel.timed.far, 0, across=made.across)
             return
-        share = value.width // self.chips
+        share, bytes_ = value.width // self.chips, self._carried(made)
         self.new(Storage(f"{partial}.share", value.rows, value.width, "f32", share))
         first = self.builder("collective")
         first.emit("sum", "sum", [first.read(source, "m", "n", chip=c) for c in self.group])
@@ -342,12 +343,21 @@ class Maker:
         kept = self.keep(first)
         for chip in range(self.chips):
             mine = (0, value.rows, chip * share, (chip + 1) * share, 0, 0)
-            self._link(grid, first, kept, mine, head.op, made.bytes / 2, 0.0, 0, chip)
+            self._link(grid, first, kept, mine, head.op, bytes_ / 2, 0.0, 0, chip, made.across)
         second = self.builder("collective")
         programs.gather_program(
             second, f"{partial}.share", head.output, self.group, epilogue, kernel.stores, share
         )
-        self._link(grid, second, self.keep(second), at, head.op, made.bytes / 2, kernel.timed.far, 1)
+        kept = self.keep(second)
+        self._link(grid, second, kept, at, head.op, bytes_ / 2, kernel.timed.far, 1, across=made.across)
+
+    def _carried(self, made: Collective) -> float:
+        """Bytes of an all-reduce in two exchanges; between domains those that take as long at the network's
+        rate as its shares inside and between domains, and its further rounds, together."""
+        if not made.across:
+            return made.bytes
+        rounds = 2 * (self.gpu.link_latency + self.gpu.network_latency)
+        return (made.seconds - rounds) * min(self.gpu.link, self.gpu.network)
 
     def _receive(self, grid: Grid) -> None:
         """Each chip reads from its peer in the stage that sends: a task with a program of its own."""
@@ -362,10 +372,17 @@ class Maker:
                 peer = self.storage[source].base + chip
                 b.write(v, b.read(source, "all", "all", chip=peer), "all", "all")
             self._link(
-                grid, b, self.keep(b), (0, rows, 0, width, 0, 0), -1, made.bytes, kernel.timed.far, 0, chip
+                grid,
+                b,
+                self.keep(b),
+                (0, rows, 0, width, 0, 0),
+                -1,
+                made.bytes,
+                kernel.timed.far,
+                0,
+                chip,
+                made.across,
             )
-            if made.across:
-                grid.tasks[-1].lead = NETWORK
 
     def _link(
         self,
@@ -378,9 +395,11 @@ class Maker:
         far: float,
         stage: int,
         chip: int = -1,
+        across: bool = False,
     ) -> None:
         task = self.task(b, program, "collective", at, op)
-        task.near, task.far, task.lead, task.stage, task.chip = near, far, LINK, stage, chip
+        lead = NETWORK if across else LINK
+        task.near, task.far, task.lead, task.stage, task.chip = near, far, lead, stage, chip
         grid.tasks.append(task)
 
     # slices --------------------------------------------------------------------------------------

@@ -166,3 +166,25 @@ def test_mutants_of_pipelines_die(parallel: str, chips: int, megakernel: bool) -
     print(report.table())
     assert report.kill_rate() >= 0.98, report.survivors
     assert report.equivalent_share <= 0.05
+
+
+def test_collectives_between_domains_take_what_their_formula_says(tmp_path: Path) -> None:
+    """The table's longest task per stage of each collective adds up to the alpha-beta model's seconds."""
+    done = built(machine=_domains(2), chips=4, prompt=4, context=16, out=tmp_path / "s")
+    schedule = done.schedule
+    seen = 0
+    for block, record in zip(
+        schedule.programs["decode"].blocks, schedule.plan["blocks"]["decode"], strict=True
+    ):
+        offsets, flat = block.steps.args()
+        owner, stage = flat[offsets[:-1] + 1], flat[offsets[:-1] + 16]
+        length = block.steps.column("duration")
+        for number, kernel in enumerate(record["kernels"]):
+            if kernel["kind"] != "collective":
+                continue
+            mine = owner == number
+            cycles = sum(int(length[mine & (stage == s)].max()) for s in np.unique(stage[mine]))
+            assert cycles == pytest.approx(kernel["seconds"] * schedule.clock_hz, abs=4)
+            seen += 1
+    assert seen > 2
+    assert driver.verify(tmp_path / "s", tokens=3).ok
