@@ -41,6 +41,10 @@ def find_roles(net: Net) -> dict[str, Any]:
     for value in net.inputs:
         if inputs[value.source] == "other" and value.dims and id(value) in used:
             inputs[value.source] = _steering(nodes, value, total, bool(caches))
+    given = used | {id(v) for _, v in net.outputs}
+    inputs.update(
+        {v.source: "unused" for v in net.inputs if inputs[v.source] == "other" and id(v) not in given}
+    )
     vocabulary = {table.dims[0] for table, ids in lookups(nodes) if strip_views(ids) in tokens}
     for name, value in net.outputs:
         if outputs[name] == "other" and value.rank >= 2 and value.dtype[0] in "fb" and value.const is None:

@@ -3,7 +3,8 @@
 A schedule works on states of `context` positions; the model on caches as long as what has been used. Roles:
 token_ids, attention_mask, position_ids, cache_position, past.key.<i>, past.value.<i>, present.key.<i>,
 present.value.<i>, logits; write_index, last_index, total_length (of a cache: rows with tokens before the
-step, index of the last, rows after it), use_cache (whether there are any), beam_index.
+step, index of the last, rows after it), use_cache (whether there are any), beam_index; unused (the graph
+reads it nowhere).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mapper.schedule.tables import Phase, Schedule
 
 Array = npt.NDArray[Any]
 LENGTHS = ("write_index", "last_index", "total_length")
-STEERING = (*LENGTHS, "use_cache", "beam_index")
+STEERING = (*LENGTHS, "use_cache", "beam_index", "unused")
 Declared = Mapping[str, tuple[Any, Sequence[Any]]]
 """Input name -> (NumPy dtype, shape: numbers, or anything else where the size is free)."""
 
@@ -86,7 +87,7 @@ class Interface:
             return np.arange(batch)
         value = {
             "write_index": past, "last_index": past + tokens - 1, "total_length": past + tokens,
-            "use_cache": past > 0,
+            "use_cache": past > 0, "unused": 0,
         }.get(role or "")  # fmt: skip
         whole = [d if isinstance(d, int) else batch for d in shape]
         return None if value is None else np.full(whole, value)

@@ -84,11 +84,14 @@ class LifetimesDisjoint:
         begin, end = _lives(schedule)
         times = timeline(schedule, phase)
         for accesses in (times.reads, times.writes):
-            since = accesses.begin
-            last = np.maximum(accesses.end - 1, since)
-            opens, closes = (of[accesses.slices.buffer][accesses.part] for of in (begin, end))
-            for row in np.flatnonzero((since < opens) | (last > closes)):
-                step, buffer = int(accesses.step[row]), int(accesses.slices.buffer[accesses.part[row]])
+            # most buffers live throughout
+            mortal = (begin >= 0) | (end < NEVER)
+            some = np.flatnonzero(mortal[accesses.slices.buffer][accesses.part])
+            at, owner = accesses.step[some], accesses.slices.buffer[accesses.part[some]]
+            since, until = (of[at] for of in accesses.spans)
+            last = np.maximum(until - 1, since)
+            for row in np.flatnonzero((since < begin[owner]) | (last > end[owner])):
+                step, buffer = int(at[row]), int(owner[row])
                 message = (
                     f"{label(schedule, phase, times, step)} uses {buffer_label(schedule, buffer)} during "
                     f"{since[row]}..{last[row]}, outside its life {begin[buffer]}..{end[buffer]}"

@@ -163,16 +163,12 @@ def _cat(parts: list[Int]) -> Int:
 
 def _unroll_block(block: Block, number: int) -> dict[str, Int]:
     steps, n, times = block.steps, len(block.steps), block.repeat
-    repetition = np.repeat(np.arange(times), n)
-    columns = {
-        k: np.tile(steps.column(k), times) for k in ("start", "unit", "opcode", "op", "bytes", "flops")
-    }
-    columns["start"] += block.start + repetition * block.period
-    columns["end"] = columns["start"] + np.tile(steps.column("duration"), times)
-    columns["block"] = np.full(n * times, number)
-    columns["row"] = np.tile(np.arange(n), times)
-    columns["repetition"] = repetition
-    return columns
+    turn = np.arange(times)[:, None]
+    each = {k: steps.column(k) for k in ("unit", "opcode", "op", "bytes", "flops")}
+    each["start"] = steps.column("start") + block.start + turn * block.period
+    each["end"] = each["start"] + steps.column("duration")
+    each |= {"block": np.array(number), "row": np.arange(n), "repetition": turn}
+    return {k: np.broadcast_to(v, (times, n)).reshape(-1) for k, v in each.items()}
 
 
 def _unroll_slices(block: Block, which: Side) -> tuple[Short, Short, Slices]:
@@ -198,14 +194,15 @@ def _unroll_slices(block: Block, which: Side) -> tuple[Short, Short, Slices]:
     fixed, moving = np.flatnonzero(~moved), np.flatnonzero(moved)
     number = np.empty(len(slot), np.int64)
     number[fixed], number[moving] = np.arange(len(fixed)), len(fixed) + np.arange(len(moving))
-    turn = np.repeat(np.arange(times), len(step))
-    parts = np.tile(number[part], times) + turn * np.tile(len(moving) * moved[part], times)
+    turn = np.arange(times, dtype=np.int32)[:, None]
+    steps = step.astype(np.int32) + turn * np.int32(n)
+    parts = number[part].astype(np.int32) + turn * (len(moving) * moved[part]).astype(np.int32)
     slices = Slices(
         np.concatenate([slot[fixed], bound.reshape(-1)]),
         np.concatenate([low[fixed], np.tile(low[moving], times)]),
         np.concatenate([high[fixed], np.tile(high[moving], times)]),
     )
-    return (np.tile(step, times) + turn * n).astype(np.int32), parts.astype(np.int32), slices
+    return steps.reshape(-1), parts.reshape(-1), slices
 
 
 def _distinct(columns: tuple[Int, ...]) -> tuple[Int, Int]:

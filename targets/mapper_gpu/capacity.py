@@ -11,7 +11,7 @@ from mapper.ir.op import tensor_type
 from mapper.ir.types import TensorType
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase
-from mapper_gpu.packed import held_bytes, used
+from mapper_gpu.packed import dequantised, held_bytes, used
 
 MOST_CHIPS = 64
 _TABLES = ("embed", "embed_at", "rope_at")
@@ -26,7 +26,11 @@ def chips_for(graphs: Mapping[Phase, Graph], machine: Machine, item: int) -> int
     first = next(iter(graphs.values()))
     tables = {op.attr("table") for op in first.ops() if op.mnemonic in _TABLES}
     shared = sum(w.elements for n, w in first.weights.items() if n in tables)
-    matrices = sum(held_bytes(w, item, turned) for n, w, turned in used(first) if n not in tables)
+    plain = dequantised(first)
+    matrices = sum(
+        w.elements * item if n in plain else held_bytes(w, item, turned)
+        for n, w, turned in used(first) if n not in tables
+    )  # fmt: skip
     heads = {op.attr("weight") for op in first.ops() if op.mnemonic == "lm_head"} & tables
     split = matrices + item * sum(first.weights[n].elements for n in heads)
     states = [tensor_type(first.input_values[n]) for n in first.inputs_with_role("state")]

@@ -5,7 +5,7 @@ and its value half V_h [value, rank],
     score = (K_h^T q_nope) . latent + q_rope . rope_key        out = V_h (sum of latent by their shares)
 
 so that queries pass through K_h^T, all heads attend to the same cached rows, and what comes out passes
-through V_h."""
+through V_h. K_h^T has columns of a low-bit weight as rows, so that the matrices are held dequantised."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ def _latent(c: Extractor, op: DataflowOp) -> None:
     if nope is None or rotated is None or c.values[nope.name].width != heads * plain:
         c.fail(f"queries of {wide} columns that are not {plain} and {rope} columns side by side")
     turned, symbol = not op.attr("transposed"), op.attr("weight")
-    if c.known(symbol).packing is not None:
-        c.fail("latent attention in low bits")
     before, through = c.rows[c.row]["weight_bytes"], plain + value
     keys = Matrix(symbol, heads * rank, plain, c.form, turned=turned, flipped=rank,
                   pick=Pick(through, tuple(range(plain))))  # fmt: skip

@@ -127,6 +127,9 @@ def _plain(packing: Packing, shape: tuple[int, ...], turned: bool) -> Packed | N
     return Packed(scheme.name, bits, block, "int", scales.dtype, "" if middle else CODES)
 
 
+LATENT = ("latent_attention", "cached_latent_attention")
+
+
 def turned_of(op: DataflowOp, attribute: str) -> bool:
     """Whether an op takes a matrix as [K, N]."""
     flag = PRODUCTS.get(op.mnemonic, {}).get(attribute)
@@ -153,6 +156,15 @@ def used(graph: Graph) -> Iterator[tuple[str, WeightSymbol, bool]]:
                     if name not in seen:
                         seen.add(name)
                         yield name, graph.weights[name], turned_of(op, attribute)
+
+
+def dequantised(graph: Graph) -> set[str]:
+    """Names of the weights that are held as values, whatever they are stored in: those of latent attention,
+    whose key half is transposed head by head."""
+    return {
+        name for section in graph.sections() for op in section.ops if op.mnemonic in LATENT
+        for slot in op.weights().values() for name in section.table.get(slot, (slot,))
+    }  # fmt: skip
 
 
 def form_of(graph: Graph, asked: str | None, f16: bool = True) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mapper.backend import weight_source
+from mapper.errors import LoweringError
 from mapper.ir.graph import Graph
 from mapper.ir.types import numpy_dtype
 from mapper.ir.weights import WeightSymbol
@@ -74,7 +75,9 @@ class Weights:
                             self.cuts.get(one, 1), splits if one.kind == "matrix" else 1
                         )
                     names = e.slots.get(held.symbol, (held.symbol,))
-                    found[label] = [replace(held, symbol=n) for n in names]
+                    made = [replace(held, symbol=n) for n in names]
+                    if found.setdefault(label, made) != made:
+                        raise LoweringError(f"gpu: two different parts of weights are called {label}")
         self.users[phase, id(e)] = sorted(found.items())
 
     def allocate(self, memory: Memory) -> None:
@@ -231,6 +234,9 @@ class Weights:
             if len(part.shape) != 2 or part.shape[0] != rows:
                 source = ["reshape", source, [rows, part.elements // rows]]
         n = self._whole(held)[0]
+        if held.pick is not None:
+            stored = self._stored(held, rows)
+            return _picked(source, held.pick, [rows, held.k if stored is None else stored[1]])
         return source if n == rows else ["slice", source, 0, held.first, held.first + n]
 
     def _plain(self, held: Held, part: WeightSymbol | None, rows: int) -> Json:
@@ -359,5 +365,7 @@ def _matrix(w: Matrix, form: str) -> Iterator[tuple[str, Held]]:
         kind, split = "matrix", w.split
         if not part.per:  # one for a whole row: on every chip that has a part of it
             kind, split = "rows", "" if w.split == "k" else w.split
-        whole = Held(w.name, kind, w.n, part.width(w.k), w.first, w.turned, split, part.dtype, w.copies)
+        whole = Held(
+            w.name, kind, w.n, part.width(w.k), w.first, w.turned, split, part.dtype, w.copies, w.pick
+        )
         yield f"{w.label}.{part.name}", replace(whole, part=part)

@@ -15,6 +15,7 @@ from mapper.lowbit import FORMATS, Scheme, quantise
 from mapper.lowbit import dequantise as from_parts
 from mapper.runtime.mutation import MutationTest, decoder_case
 from mapper.schedule.tables import Schedule
+from mapper.zoo import families, files
 from mapper_gpu import BACKEND, lowbit_ops
 from tests.gpu.common import EXAMPLE, built, h100
 
@@ -120,6 +121,41 @@ def test_mutants_die(name: str) -> None:
     assert {"other_scales", "other_decoding"} | ({"cut_block"} if name == "int4" else set()) <= {
         o.kind for o in report.outcomes
     }
+
+
+def dense_latent(folder: Path) -> Path:
+    """DeepSeek-V3's layers before its experts, at toy widths: rows of three matrices are taken apart."""
+    path = folder / "latent.onnx"
+    files.write(families.shortened(families.tiny(families.config("deepseek-v3")), 3), path, "f32", seed=1)
+    return path
+
+
+@pytest.mark.parametrize(("name", "chips"), [("int4", 1), ("int8", 1), ("f8e4m3", 2), ("int8row", 2)])
+def test_latent_attention_is_held_dequantised(name: str, chips: int, tmp_path: Path) -> None:
+    """Its up-projection takes two bytes an element, and all other products' weights those of their format."""
+    done = built(dense_latent(tmp_path), weights=name, chips=chips, prompt=5, context=12, out=tmp_path / "s")
+    found = driver.verify(tmp_path / "s", tokens=4)
+    assert found.ok, found.failures
+    weights = [w for b in done.schedule.plan["blocks"]["decode"] for k in b["kernels"] for w in k["weights"]
+               if k["kind"] == "product"]  # fmt: skip
+    latent = [w for w in weights if "latent" in w["name"]]
+    assert len(latent) == 2 and not any("stored" in w for w in latent)
+    assert all("stored" in w for w in weights if w not in latent)
+    assert sum(" of " in w["name"] for w in weights if "stored" in w) == 2
+
+
+def test_chips_auto_counts_what_is_held(tmp_path: Path) -> None:
+    """Where the memory is a little smaller than what two chips hold each, four are chosen. The real widths,
+    without weights."""
+    path = tmp_path / "wide.onnx"
+    files.write(families.shortened(families.config("deepseek-v3"), 3), path, "bf16", seed=None)
+    options: dict[str, Any] = {"weights": "f8e4m3", "phase": "decode", "context": 64}
+    buffers = built(path, chips=2, **options).schedule.buffers
+    memory, size = (buffers.column(k).to_numpy() for k in ("memory", "bytes"))
+    need = int(size[memory == 0].sum())
+    for room, chips in ((1.01, 2), (0.995, 4)):
+        machine = h100(memory__hbm__capacity=need * room, memory__hbm__reserved=0.0)
+        assert built(path, machine=machine, chips=None, **options).schedule.chips == chips
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

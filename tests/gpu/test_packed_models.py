@@ -13,12 +13,15 @@ from onnx import helper, numpy_helper
 from mapper import driver
 from mapper.errors import MapperError
 from mapper.lowbit import Scheme, pack, quantise, unpack
+from tests.frontend.corpus import FOLDER
 from tests.gpu.common import EXAMPLE, built, h100
 
 
-def packed(folder: Path, bits: int, block: int, zero: str = "none", accuracy: int = 0) -> Path:
-    """The example model with its products as MatMulNBits, as exporters write them: scales in float32."""
-    model = onnx.load(EXAMPLE)
+def packed(
+    folder: Path, bits: int, block: int, zero: str = "none", accuracy: int = 0, of: Path = EXAMPLE
+) -> Path:
+    """A model with its products as MatMulNBits, as exporters write them: scales in float32."""
+    model = onnx.load(of)
     graph = model.graph
     held = {t.name: t for t in graph.initializer}
     for at, node in enumerate(graph.node):
@@ -98,9 +101,9 @@ def test_blocks_that_chips_would_cut_are_refused(tmp_path: Path) -> None:
         driver.compile(model, "gpu", chips=2, prompt=4, context=8)
 
 
-def dequantised(folder: Path, form: str) -> Path:
-    """The example model with its products' integers behind a DequantizeLinear, [K, N] as it has them."""
-    model = onnx.load(EXAMPLE)
+def dequantised(folder: Path, form: str, of: Path = EXAMPLE) -> Path:
+    """A model with its products' integers behind a DequantizeLinear, [K, N] as it has them."""
+    model = onnx.load(of)
     graph = model.graph
     held = {t.name: t for t in graph.initializer}
     nodes: list[Any] = []
@@ -174,6 +177,28 @@ def test_integers_of_a_matrix_are_held_as_integers(
     found = [w.get("stored") for r in done.schedule.plan["blocks"].values() for b in r for k in b["kernels"]
              for w in k["weights"] if k["kind"] == "product"]  # fmt: skip
     assert found.count(stored) == 14
+    verified = driver.verify(tmp_path / "s", tokens=4)
+    assert verified.ok, verified.failures
+    assert verified.max_rel_err < 1e-4
+
+
+ALTERNATING = sorted(p for n in ("bloom__ts17-kv", "gptneox__dyn18-kv") for p in FOLDER.glob(f"{n}.onnx"))
+"""Models whose queries, keys and values alternate in one matrix, head by head."""
+
+
+@pytest.mark.parametrize("chips", [1, 2])
+@pytest.mark.parametrize("form", ["i8 axis", "u8 block", "packed", "float"])
+@pytest.mark.parametrize("of", ALTERNATING, ids=lambda p: p.stem)
+def test_rows_in_another_order_are_held_as_stored(of: Path, form: str, chips: int, tmp_path: Path) -> None:
+    """Rows of codes, scales and zero points are taken apart alike, and no part is held as values."""
+    if form in ("packed", "float"):
+        model = packed(tmp_path, 4, 16, form, of=of)
+    else:
+        model = dequantised(tmp_path, form, of)
+    done = built(model, chips=chips, prompt=5, context=12, out=tmp_path / "s")
+    picked = {w["name"]: w.get("stored") for r in done.schedule.plan["blocks"].values() for b in r
+              for k in b["kernels"] for w in k["weights"] if "[" in w["name"]}  # fmt: skip
+    assert len(picked) == 3 and all(picked.values())
     verified = driver.verify(tmp_path / "s", tokens=4)
     assert verified.ok, verified.failures
     assert verified.max_rel_err < 1e-4
