@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## compile the example model for lpu and host, execute both, compare with onnxruntime
+demo: $(STAMP)  ## compile the example model for lpu, gpu and host, execute all, compare with onnxruntime
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## run the tests

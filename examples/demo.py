@@ -1,4 +1,4 @@
-"""`make demo`: the example model on the LPU and on this computer, compiled, executed from disk, compared.
+"""`make demo`: the example model on LPU, GPU and this computer, compiled, executed from disk, compared.
 
 For each target: compile, then load the schedule from its directory alone and execute it for a prompt of 16
 tokens of held-out text and 32 decoded ones. The tokens must be onnxruntime's; the logits must be within 1e-3
@@ -29,7 +29,7 @@ from mapper.runtime.verify import Verification
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))  # schedules name the model by the path given
 MODEL = HERE / "tiny-llama-op18.onnx"
 OUT = Path("demo-out")
-TARGETS = ("lpu", "host")
+TARGETS = ("lpu", "gpu", "host")
 PROMPT, TOKENS = 16, 32
 
 

@@ -96,6 +96,9 @@ def compile_(
         str | None, typer.Option(help="Weight format, as int4; default: the target's own.")
     ] = None,
     chips: Annotated[str, typer.Option(help="How many chips: a number, or auto.")] = "1",
+    parallel: Annotated[
+        str, typer.Option(help="gpu: how chips share the model, as tp=4,pp=2; default: all by tensor.")
+    ] = "",
     phase: Annotated[
         Literal["decode", "prefill", "both"], typer.Option(help="Which programs to make.")
     ] = "both",
@@ -111,7 +114,7 @@ def compile_(
     with working(f"compiling {model.name} for {target}"):
         done = build(
             model, target, machine=machine, batch=batch, context=context, prompt=prompt, weights=weights,
-            chips=_chips(chips), phase=phase, out=out, external_root=external_root,
+            chips=_chips(chips), parallel=parallel, phase=phase, out=out, external_root=external_root,
         )  # fmt: skip
     if as_json:
         _print_json(done.result.record())

@@ -88,6 +88,7 @@ def compile(
     prompt: int = 16,
     weights: str | None = None,
     chips: int | None = 1,
+    parallel: str = "",
     phase: PhaseChoice = "both",
     out: str | Path | None = None,
     external_root: str | Path | None = None,
@@ -95,12 +96,13 @@ def compile(
     """Map a model (path or graph) onto a target; save the schedule in directory `out` where one is given.
 
     `weights` is a format of `mapper.lowbit.FORMATS` that the target takes (None: its own); `chips` None lets
-    the target choose. Raises MapperError: UsageError, ModelError, CapacityError, LoweringError...,
+    the target choose; `parallel` says how a target that takes it shares the model out among them. Raises
+    MapperError: UsageError, ModelError, CapacityError, LoweringError...,
     CheckFailedError for an illegal schedule (which is never saved).
     """
     done = build(
         model, target, machine=machine, batch=batch, context=context, prompt=prompt,
-        weights=weights, chips=chips, phase=phase, out=out, external_root=external_root,
+        weights=weights, chips=chips, parallel=parallel, phase=phase, out=out, external_root=external_root,
     )  # fmt: skip
     done.report.raise_first()
     return done.schedule
@@ -116,6 +118,7 @@ def build(
     prompt: int = 16,
     weights: str | None = None,
     chips: int | None = 1,
+    parallel: str = "",
     phase: PhaseChoice = "both",
     out: str | Path | None = None,
     external_root: str | Path | None = None,
@@ -126,7 +129,9 @@ def build(
     backend = targets.load(target)
     chip = machine_for(backend, machine)
     held = targets.weight_format(backend, weights)
-    request = _request(phase, batch, context, prompt, held, chips)
+    if parallel and not getattr(backend, "takes_parallel", False):
+        raise UsageError(f"{backend.name}: --parallel is for targets that share a model out, as gpu")
+    request = replace(_request(phase, batch, context, prompt, held, chips), parallel=parallel)
     folder = _free(out)
     graph = load(model, external_root) if isinstance(model, str | Path) else model
     graph = in_format(graph, backend, held)

@@ -1,7 +1,8 @@
 """Inner loops of matrix products: dot products of several weight rows with several prepared rows of x.
 
 A weight row is walked in chunks; four rows far apart in memory are read at once, so that four address streams
-are in flight, each prefetched `AHEAD` bytes ahead. The last chunk of a row is read under a mask.
+are in flight, each prefetched `AHEAD` bytes ahead and again, into the first cache, `NEAR` bytes ahead. The
+last chunk of a row is read under a mask.
 
 Integer formats multiply x as integers of 16 bits, exactly, in two planes of bytes (see `prepare`): 256 high
 + low. Sums of a chunk's block are exact in int32; blocks are scaled and added in float32, sixteen lanes at
@@ -24,8 +25,9 @@ from mapper_kernels.vec import F16, F32, I8, I16, I32, Emitter, Value, features,
 
 ROWS = 4
 """Weight rows at a time."""
-AHEAD, SKEW = 1024, 576
-"""How far ahead of the first stream is prefetched, and how much farther ahead of each further one, bytes.
+AHEAD, SKEW, NEAR = 4096, 576, 512
+"""How far ahead of the first stream is prefetched, how much farther ahead of each further one, and how far
+ahead a line is taken into the first cache, bytes.
 
 Streams are often a multiple of 4096 bytes apart, and memory gives less where lines with the same low bits are
 asked for at once; chosen with `python -m benchmarks.gemv`. What is computed stays in step; only what is asked
@@ -116,6 +118,17 @@ def _stream(e: Emitter, base: Value, step: Value, r: int, size: int, c: Value) -
     return e.at(base, (r, step), (size, c))
 
 
+def _ask(e: Emitter, o: _Operands, c: Value, size: int) -> None:
+    """Prefetch for the chunks of `size` bytes after number c, a line of each stream in turn."""
+    # four lines of a stream at once are more than the first cache keeps until they are read
+    far = 2 if size > 128 else 1
+    for line in range(0, max(64, size), 64):
+        for r in range(ROWS):
+            at = _stream(e, o.w, o.w_step, r, size, c)
+            e.prefetch(e.b.add(at, e.number(AHEAD + SKEW * r + line)), far)
+            e.prefetch(e.b.add(at, e.number(NEAR + line)))
+
+
 def _step(
     e: Emitter, name: str, o: _Operands, c: Value, left: Value | None, sums: list[Value], m: int
 ) -> list[Value]:
@@ -128,11 +141,10 @@ def _step(
     blocks = None if left is None else e.b.lshr(e.b.add(left, e.number(31)), e.number(5))
     xs = [e.at(o.x, (i, o.x_step), (chunk.x_bytes, c)) for i in range(m)]
     out: list[Value] = []
+    if left is None:
+        _ask(e, o, c, chunk.bytes)
     for r in range(ROWS):
         at = _stream(e, o.w, o.w_step, r, chunk.bytes, c)
-        if left is None:
-            for line in range(max(1, chunk.bytes // 64)):
-                e.prefetch(e.b.add(at, e.number(AHEAD + SKEW * r + 64 * line)), 2)
         if not integer:
             found = weights_f(e, name, at, part)
             for i in range(m):

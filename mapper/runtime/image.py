@@ -25,6 +25,7 @@ import numpy.typing as npt
 from mapper import lowbit
 from mapper.errors import MapperError
 from mapper.files import cache_folder, writing
+from mapper.runtime.free_memory import available_memory
 from mapper.runtime.memories import empty
 from mapper.runtime.weights import Bytes, WeightFiles, mapped_file
 from mapper.schedule import dtypes, values
@@ -116,18 +117,6 @@ def _settled(mapped: dict[int, Bytes], share: float) -> dict[int, Bytes]:
             copied[low][:] = raw
             copied[low].flags.writeable = False
     return {b: copied[places[raw.ctypes.data, len(raw)]] for b, raw in mapped.items()}
-
-
-def available_memory() -> int:
-    """Bytes that can be had without pushing anything out, as the system estimates it; 0 where it does not
-    say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0
 
 
 def _memories(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mapper.errors import CapacityError, ExecutionFault, ScheduleError
+from mapper.runtime.numa import interleave, own_nodes
 from mapper.runtime.written import Written
 from mapper.schedule.tables import Int, Schedule
 
@@ -89,8 +90,8 @@ def _poisoned(size: int) -> Bytes:
 
 
 def empty(size: int) -> Bytes:
-    """`size` new bytes; on huge pages where there are many and the system has such pages. CapacityError where
-    the system does not give them."""
+    """`size` new bytes; where there are many, on huge pages and on all memory nodes by turns, if the system
+    has such. CapacityError where it does not give them."""
     try:
         if size < HUGE:
             return np.empty(size, np.uint8)
@@ -103,7 +104,9 @@ def empty(size: int) -> Bytes:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             made.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(made, np.uint8)
+    found = np.frombuffer(made, np.uint8)
+    interleave(found.ctypes.data, size, own_nodes())
+    return found
 
 
 def _column(schedule: Schedule, name: str) -> Int:

@@ -65,6 +65,7 @@ class RequestMeta(_Strict):
     weights: str | None
     chips: int | None
     speculative: int
+    parallel: str = ""
 
 
 class ModelMeta(_Strict):

@@ -174,6 +174,7 @@ class Request:
     weights: str | None = None  # None: the target's widest native matmul format
     chips: int | None = 1  # None = auto
     speculative: int = 0
+    parallel: str = ""  # how the target shares the model out among chips; "": its own way
 
 
 @dataclass(frozen=True)

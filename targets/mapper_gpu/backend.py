@@ -33,6 +33,7 @@ class GpuBackend(ServingView):
     name: str = "gpu"
     summary: str = "GPUs and other HBM machines: fused kernels as tiles on SMs, tensor parallel over --chips"
     default_machine: str = "h100-sxm"
+    takes_parallel: bool = True
     formats: tuple[str, ...] = ("f32", "bf16", "f16", "int8", "int8row", "int4", "f8e4m3", "mxfp4")
 
     def machine_files(self) -> Sequence[Path]:
@@ -47,14 +48,16 @@ class GpuBackend(ServingView):
         from mapper_gpu.capacity import chips_for
         from mapper_gpu.lower import lower
         from mapper_gpu.packed import form_of, item_bytes
+        from mapper_gpu.pipeline import degrees_of, settled
 
+        request = settled(request)
         if request.speculative:
             raise LoweringError("gpu: speculative decoding is not scheduled yet")
         form = form_of(graph, request.weights, "tensor.f16" in machine.constants)
         graphs = serving_forms(graph, request)
         chips = request.chips or chips_for(graphs, machine, item_bytes(form))
         with _without_collector():
-            return lower(graphs, graph, machine, request, chips, form)
+            return lower(graphs, graph, machine, request, degrees_of(request.parallel, chips), form)
 
     def semantics(self) -> Semantics:
         """The task executor."""
@@ -77,8 +80,9 @@ class GpuBackend(ServingView):
     def bounds(self, graph: Graph, machine: Machine, request: Request) -> Mapping[Phase, Sequence[Bound]]:
         """Memory, arithmetic and latency bounds, per phase."""
         from mapper_gpu.bounds import bounds_of
+        from mapper_gpu.pipeline import settled
 
-        graphs = serving_forms(graph, request)
+        request, graphs = settled(request), serving_forms(graph, request)
         return {p: bounds_of(graphs, graph, machine, request, p) for p in graphs}
 
     def retime(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, float]:

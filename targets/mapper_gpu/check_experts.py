@@ -13,7 +13,7 @@ import numpy as np
 from mapper import machine as machines
 from mapper.schedule.tables import Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, rows_of
+from mapper_gpu.check_rows import Rows, rows_of, stage_of
 from mapper_gpu.check_tiles import chips_of, of_kind, painted
 
 BOXES = ("m0", "m1", "n0", "n1", "k0", "k1")
@@ -37,10 +37,11 @@ class ExpertsCover:
         for rows, record in rows_of(schedule):
             for number, kernel in enumerate(record["kernels"]):
                 if kernel["kind"] == "experts":
-                    yield from self._kernel(schedule, rows, kernel["experts"], number, registers)
+                    group = stage_of(schedule, record)
+                    yield from self._kernel(schedule, rows, kernel["experts"], number, registers, group)
 
     def _kernel(
-        self, schedule: Schedule, rows: Rows, e: Any, number: int, registers: float
+        self, schedule: Schedule, rows: Rows, e: Any, number: int, registers: float, group: range
     ) -> Iterator[Violation]:
         tile, blocks = int(e["rows"]), int(e["blocks"])
         pairs = int(e["tokens"]) * int(e["chosen"])
@@ -50,7 +51,7 @@ class ExpertsCover:
             yield Violation(f"{rows.kernel(number)} has {blocks} blocks, a routing may need {most}")
         mine = (rows["kernel"] == number) & of_kind(schedule, rows, "experts")
         chip = chips_of(rows, schedule)
-        for c in range(schedule.chips):
+        for c in group:
             boxes = np.stack([rows[k][mine & (chip == c)] for k in BOXES], axis=1)
             wrong = painted(boxes, (blocks * tile, int(e["n"]), int(e["k"])))
             if wrong:
@@ -65,7 +66,7 @@ class ExpertsCover:
         share = float(e["chosen"]) / float(e["count"])
         read = float(e["count"]) * (1 - (1 - share) ** int(e["tokens"]))
         least = read * int(e["mats"]) * int(e["n"]) * int(e["k"]) * float(e["element"])
-        for c in range(schedule.chips):
+        for c in group:
             here = mine & (chip == c)
             got = float(rows["bytes"][here].sum())
             # every task rounds its share to whole bytes
@@ -114,7 +115,7 @@ class RowsCover:
                 if kernel["kind"] not in ("rows", "route"):
                     continue
                 mine = (rows["kernel"] == number) & of_kind(schedule, rows, kernel["kind"])
-                for c in range(schedule.chips):
+                for c in stage_of(schedule, record):
                     here = mine & (chip == c)
                     boxes = np.stack([rows["m0"][here], rows["m1"][here]], axis=1)
                     wrong = painted(boxes, (tokens,))

@@ -15,6 +15,8 @@ from mapper.schedule.violation import Violation, first
 from mapper_gpu.check_rows import Rows, rows_of
 
 ENGINES = ("bf16", "f16", "fp8", "int8", "fp4", "f32")
+_NETWORK = 5
+"""The lead of what passes between link domains."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,11 @@ def _least(machine: machines.Machine, rows: Rows, link: Any) -> Any:
             peak[rows["engine"] == number] = v(f"tensor.{name}") / sms
     busy = np.maximum(np.maximum(far / alone, (far + near) / port), work / peak)
     busy = np.where(link, near / v("link.bandwidth"), busy)
+    slow = near / min(v("link.bandwidth"), v("network.bandwidth"))
+    busy = np.where(rows["lead"] == _NETWORK, slow, busy)
     lead = np.array([0.0, v("launch.start") + v("memory.hbm.latency"), v("signal.latency"), v("signal.fetch"),
-                     v("link.latency")])  # fmt: skip
-    return busy + lead[np.clip(rows["lead"], 0, 4)]
+                     v("link.latency"), v("link.latency") + v("network.latency")])  # fmt: skip
+    return busy + lead[np.clip(rows["lead"], 0, _NETWORK)]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,14 @@ class Rows:
         return f"{self.phase}, block {self.number}, row {row}"
 
 
+def stage_of(schedule: Schedule, record: Any) -> range:
+    """The chips that share a block: those of its stage, or all."""
+    plan: Any = schedule.plan
+    size = schedule.chips // max(1, int(plan.get("stages", 1)))
+    first = int(record.get("stage", 0)) * size
+    return range(first, first + size)
+
+
 _CACHE: dict[int, tuple[weakref.ref[Schedule], list[tuple[Rows, Any]]]] = {}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from mapper import machine as machines
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, rows_of
+from mapper_gpu.check_rows import Rows, rows_of, stage_of
 
 HEAVY = {"linear", "attention", "allreduce", "allgather", "expert_up", "expert_down"}
 """Kinds of nodes of which a kernel has at most one."""
@@ -68,17 +68,18 @@ class TilesCover:
                 if kernel["kind"] != "product":
                     continue
                 mine = rows["kernel"] == number
-                yield from self._product(schedule, rows, kernel, number, mine, boxes, chip, programs)
+                here = stage_of(schedule, record)
+                yield from self._product(schedule, rows, kernel, number, mine, boxes, chip, programs, here)
 
     def _product(
         self, schedule: Schedule, rows: Rows, kernel: Any, number: int, mine: Any, boxes: Int, chip: Int,
-        programs: Any,
+        programs: Any, chips: range,
     ) -> Iterator[Violation]:  # fmt: skip
         main, merge = of_kind(schedule, rows, "product"), of_kind(schedule, rows, "product_merge")
         m, k = int(kernel["tile"]["rows"]), int(kernel["weights"][0]["k"] if kernel["weights"] else 0)
         lanes = _lanes(rows, kernel, mine & main, programs)
         splits = int(kernel["tile"]["splits"])
-        for c in range(schedule.chips):
+        for c in chips:
             for lane, (n, depth, selected) in enumerate(lanes):
                 here = selected & (chip == c)
                 wrong = painted(boxes[here], (m, n, depth or k))
@@ -143,7 +144,7 @@ class SplitsCover:
                 a, mine = kernel["attention"], rows["kernel"] == number
                 width = int(a["heads"]) * int(a["value_dim"])
                 size = (int(a["batch"]) * int(a["tokens"]), width, int(a["length"]))
-                for c in range(schedule.chips):
+                for c in stage_of(schedule, record):
                     for name in ("attention", "attention_merge"):
                         here = mine & (chip == c) & of_kind(schedule, rows, name)
                         if name == "attention_merge" and int(kernel["split"]["splits"]) < 2:
@@ -209,7 +210,7 @@ def _above(members: set[int], before: dict[int, set[int]], owner: dict[int, int]
 @dataclass(frozen=True)
 class CollectivesMatched:
     """Every chip takes part in every collective, once per stage, and reads the same bytes of the same value
-    from all chips, its own included."""
+    from all chips of its stage of a pipeline, its own included."""
 
     name: str = "CollectivesMatched"
 
@@ -219,18 +220,21 @@ class CollectivesMatched:
 
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
         memory = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
-        for rows, _ in rows_of(schedule):
+        for rows, record in rows_of(schedule):
             chip, link = chips_of(rows, schedule), of_kind(schedule, rows, "collective")
+            sent = [k.get("collective", {}).get("algorithm") == "send" for k in record["kernels"]]
+            link &= ~np.array(sent)[rows["kernel"]]
+            group = list(stage_of(schedule, record))
             for stage in np.unique(rows["stage"][link]).tolist():
                 mine = np.flatnonzero(link & (rows["stage"] == stage))
-                if sorted(chip[mine].tolist()) != list(range(schedule.chips)):
+                if sorted(chip[mine].tolist()) != group:
                     yield Violation(
                         f"{rows.phase}, block {rows.number}, stage {stage}: not one task on each chip"
                     )
                 offsets, buffer, _, _ = rows.block.steps.slices("reads")
                 for row in mine.tolist():
                     chips = memory[buffer[offsets[row] : offsets[row + 1]]].tolist()
-                    if not set(range(schedule.chips)) <= set(chips):
+                    if not set(group) <= set(chips):
                         yield Violation(f"{rows.name(row)} does not read from every chip", (row,))
 
 

@@ -20,15 +20,19 @@ from dataclasses import dataclass
 from mapper_gpu.hardware import Gpu
 
 ONE_SHOT, TWO_SHOT, RING, GATHER, EXCHANGE = "one-shot", "two-shot", "ring", "all-gather", "all-to-all"
+SEND = "send"
+"""A chip reads what its peer in an earlier stage of a pipeline made."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """The chosen algorithm, its seconds, and the bytes that pass each chip's link."""
+    """The chosen algorithm, its seconds, and the bytes that pass each chip's link; `across` where these go
+    through the network between link domains."""
 
     algorithm: str
     seconds: float
     bytes: float
+    across: bool = False
 
 
 def _tier(gpu: Gpu, chips: int) -> tuple[float, float]:
@@ -63,7 +67,7 @@ def _two_tiers(gpu: Gpu, chips: int, size: float) -> Collective:
     local = 2 * (inside - 1) / inside * size
     far = 2 * (domains - 1) / domains * size / inside
     rounds = 2 * gpu.link_latency + 2 * (domains - 1) * gpu.network_latency
-    return Collective(RING, rounds + local / gpu.link + far / gpu.network, local + far)
+    return Collective(RING, rounds + local / gpu.link + far / gpu.network, local + far, True)
 
 
 def allgather(gpu: Gpu, chips: int, size: float) -> Collective:
@@ -82,7 +86,7 @@ def _shared(gpu: Gpu, chips: int, size: float, name: str) -> Collective:
     rate, latency = _tier(gpu, chips)
     moved = (chips - 1) / chips * size
     rounds = 1 if gpu.switched or chips > gpu.domain else chips - 1
-    return Collective(name, rounds * latency + moved / rate, moved)
+    return Collective(name, rounds * latency + moved / rate, moved, chips > gpu.domain)
 
 
 def send(gpu: Gpu, size: float, across: bool) -> float:

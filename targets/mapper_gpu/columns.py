@@ -63,13 +63,23 @@ def sharers(gpu: Gpu, count: int) -> Int:
 
 
 def block_of(
-    gpu: Gpu, name: str, grids: Sequence[Grid], chips: int, start: int, repeat: int, before: int
+    gpu: Gpu,
+    name: str,
+    grids: Sequence[Grid],
+    chips: int,
+    start: int,
+    repeat: int,
+    before: int,
+    base: int = 0,
 ) -> Counted:
-    """A block of kernels in the machine's style. `before` is the count of the block before (-1: none)."""
-    return columns_of(gpu, grids, chips, gpu.megakernel, before < 0).finish(name, start, repeat, before)
+    """A block of kernels in the machine's style. `before` is the count of the block before (-1: none);
+    `base` the first of the chips."""
+    return columns_of(gpu, grids, chips, gpu.megakernel, before < 0, base).finish(name, start, repeat, before)
 
 
-def columns_of(gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, opens: bool) -> Columns:
+def columns_of(
+    gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, opens: bool, base: int = 0
+) -> Columns:
     """The columns of a block's kernels; `opens` where it is the first of its program."""
     tasks: list[Task] = []
     kernel: list[int] = []
@@ -83,7 +93,8 @@ def columns_of(gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, op
             kernel += [number] * len(mine)
             stage += [len(heads)] * len(mine)
             heads.append(int(s == 0))
-    return Columns(gpu, tasks, np.array(kernel), np.array(stage), np.array(heads), chips, megakernel, opens)
+    return Columns(gpu, tasks, np.array(kernel), np.array(stage), np.array(heads), chips, megakernel, opens,
+                   base)  # fmt: skip
 
 
 class Columns:
@@ -91,9 +102,9 @@ class Columns:
 
     def __init__(
         self, gpu: Gpu, tasks: list[Task], kernel: Int, stage: Int, heads: Int, chips: int, megakernel: bool,
-        opens: bool,
+        opens: bool, base: int,
     ) -> None:  # fmt: skip
-        self.megakernel, self.opens = megakernel, opens
+        self.megakernel, self.opens, self.base = megakernel, opens, base
         self.gpu, self.tasks, self.kernel, self.stage, self.heads, self.chips = (
             gpu, tasks, kernel, stage, heads, chips,
         )  # fmt: skip
@@ -185,7 +196,7 @@ class Columns:
         homes = np.array([t.chip for t in self.tasks], np.int64)
         chip, row = np.divmod(np.arange(n * chips), n)
         rows = np.flatnonzero((homes[row] < 0) | (homes[row] == chip))
-        unit = self.unit[row] + chip * (gpu.sms + 1)
+        unit = self.unit[row] + (self.base + chip) * (gpu.sms + 1)
         rows = rows[np.lexsort((row[rows], unit[rows], begin[row[rows]]))]
         mine = row[rows]
         args = self._immediates(waits, signals)
@@ -277,7 +288,7 @@ class Columns:
             [kinds.setdefault((tuple(w), tuple(s)), len(kinds)) for w, s in zip(waits, signals, strict=True)]
         )
         distinct = [(waits[i], signals[i]) for i in np.unique(kind, return_index=True)[1].tolist()]
-        tails = [_tail(w, s, chip, chips) for chip in range(chips) for w, s in distinct]
+        tails = [_tail(w, s, chip, chips, self.base) for chip in range(chips) for w, s in distinct]
         sizes = np.array([len(t) for t in tails], np.int64)
         number = (kind + len(distinct) * np.arange(chips)[:, None]).reshape(-1)
         first = np.cumsum(sizes) - sizes
@@ -295,7 +306,8 @@ class Columns:
         """Slices of tasks `rows` on chips `chip`: those of each task are given for chip 0."""
         offsets = np.cumsum([0, *(len(p) for p in parts)]).astype(np.int64)
         flat = np.array(
-            [(s.first + max(own, 0), own, low, size) for p in parts for s, own, low, size in p], np.int64
+            [(s.first + max(own - s.base, 0), own, low, size) for p in parts for s, own, low, size in p],
+            np.int64,
         ).reshape(-1, 4)
         taken, values = _taken(offsets, flat, rows)
         buffer, own, low, size = values.T
@@ -303,11 +315,11 @@ class Columns:
         return taken, buffer, low, size
 
 
-def _tail(waits: list[Wait], signals: list[int], chip: int, chips: int) -> list[int]:
-    """Waits and signals of a task on a chip, as immediates."""
+def _tail(waits: list[Wait], signals: list[int], chip: int, chips: int, base: int) -> list[int]:
+    """Waits and signals of a task on a chip, as immediates; chips that waits name are counted from `base`."""
     mine = sorted({
         (c * chips + other, a, b) for c, a, b, own in waits
-        for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own,))
+        for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own - base,))
     })  # fmt: skip
     return [
         len(mine),

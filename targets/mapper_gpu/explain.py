@@ -10,6 +10,7 @@ import numpy as np
 from mapper.backend import Finding
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase, Schedule
+from mapper_gpu.explain_stages import stages
 from mapper_gpu.hardware import Gpu, element_bytes, gpu
 from mapper_gpu.timing import lead_seconds
 
@@ -27,6 +28,7 @@ def explain(schedule: Schedule, machine: Machine) -> Mapping[Phase, Sequence[Fin
             _peaks(schedule, phase, chip, machine, seconds),
             _parts(schedule, phase, chip, seconds),
             _kernels(schedule, phase, chip),
+            *stages(schedule, phase, chip),
             *_experts(schedule, phase),
             *_stored(schedule, phase, chip),
         )
@@ -70,7 +72,7 @@ def _peaks(schedule: Schedule, phase: str, chip: Gpu, machine: Machine, seconds:
 def _parts(schedule: Schedule, phase: str, chip: Gpu, seconds: float) -> Finding:
     """The step's time, part by part; what is left over comes of waves, tails, L2, merges, arithmetic."""
     moved, _ = _totals(schedule, phase)
-    far = moved / schedule.chips
+    far = moved / (schedule.chips // int(schedule.plan.get("stages", 1)))
     launches = leads = links = 0.0
     starts = lead_seconds(chip)
     for block, record in zip(schedule.programs[phase].blocks, schedule.plan["blocks"][phase], strict=True):

@@ -35,6 +35,7 @@ from mapper_gpu.hardware import Gpu, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
 from mapper_gpu.nodes import EXPERTS, HEAVY, Node
 from mapper_gpu.partition import partition
+from mapper_gpu.pipeline import Degrees, cut
 from mapper_gpu.product import lane_width
 from mapper_gpu.storage import NUMPY, Memory, Storage
 from mapper_gpu.weights import Weights
@@ -42,12 +43,14 @@ from mapper_gpu.weights import Weights
 
 @dataclass
 class Lowered:
-    """One phase: its sections with their kernels, and the storage of each value by name."""
+    """One phase: its sections with the kernels and the stage of each, and the storage of each value by name,
+    stage by stage."""
 
     phase: Phase
     work: Work
     kernels: list[tuple[Kernel, ...]]
-    storages: dict[str, Storage] = field(default_factory=dict)
+    stages: list[int]
+    storages: list[dict[str, Storage]] = field(default_factory=list)
     programs: list[Any] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     described: list[Any] = field(default_factory=list)
@@ -55,38 +58,47 @@ class Lowered:
     other: int = 0
 
 
-def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, request: Request, chips: int,
-          form: str) -> Schedule:  # fmt: skip
-    """The schedule of serving graphs on `chips` chips with weights in `form`. Raises LoweringError,
+def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, request: Request,
+          degrees: Degrees, form: str) -> Schedule:  # fmt: skip
+    """The schedule of serving graphs shared out by `degrees`, with weights in `form`. Raises LoweringError,
     CapacityError."""
-    chip = gpu(machine)
-    memory = Memory(chips)
-    found: list[Lowered] = []
+    chip, chips = gpu(machine), degrees.tensor
+    memory = Memory(chips * degrees.pipeline, degrees.pipeline)
+    phases: list[tuple[Work, list[tuple[Kernel, ...]]]] = []
     for phase, graph in graphs.items():
         tokens = request.prompt if phase == "prefill" else 1
         work = partition(extract(graph, phase, request.batch, tokens, request.context, form), chips)
         work = replace(work, sections=tuple(_operands(e, form) for e in work.sections))
-        found.append(Lowered(phase, work, [kernels_of(chip, e.section, chips) for e in work.sections]))
-        _registers(found[-1])
-    weights = Weights(graphs, chips, form)
-    for item in found:
-        weights.symbols |= item.work.constants
-    for item in found:
-        for e, kernels in zip(item.work.sections, item.kernels, strict=True):
-            weights.need(item.phase, e, kernels)
-    weights.allocate(memory)
+        phases.append((work, [kernels_of(chip, e.section, chips) for e in work.sections]))
+        _registers(phases[-1][1])
+    staged = cut(phases, degrees, chip, form)
+    found = [Lowered(p, s.work, s.kernels, s.stages) for p, s in zip(graphs, staged, strict=True)]
+    weights = _weights(graphs, found, memory, form)
     states = _states(found[0], memory, form)
     for item in found:
         _values(item, memory, states)
     for item in found:
-        _blocks(item, chip, memory, weights, states, chips)
+        _blocks(item, chip, memory, weights, states)
     _fits(chip, memory, request)
     return _schedule(graphs, source, machine, chip, request, memory, found, weights, states, form)
 
 
-def _registers(item: Lowered) -> None:
+def _weights(graphs: Mapping[Phase, Graph], found: list[Lowered], memory: Memory, form: str) -> list[Weights]:
+    """The weights of each stage."""
+    weights = [Weights(graphs, memory.group, form, s * memory.group) for s in range(memory.stages)]
+    for item in found:
+        for own in weights:
+            own.symbols |= item.work.constants
+        for e, kernels, stage in zip(item.work.sections, item.kernels, item.stages, strict=True):
+            weights[stage].need(item.phase, e, kernels)
+    for own in weights:
+        own.allocate(memory)
+    return weights
+
+
+def _registers(kernels: list[tuple[Kernel, ...]]) -> None:
     """Raises LoweringError where one token's heads of latent attention are too many for an SM."""
-    for k in (k for kernels in item.kernels for k in kernels):
+    for k in (k for mine in kernels for k in mine):
         a = k.attention
         if a is not None and a.shared and a.group * a.value_dim > ACCUMULATORS:
             raise LoweringError(
@@ -120,14 +132,15 @@ def _multiplied(node: Node, i: int) -> bool:
 def _states(item: Lowered, memory: Memory, form: str) -> dict[str, Storage]:
     """A storage per cache: rows are batch x positions, the width its heads on one chip."""
     found: dict[str, Storage] = {}
-    for e in item.work.sections:
+    for e, stage in zip(item.work.sections, item.stages, strict=True):
         names = {v: n for n in e.section.nodes if n.kind == "append" for v in [n.attr("cache")]}
         for name in names:
             value = e.section.values.get(f"{name}@") or e.section.values[name]
             node = names[name]
             width = e.section.values[node.inputs[0]].width
             for slot in e.states.get(name, (name,)):
-                found[slot] = memory.add(Storage(slot, value.rows, width, form, node.attr("head")))
+                made = Storage(slot, value.rows, width, form, node.attr("head"))
+                found[slot] = memory.add(replace(made, base=stage * memory.group))
     return found
 
 
@@ -160,15 +173,21 @@ def _panels(item: Lowered) -> dict[str, int]:
 
 
 def _values(item: Lowered, memory: Memory, states: Mapping[str, Storage]) -> None:
-    work, panels, here = item.work, _panels(item), item.storages
-    here["input_ids"] = memory.add(
-        Storage("input_ids", work.batch * work.tokens, 1, "i64", program=item.phase)
-    )
-    here["past_length"] = memory.add(Storage("past_length", 1, 1, "i64", program=item.phase))
-    for number, (e, kernels) in enumerate(zip(work.sections, item.kernels, strict=True)):
+    work, panels = item.work, _panels(item)
+    for stage in range(memory.stages):
+        base = stage * memory.group
+        ids = Storage("input_ids", work.batch * work.tokens, 1, "i64", program=item.phase, base=base)
+        past = Storage("past_length", 1, 1, "i64", program=item.phase, base=base)
+        item.storages.append({"input_ids": memory.add(ids), "past_length": memory.add(past)})
+    for number, (e, kernels, stage) in enumerate(zip(work.sections, item.kernels, item.stages, strict=True)):
+        here, base = item.storages[stage], stage * memory.group
+        for node in e.section.nodes:
+            if node.kind == "receive":
+                here[node.inputs[0]] = item.storages[node.attr("from")][node.attr("value")]
         for c in e.carries:
             a = here[c.initial]
-            b = memory.add(Storage(f"{c.argument}.next", a.rows, a.width, a.dtype, a.panel, item.phase))
+            b = Storage(f"{c.argument}.next", a.rows, a.width, a.dtype, a.panel, item.phase, base=base)
+            memory.add(b)
             here[c.argument], here[c.yielded] = a, b
             here[c.result] = b if e.section.count % 2 else a
         for k in kernels:
@@ -177,34 +196,49 @@ def _values(item: Lowered, memory: Memory, states: Mapping[str, Storage]) -> Non
                     continue
                 value = e.section.values[v]
                 name = f"{item.phase}.{number}.{v}"
-                made = Storage(name, value.rows, value.width, value.dtype, panels.get(v, 0), item.phase)
+                panel = panels.get(v, 0)
+                made = Storage(name, value.rows, value.width, value.dtype, panel, item.phase, base=base)
                 here[v] = memory.add(made)
-    here.update(states)
+    for here in item.storages:
+        here.update(states)
 
 
-def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: Mapping[str, Storage],
-            chips: int) -> None:  # fmt: skip
+def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: list[Weights],
+            states: Mapping[str, Storage]) -> None:  # fmt: skip
+    chips = memory.group
     at, before = int(cycles(chip, chip.step)), -1
     item.other = at
     gap = between(chip, chip.megakernel)
-    for number, (e, kernels) in enumerate(zip(item.work.sections, item.kernels, strict=True)):
-        storage = {**item.storages, **weights.lookup(item.phase, e)}
+    parts = zip(item.work.sections, item.kernels, item.stages, strict=True)
+    for number, (e, kernels, stage) in enumerate(parts):
+        own, base = weights[stage], stage * chips
+        storage = {**item.storages[stage], **_cached(e, states), **own.lookup(item.phase, e)}
 
-        def new(made: Storage, known: dict[str, Storage] = storage) -> None:
-            made.program = item.phase
+        def new(made: Storage, known: dict[str, Storage] = storage, base: int = base) -> None:
+            made.program, made.base = item.phase, base
             known[made.name] = memory.add(made)
 
         label = f"{item.phase}.{number}"
         maker = Maker(
-            chip, e.section, storage, item.programs, item.work.batch, item.work.tokens, chips, label, new
+            chip,
+            e.section,
+            storage,
+            item.programs,
+            item.work.batch,
+            item.work.tokens,
+            chips,
+            label,
+            new,
+            base,
         )
         grids = [maker.grid(k, i) for i, k in enumerate(kernels)]
-        counted = block_of(chip, e.section.name, grids, chips, at, e.section.count, before)
+        counted = block_of(chip, e.section.name, grids, chips, at, e.section.count, before, base)
         before = counted.last
-        block = replace(counted.block, bindings=_bindings(item, e, weights, states, chips))
+        block = replace(counted.block, bindings=_bindings(item, e, stage, own, states, chips))
         item.blocks.append(block)
         item.described.append({
             "block": e.section.name, "counters": counted.counters,
+            **({"stage": stage} if memory.stages > 1 else {}),
             "kernels": [describe(k, e.section, item.phase) for k in kernels],
         })  # fmt: skip
         other = columns_of(chip, grids, chips, not chip.megakernel, number == 0)
@@ -218,18 +252,21 @@ def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: Weights, states: 
         item.cycles = end
 
 
-def _bindings(item: Lowered, e: Extracted, weights: Weights, states: Mapping[str, Storage],
+def _cached(e: Extracted, states: Mapping[str, Storage]) -> dict[str, Storage]:
+    """The caches of a section's first repetition by the names that its nodes use."""
+    return {name: states[names[0]] for name, names in e.states.items() if names[0] in states}
+
+
+def _bindings(item: Lowered, e: Extracted, stage: int, weights: Weights, states: Mapping[str, Storage],
               chips: int) -> pa.Table | None:  # fmt: skip
     if e.section.count == 1:
         return None
     slots: list[tuple[Storage, list[Storage]]] = []
     for c in e.carries:
-        a, b = item.storages[c.argument], item.storages[c.yielded]
+        a, b = (item.storages[stage][v] for v in (c.argument, c.yielded))
         turns = [(a, b)[r % 2] for r in range(e.section.count)]
         slots += [(a, turns), (b, [b if t is a else a for t in turns])]
-    slots += [
-        (states[name], [states[n] for n in names]) for name, names in e.states.items() if name in states
-    ]
+    slots += [(s, [states[n] for n in e.states[name]]) for name, s in _cached(e, states).items()]
     slots += weights.slots(item.phase, e)
     rows = [
         (slot.first + chip, r, other.first + chip)
@@ -259,7 +296,7 @@ def _schedule(
     request: Request,
     memory: Memory,
     found: list[Lowered],
-    weights: Weights,
+    weights: list[Weights],
     states: Mapping[str, Storage],
     form: str,
 ) -> Schedule:
@@ -294,6 +331,8 @@ def _schedule(
         "programs": {item.phase: item.programs for item in found},
         "blocks": {item.phase: item.described for item in found},
     }
+    if memory.stages > 1:
+        plan["stages"] = memory.stages
     if form != "f32":
         kind = NUMPY[form]
         kept = dict.fromkeys(("matmul", "key_cache", "value_cache", "table"), kind)
@@ -317,8 +356,8 @@ def _schedule(
         buffers=pa.Table.from_pydict(memory.rows(), schema=BUFFER_SCHEMA),
         ops=pa.Table.from_pylist(ops, schema=OP_SCHEMA),
         ports=tuple(_ports(found, memory, weights, states, request)),
-        weights=weights.files(),
-        constants=weights.constants(),
+        weights={k: v for own in weights for k, v in own.files().items()},
+        constants={k: v for own in weights for k, v in own.constants().items()},
         roles=source.roles,
         plan=plan,
         provenance={"backend": "mapper_gpu"},
@@ -351,7 +390,7 @@ def _fused(item: Lowered) -> dict[int, int | list[int]]:
             pairs += [(nodes[i].op, list(dict.fromkeys(heads))) for i in k.nodes]
     found: dict[int, int | list[int]] = {}
     for op, by in pairs:
-        if op not in own:
+        if op not in own and op >= 0:
             found.setdefault(op, by[0] if len(by) == 1 else by)
     return found
 
@@ -361,10 +400,10 @@ def _doer(nodes: Any, k: Kernel) -> int:
     return int(nodes[heavy[0] if heavy else k.nodes[0]].op)
 
 
-def _ports(found: list[Lowered], memory: Memory, weights: Weights, states: Mapping[str, Storage],
+def _ports(found: list[Lowered], memory: Memory, weights: list[Weights], states: Mapping[str, Storage],
            request: Request) -> list[Port]:  # fmt: skip
-    chips = memory.chips
-    ports = weights.ports()
+    chips = memory.group
+    ports = [port for own in weights for port in own.ports()]
     for name, s in sorted(states.items(), key=lambda p: p[1].first):
         copies = max(1, chips * s.width // s.panel // _kv_heads(found[0], name))
         heads = chips * s.width // s.panel // copies
@@ -373,16 +412,16 @@ def _ports(found: list[Lowered], memory: Memory, weights: Weights, states: Mappi
         ports.append(Port(name, "state", NUMPY[s.dtype], shape, _buffers(s, chips), layout,
                           ["zeros", list(shape), NUMPY[s.dtype]]))  # fmt: skip
     for item in found:
-        work, here = item.work, item.storages
-        ids, past, logits = here["input_ids"], here["past_length"], here[work.logits]
+        work = item.work
+        logits = item.storages[-1][work.logits]
+        ids, past = (
+            tuple(b for here in item.storages for b in _buffers(here[v], chips))
+            for v in ("input_ids", "past_length")
+        )
         same = {"kind": "copies"}
         rows = (work.batch, work.tokens)
-        ports.append(
-            Port("input_ids", "input", "int64", rows, _buffers(ids, chips), same, None, (item.phase,))
-        )
-        ports.append(
-            Port("past_length", "input", "int64", (), _buffers(past, chips), same, None, (item.phase,))
-        )
+        ports.append(Port("input_ids", "input", "int64", rows, ids, same, None, (item.phase,)))
+        ports.append(Port("past_length", "input", "int64", (), past, same, None, (item.phase,)))
         layout = {"kind": "panels", "panel": logits.panel}
         shape3 = (*rows, logits.width)
         ports.append(

@@ -313,21 +313,21 @@ def attention_merge_program(b: Builder, node: Node, partial: str, splits: int) -
 
 
 def reduce_program(
-    b: Builder, source: str, output: str, chips: int, epilogue: Sequence[int], stores: Sequence[str], c: str
+    b: Builder, source: str, output: str, chips: range, epilogue: Sequence[int], stores: Sequence[str], c: str
 ) -> None:
     """The sum over chips in their order, and the epilogue, on columns c."""
-    b.emit("sum", b.register(output), [b.read(source, "m", c, chip=chip) for chip in range(chips)])
+    b.emit("sum", b.register(output), [b.read(source, "m", c, chip=chip) for chip in chips])
     run_nodes(b, epilogue, c)
     for v in stores:
         b.write(v, b.registers[f"={v}"], "m", c)
 
 
-def gather_program(b: Builder, source: str, output: str, chips: int, epilogue: Sequence[int],
+def gather_program(b: Builder, source: str, output: str, chips: range, epilogue: Sequence[int],
                    stores: Sequence[str], share: int) -> None:  # fmt: skip
     """All chips' columns side by side, and the epilogue: of whole values, or of the `share` columns of each
     chip in turn."""
-    columns: list[Columns] = [[c * share, (c + 1) * share] if share else "all" for c in range(chips)]
-    parts = [b.read(source, "m", c, chip=chip) for chip, c in enumerate(columns)]
+    columns: list[Columns] = [[c * share, (c + 1) * share] if share else "all" for c in range(len(chips))]
+    parts = [b.read(source, "m", c, chip=chip) for chip, c in zip(chips, columns, strict=True)]
     b.emit("concat", b.register(output), parts)
     run_nodes(b, epilogue, "all")
     for v in stores:

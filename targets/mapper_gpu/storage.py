@@ -21,7 +21,8 @@ NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64",
 
 @dataclass(eq=False)
 class Storage:
-    """One value on every chip: the same number of bytes at the same offset, one buffer per chip. `count`
+    """One value on every chip of a stage, whose first chip is `base`: the same number of bytes at the same
+    offset, one buffer per chip. `count`
     arrays [rows, width] behind each other are a stack, of which a task reads what its data says.
 
     `bits` is the size of packed elements (0: `dtype`'s own); a column stands for `per` columns of K."""
@@ -37,6 +38,7 @@ class Storage:
     count: int = 1
     bits: int = 0
     per: int = 1
+    base: int = 0
 
     def __post_init__(self) -> None:
         self.panel = self.panel or self.width
@@ -77,26 +79,39 @@ class Storage:
 
 @dataclass(eq=False)
 class Memory:
-    """All storages in order of their addresses; the first row of the buffer table is number `next`."""
+    """All storages in order of their addresses; `stages` groups of chips have storages of their own. The
+    first row of the buffer table is number 0."""
 
     chips: int
+    stages: int = 1
     storages: list[Storage] = field(default_factory=list)
-    top: int = 0
+    tops: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def group(self) -> int:
+        """Chips of a stage."""
+        return self.chips // self.stages
+
+    @property
+    def top(self) -> int:
+        """Bytes that the fullest chip holds."""
+        return max(self.tops.values(), default=0)
 
     def add(self, storage: Storage) -> Storage:
         """Give a storage its rows and its address."""
-        storage.first = len(self.storages) * self.chips
-        storage.offset = self.top
-        self.top += math.ceil(max(1, storage.bytes) / ALIGN) * ALIGN
+        storage.first = len(self.storages) * self.group
+        storage.offset = self.tops.get(storage.base, 0)
+        self.tops[storage.base] = storage.offset + math.ceil(max(1, storage.bytes) / ALIGN) * ALIGN
         self.storages.append(storage)
         return storage
 
     def rows(self) -> dict[str, list[Any]]:
         """Columns of the buffer table."""
-        n = self.chips
+        n = self.group
         flat = [s for s in self.storages for _ in range(n)]
+        chips = [s.base + c for s in self.storages for c in range(n)]
         return {
-            "memory": list(range(n)) * len(self.storages), "offset": [s.offset for s in flat],
+            "memory": chips, "offset": [s.offset for s in flat],
             "bytes": [s.bytes for s in flat], "value": [s.name for s in flat],
             "first": [-1] * len(flat), "last": [-1] * len(flat), "program": [s.program for s in flat],
         }  # fmt: skip

@@ -22,16 +22,17 @@ import numpy.typing as npt
 from mapper_gpu.hardware import ENGINES, Gpu
 
 Float = npt.NDArray[np.float64]
-LEADS = ("none", "kernel", "merge", "queue", "link")
+LEADS = ("none", "kernel", "merge", "queue", "link", "network")
 """What comes before a task's bytes: nothing, the start of its kernel, a signal of its own kernel, the queue
-of a persistent kernel, the flags of a collective. By number."""
-NONE, KERNEL, MERGE, QUEUE, LINK = range(len(LEADS))
+of a persistent kernel, the flags of a collective, those between link domains. By number."""
+NONE, KERNEL, MERGE, QUEUE, LINK, NETWORK = range(len(LEADS))
 
 
 def lead_seconds(gpu: Gpu) -> Float:
     """Seconds before the first byte, by lead."""
     first = gpu.start + gpu.hbm_latency + gpu.l2_latency
-    return np.array([0.0, first, gpu.signal + gpu.l2_latency, gpu.fetch, gpu.link_latency])
+    network = gpu.link_latency + gpu.network_latency
+    return np.array([0.0, first, gpu.signal + gpu.l2_latency, gpu.fetch, gpu.link_latency, network])
 
 
 def rates(gpu: Gpu) -> Float:
@@ -49,10 +50,12 @@ def stream_seconds(gpu: Gpu, far: Any, near: Any, sharers: Any) -> Any:
 
 def task_seconds(gpu: Gpu, far: Any, near: Any, work: Any, engine: Any, sharers: Any, lead: Any) -> Any:
     """Seconds of tasks (arrays or numbers); `engine` and `lead` by number. Tasks of a collective run at the
-    link's rate."""
+    link's rate, or at the network's."""
     compute = work / rates(gpu)[engine]
     busy = np.maximum(stream_seconds(gpu, far, near, sharers), compute)
     busy = np.where(np.asarray(lead) == LINK, near / gpu.link + far / gpu.stream, busy)
+    slow = near / min(gpu.link, gpu.network) + far / gpu.stream
+    busy = np.where(np.asarray(lead) == NETWORK, slow, busy)
     return lead_seconds(gpu)[lead] + busy
 
 

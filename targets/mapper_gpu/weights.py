@@ -55,8 +55,8 @@ class Held:
 class Weights:
     """All weights that any phase needs; phases share a storage where symbol and layout are the same."""
 
-    def __init__(self, graphs: Mapping[Any, Graph], chips: int, form: str) -> None:
-        self.graphs, self.chips, self.form = graphs, chips, form
+    def __init__(self, graphs: Mapping[Any, Graph], chips: int, form: str, base: int = 0) -> None:
+        self.graphs, self.chips, self.form, self.base = graphs, chips, form, base
         self.symbols: dict[str, WeightSymbol] = {n: w for g in graphs.values() for n, w in g.weights.items()}
         self.cuts: dict[Held, int] = {}
         self.storages: dict[Held, Storage] = {}
@@ -83,6 +83,7 @@ class Weights:
     def allocate(self, memory: Memory) -> None:
         """Storages of all of them. A table that is laid out like a matrix is the same storage."""
         layouts: dict[Key, Storage] = {}
+        taken = {s.name for s in memory.storages}
         seen: Counter[Key] = Counter()
         for held, cuts in self.cuts.items():
             rows, width, panel = held.n, held.k, held.k // cuts if held.k else 0
@@ -117,7 +118,9 @@ class Weights:
                 if held.part is not None:
                     made = replace(made, name=f"{name}.{held.part.name}", bits=held.part.bits,
                                    per=max(1, held.part.per))  # fmt: skip
-                layouts[key] = memory.add(made)
+                if made.name in taken:  # another stage has it too
+                    made = replace(made, name=f"{made.name}@{self.base}")
+                layouts[key] = memory.add(replace(made, base=self.base))
             self.storages[held] = layouts[key]
 
     def lookup(self, phase: Any, e: Extracted) -> dict[str, Storage]:

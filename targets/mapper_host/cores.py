@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-_SYSTEM = Path("/sys/devices/system")
+from mapper.runtime.numa import SYSTEM, processors_by_node, spread
 
 
 def allowed() -> list[int]:
@@ -25,34 +25,14 @@ def quota() -> float | None:
         return None
 
 
-def spread(text: str) -> list[int]:
-    """The numbers of a list such as 0-3,8."""
-    found: list[int] = []
-    for part in filter(None, text.strip().split(",")):
-        low, _, high = part.partition("-")
-        found += range(int(low), int(high or low) + 1)
-    return found
-
-
 @cache
 def _siblings(processor: int) -> tuple[int, ...]:
     """The processors that share a physical core."""
-    path = _SYSTEM / f"cpu/cpu{processor}/topology/thread_siblings_list"
+    path = SYSTEM / f"cpu/cpu{processor}/topology/thread_siblings_list"
     try:
         return tuple(spread(path.read_text()))
     except (OSError, ValueError):
         return (processor,)
-
-
-def nodes() -> list[list[int]]:
-    """The processors of each memory node."""
-    found = []
-    for path in sorted(_SYSTEM.glob("node/node[0-9]*/cpulist")):
-        try:
-            found.append(spread(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return found
 
 
 def first_of_each(processors: Iterable[int]) -> list[int]:
@@ -70,7 +50,7 @@ def available() -> list[int]:
     """One processor per physical core that this process may use, no more than its quota grants; those of the
     memory node that has most of them first. At least one."""
     own = first_of_each(allowed()) or list(range(os.cpu_count() or 1))
-    groups = [[p for p in own if p in node] for node in nodes()]
+    groups = [[p for p in own if p in node] for node in processors_by_node().values()]
     rest = [p for p in own if not any(p in g for g in groups)]
     ordered = [p for g in sorted(groups, key=len, reverse=True) for p in g] + rest
     limit = quota()
