@@ -32,14 +32,15 @@ def bounds_of(
     served, item = graphs[phase], item_bytes(form)
     chips = request.chips or chips_for(graphs, machine, item)
     weights = sum(
-        s.count * sum(_read(served, op, item) + _experts(served, op)[0] * item for op in s.ops)
+        s.count * sum(_read(served, op, item) + _experts(served, op, item)[0] for op in s.ops)
         for s in served.sections()
     )
     state = 0
     if phase == "decode":
         state = sum(s.count * sum(_cache(op, item) for op in s.ops) for s in served.sections())
     flops = sum(
-        s.count * sum(_flops(served, op) + _experts(served, op)[1] for op in s.ops) for s in served.sections()
+        s.count * sum(_flops(served, op) + _experts(served, op, item)[1] for op in s.ops)
+        for s in served.sections()
     )
     form = "f32" if form == "f32" else "bf16"
     rate = max(machine.value(k) for k in (f"tensor.{form}", "vector.f32") if k in machine.constants)
@@ -69,14 +70,18 @@ def _weights(graph: Graph, op: DataflowOp) -> int:
     return sum(w.elements for w in found if w is not None)
 
 
-def _experts(graph: Graph, op: DataflowOp) -> tuple[float, float]:
-    """(elements that an even routing reads, operations of the chosen experts' products)."""
+def _experts(graph: Graph, op: DataflowOp, item: int) -> tuple[float, float]:
+    """(bytes that an even routing reads, low-bit ones as stored; operations of the chosen experts'
+    products)."""
     if op.mnemonic != "moe":
         return 0.0, 0.0
-    found = [w for w in (graph.weight(op, name) for name in ("gate", "up", "down")) if w is not None]
+    named = ((graph.weight(op, name), turned_of(op, name)) for name in ("gate", "up", "down"))
+    parts = [(w, turned) for w, turned in named if w is not None]
+    found = [w for w, _ in parts]
     count, tokens, chosen = found[0].shape[0], math.prod(op.operand_shape(0)[:-1]), op.operand_shape(1)[-1]
     each = sum(w.elements for w in found) // count
-    return count * (1 - (1 - chosen / count) ** tokens) * each, 2.0 * tokens * chosen * each
+    size = sum(held_bytes(w, item, turned) for w, turned in parts)
+    return size * (1 - (1 - chosen / count) ** tokens), 2.0 * tokens * chosen * each
 
 
 def _read(graph: Graph, op: DataflowOp, item: int) -> float:

@@ -90,8 +90,8 @@ def _stacks(schedule: Schedule, rows: Rows, mine: list[int]) -> Iterator[Violati
             yield Violation(f"{rows.name(row)} reads no stack of experts", (row,))
         for o in stacks:
             a, n, whole = found.get(o["value"], (0, 0, -1))
-            item = {"f32": 4, "bf16": 2, "f16": 2}[o["dtype"]]
-            want = int(o["stack"]) * int(o["rows"]) * int(o["width"]) * item
+            each = int(o.get("bits", 0)) or 8 * {"u8": 1, "f32": 4, "bf16": 2, "f16": 2}[o["dtype"]]
+            want = int(o["stack"]) * int(o["rows"]) * ((int(o["width"]) * each + 7) // 8)
             if (a, n) != (0, want) or whole != want:
                 yield Violation(f"{rows.name(row)}: bytes {a}..{a + n} of a stack of {want}", (row,))
 

@@ -74,6 +74,8 @@ def _tasks(rows: Rows, program: Any, instruction: Any, mine: Any, sides: Any) ->
         if int(o.get("per", 1)) != max(1, per):
             yield Violation(f"{rows.phase}, block {rows.number}: {name} of other blocks than {block}")
             continue
+        if o["r"] == "expert":
+            continue  # all of a stack, as ExpertsCover holds
         at = offsets[mine] + where[parts[name]]
         if (np.diff(offsets)[mine] <= where[parts[name]]).any():
             yield Violation(f"{rows.phase}, block {rows.number}: not one slice for each operand")

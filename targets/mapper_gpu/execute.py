@@ -68,18 +68,20 @@ class Stack:
         return self.last - self.first
 
     def read(self, task: Task, expert: int) -> Array:
-        """The rows of one expert's weight, as float32. Raises ExecutionFault outside of the stack, or on
-        unwritten bytes."""
+        """The rows of one expert's weight, as float32, packed elements as they are. Raises ExecutionFault
+        outside of the stack, or on unwritten bytes."""
         o = self.operand
         if not 0 <= expert < o.stack:
             task.fail(f"expert {expert} of {o.stack}")
-        row = o.width * o.dtype.itemsize
+        row = o.span(o.width)
         low = self.low + (expert * o.rows + self.first) * row
         size = self.columns * row
         unknown = self.memories.written(self.memory).missing(low, low + size)
         if unknown is not None:
             task.fail(f"byte {unknown} of memory {self.memory} is read and was never written")
         flat = self.memories.data(self.memory)[low : low + size].view(o.dtype)
+        if o.bits:
+            return lowbit_ops.unpacked(flat.reshape(self.columns, row), o.bits, o.width)
         return _floats(flat.reshape(self.columns, o.width))
 
 
@@ -257,7 +259,7 @@ def _expected(task: Task, o: Operand, what: str) -> tuple[tuple[int, int, int, i
     if what == "writes":
         return (r0, r1, c0, c1), _runs(o, r0, r1, c0, c1, item)
     if o.r == "expert":
-        return (r0, r1, c0, c1), [(0, o.stack * o.rows * o.width * item)]
+        return (r0, r1, c0, c1), [(0, o.stack * o.rows * o.span(o.width))]
     low, high = c0 // o.panel, -(-c1 // o.panel)
     begin, end, row = low * o.rows + r0, (high - 1) * o.rows + r1, o.span(o.panel)
     return (r0, r1, c0, c1), [(begin * row, (end - begin) * row)]

@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from mapper.errors import LoweringError
 from mapper_gpu.hardware import ENGINES, Gpu
-from mapper_gpu.product import STAGES, STEP_BYTES, TILE_COLUMNS, Timed
+from mapper_gpu.product import STAGES, STEP_BYTES, TILE_COLUMNS, Low, Timed, unpacking
 from mapper_gpu.timing import grid_seconds, rates
 
 TALLEST = 128
@@ -92,9 +92,9 @@ def routing_of(rows: int, count: int, chosen: int) -> Routing:
 
 @dataclass(frozen=True)
 class Grouped:
-    """One product of experts on one chip: `mats` weights [n, k] per expert, `element` bytes of a weight,
-    `operand` of an element of x, `out` of one of the result; `gathered` where x has the tokens' rows, not the
-    blocks'."""
+    """One product of experts on one chip: `mats` weights [n, k] per expert, `element` bytes of a weight as
+    stored, `operand` of an element of x, `out` of one of the result; `gathered` where x has the tokens' rows,
+    not the blocks'; `low` says how weights are stored where that is in low bits."""
 
     routing: Routing
     n: int
@@ -105,6 +105,7 @@ class Grouped:
     out: float
     engine: str
     gathered: bool
+    low: Low | None = None
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,14 @@ def used(g: Grouped, t: ExpertTile) -> list[int]:
 
 
 def padded(gpu: Gpu, g: Grouped, columns: int, engine: str) -> float:
-    """Operations that the engine works through for one block of a tile."""
+    """Operations that the engine works through for one block of a tile, those that make its operands
+    included."""
     wide, short = gpu.mma[:2] if engine != "vector" else (1, 1)
     if gpu.systolic and engine != "vector":
         wide, short = short, wide
     rows = -(-g.routing.tile // short) * short
-    return 2.0 * rows * (-(-columns * g.mats // wide) * wide) * g.k
+    made = unpacking(gpu, g.low, engine, columns * g.mats * g.k)
+    return 2.0 * rows * (-(-columns * g.mats // wide) * wide) * g.k + made
 
 
 def measure(gpu: Gpu, g: Grouped, t: ExpertTile) -> Timed:

@@ -18,6 +18,7 @@ from mapper_gpu.experts import Routing, routing_of
 from mapper_gpu.extractor import Extractor, View, rule
 from mapper_gpu.hardware import element_bytes
 from mapper_gpu.nodes import Matrix, Pick, Value
+from mapper_gpu.packed import packed_of
 
 
 @rule("route")
@@ -122,16 +123,20 @@ def _stack(
 ) -> Matrix:  # fmt: skip
     """The weights [n, k] of all experts; `turned` where each is stored as [k, n]."""
     weight = c.known(symbol)
-    if weight.packing is not None:
-        c.fail("experts in low bits")
+    low = packed_of(weight, turned)
+    if weight.packing is not None and low is None:
+        c.fail(f"experts in low bits of a kind that tiles do not decode ({weight.packing.scheme.name})")
     n, k = weight.shape[1:][::-1] if turned else weight.shape[1:]
     rows = count or n
     # at least one token's experts are read, whatever the routing
-    c.rows[c.row]["weight_bytes"] += int(how.chosen * rows * k * element_bytes(c.form))
+    each = k * element_bytes(c.form) if low is None else low.row_bytes(k)
+    c.rows[c.row]["weight_bytes"] += int(how.chosen * rows * each)
     c.rows[c.row]["flops"] += 2 * how.pairs * rows * k
     of = 0 if rows == n or pick is not None else n
     used = min(how.count, how.most, max(how.chosen, round(how.distinct)))
-    return Matrix(symbol, rows, k, c.form, used, how.count, first=first, of=of, turned=turned, pick=pick)
+    return Matrix(
+        symbol, rows, k, c.form, used, how.count, first=first, of=of, turned=turned, pick=pick, low=low
+    )
 
 
 def _table(

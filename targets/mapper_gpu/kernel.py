@@ -161,8 +161,8 @@ def grouped_of(section: Section, node: Node) -> Grouped:
     """The product of experts that a node asks for."""
     w, x, y = node.weights[0], section.values[node.inputs[0]], section.values[node.output]
     return Grouped(
-        node.attr("routing"), w.n, w.k, len(node.weights), element_bytes(w.dtype), element_bytes(x.dtype),
-        element_bytes(y.dtype), COMPUTE[w.dtype], node.kind == "expert_up",
+        node.attr("routing"), w.n, w.k, len(node.weights), w.element, element_bytes(x.dtype),
+        element_bytes(y.dtype), COMPUTE[w.dtype], node.kind == "expert_up", _low(node.weights),
     )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ oracle's are dequantised:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import numpy.typing as npt
 from mapper.schedule.dtypes import dtype
 
 if TYPE_CHECKING:
-    from mapper_gpu.execute import Task
+    from mapper_gpu.execute import Stack, Task
 
 Array = npt.NDArray[Any]
 _LAYOUT = {"e4m3": (4, 3, 7), "e2m1": (2, 1, 1)}
@@ -79,13 +81,40 @@ def round_blocks(task: Task, r: dict[str, Any], out: str, x: str, block: int) ->
     r[out] = np.where(step > 0, np.rint(v / np.where(step > 0, step, 1)) * step, 0).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Operands of all experts, made of the parts of one where its block is worked through: `parts` by name,
+    `how` the rest of the instruction."""
+
+    parts: Mapping[str, Stack]
+    how: tuple[str, int, int, str, str]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the product."""
+        return self.parts["values"].columns
+
+    def read(self, task: Task, expert: int) -> Array:
+        """The operand [n, k] of one expert."""
+        r: dict[str, Any] = {name: part.read(task, expert) for name, part in self.parts.items()}
+        zeros = "zeros" if "zeros" in r else None
+        kind, bits, block, scale, form = self.how
+        dequantise(task, r, "out", "values", "scales", zeros, kind, bits, block, scale, form)
+        return np.asarray(r["out"])
+
+
 def dequantise(
     task: Task, r: dict[str, Any], out: str, values: str, scales: str, zeros: str | None, kind: str,
     bits: int, block: int, scale: str, form: str,
 ) -> None:  # fmt: skip
     """out [n, k]: operands of the tensor core, rounded to `form`, of codes [n, k], with scales and zeros
-    [n, blocks] (one per row where `block` is 0). Coordinates begin at a block."""
+    [n, blocks] (one per row where `block` is 0). Coordinates begin at a block. Of stacks, whose experts the
+    blocks name, they are made when these are read."""
     codes = r[values]
+    if not isinstance(codes, np.ndarray):
+        stacks = {"values": codes, "scales": r[scales]} | ({} if zeros is None else {"zeros": r[zeros]})
+        r[out] = Decoded(stacks, (kind, bits, block, scale, form))
+        return
     rows, columns = codes.shape
     if bits not in _KINDS.get(kind, ()) or form not in ("f32", *_ROUNDED):
         task.fail(f"codes of {bits} bits of {kind}, operands of {form}")

@@ -95,12 +95,13 @@ class Packed:
 
 def packed_of(weight: WeightSymbol, turned: bool = False) -> Packed | None:
     """How a weight is held in low bits; None where its values are (blocks across K, in another order, or of
-    half bytes; stacks; types that are not known). `turned` says that the product takes it as [K, N]."""
+    half bytes; stacks of plain integers; types that are not known). `turned` says that the product takes it
+    as [K, N]."""
     packing = weight.packing
-    if packing is None or len(weight.shape) != 2 or packing.order is not None:
+    if packing is None or len(weight.shape) not in (2, 3) or packing.order is not None:
         return None
     if packing.scheme.layout == "plain":
-        return _plain(packing, weight.shape, turned)
+        return _plain(packing, weight.shape, turned) if len(weight.shape) == 2 else None
     scheme, zeros, scales = packing.scheme, packing.zeros, packing.scales.dtype
     if turned or scales not in SCALES or (scales == "u8" and scheme.kind != "e2m1"):
         return None
@@ -141,8 +142,8 @@ def held_bytes(weight: WeightSymbol, item: float, turned: bool = False) -> float
     held = packed_of(weight, turned)
     if held is None:
         return weight.elements * item
-    n, k = weight.shape[::-1] if turned else weight.shape
-    return n * held.row_bytes(k)
+    k = weight.shape[-2 if turned else -1]
+    return weight.elements // k * held.row_bytes(k)
 
 
 def used(graph: Graph) -> Iterator[tuple[str, WeightSymbol, bool]]:

@@ -71,7 +71,19 @@ def experts_program(b: Builder, node: Node) -> None:
 
 
 def _product(b: Builder, name: str, x: str, blocks: str, weight: Matrix) -> str:
-    stack = b.read(weight.label, "expert", "all", f"stack:{weight.label}")
+    stack = _stack(b, weight)
     out = b.register(name)
     b.emit("expert_matmul", out, x, blocks, stack, weight.dtype)
     return out
+
+
+def _stack(b: Builder, w: Matrix) -> str:
+    """A register with the weights of all experts; of low-bit ones the operands that are made when a block is
+    worked through."""
+    if w.low is None:
+        return b.read(w.label, "expert", "all", f"stack:{w.label}")
+    parts = {p.name: b.read(f"{w.label}.{p.name}", "expert", "all", f"stack:{w.label}.{p.name}")
+             for p in w.low.parts}  # fmt: skip
+    made = b.register(f"stack:{w.label}.operand")
+    b.dequantise(made, parts, w)
+    return made

@@ -71,6 +71,12 @@ class Builder:
         """Add an instruction."""
         self.code.append(list(instruction))
 
+    def dequantise(self, out: str, parts: Mapping[str, str], w: Matrix) -> None:
+        """Make operands of a low-bit weight's parts, by the registers that they are in."""
+        assert w.low is not None
+        self.emit("dequantise", out, parts["values"], parts["scales"], parts.get("zeros"), w.low.kind,
+                  w.low.bits, w.low.block, w.low.scale, w.dtype)  # fmt: skip
+
     def json(self) -> Json:
         """The program as plain data."""
         return {"kind": self.kind, "reads": self.reads, "writes": self.writes, "code": self.code}
@@ -187,8 +193,7 @@ def _weight(b: Builder, w: Matrix, i: int) -> str:
     parts = {p.name: b.read(f"{w.label}.{p.name}", "n", "k" if p.per else "all", f"w{i}.{p.name}")
              for p in w.low.parts}  # fmt: skip
     made = b.register(f"{w.label}.operand{i}")
-    b.emit("dequantise", made, parts["values"], parts["scales"], parts.get("zeros"), w.low.kind, w.low.bits,
-           w.low.block, w.low.scale, w.dtype)  # fmt: skip
+    b.dequantise(made, parts, w)
     return made
 
 

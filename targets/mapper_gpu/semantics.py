@@ -25,7 +25,7 @@ class GpuSemantics:
     Layouts: "copies" (the array in C order on every chip), "panels" ([rows, width] as width/panel blocks,
     cut among chips along n or k, or copied; with "bits" the array's rows are `columns` packed elements (an
     element each where "loose"), and a panel's rows are packed too), "stack" ([experts, n, k] in C order, cut
-    likewise), "cache" ([heads, batch, positions, elements], heads cut among chips)."""
+    likewise, packed likewise), "cache" ([heads, batch, positions, elements], heads cut among chips)."""
 
     def place(self, schedule: Schedule, port: Port, array: Array, memories: Memories) -> None:
         """Write the array into the buffers of all chips."""
@@ -71,16 +71,14 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
             yield from [part] * copies
         return
     if layout["kind"] == "stack" and array.ndim == 3:
-        yield from _cut(array, {"n": 1, "k": 2, "": None}[layout["split"]], count, int(layout["copies"]))
+        array, bits = _unpacked(port, array)
+        axis = {"n": 1, "k": 2, "": None}[layout["split"]]
+        for piece in _cut(array, axis, count, int(layout["copies"])):
+            yield lowbit_ops.packed(piece, bits) if bits else piece
         return
     if layout["kind"] != "panels" or array.ndim != 2:
         raise ExecutionFault(f"port {port.name}: unknown layout {layout['kind']!r}")
-    bits = int(layout.get("bits", 0))
-    if bits:
-        columns = int(layout["columns"])
-        if bits not in (2, 4, 8):
-            raise ExecutionFault(f"port {port.name}: elements of {bits} bits")
-        array = array if layout.get("loose") else lowbit_ops.unpacked(array, bits, columns)
+    array, bits = _unpacked(port, array)
     axis = {"n": 0, "k": 1, "": None}[layout["split"]]
     if axis == 0 and array.shape[0] == 1:
         axis = 1
@@ -88,6 +86,15 @@ def _parts(port: Port, array: Array) -> Iterator[Array]:
     for piece in _cut(array, axis, count, int(layout.get("copies", 1))):
         blocks = piece.reshape(piece.shape[0], -1, panel).transpose(1, 0, 2)
         yield lowbit_ops.packed(blocks, bits) if bits else blocks
+
+
+def _unpacked(port: Port, array: Array) -> tuple[Array, int]:
+    """(an element each, bits of one; 0: they are not packed)."""
+    bits = int(port.layout.get("bits", 0))
+    if bits not in (0, 2, 4, 8):
+        raise ExecutionFault(f"port {port.name}: elements of {bits} bits")
+    loose = not bits or port.layout.get("loose")
+    return (array if loose else lowbit_ops.unpacked(array, bits, int(port.layout["columns"]))), bits
 
 
 def _cut(array: Array, axis: int | None, count: int, copies: int) -> list[Array]:

@@ -147,8 +147,8 @@ class Weights:
             shape = self._whole(held)
             layout = _layout(held, s.panel)
             if held.part is not None and held.part.bits:
-                stored = self._stored(held, shape[0])
-                layout |= {"bits": held.part.bits, "columns": shape[1]}
+                stored = self._stored(held, shape[:-1])
+                layout |= {"bits": held.part.bits, "columns": shape[-1]}
                 layout |= {"loose": True} if stored is None else {}
                 shape = stored or shape
             buffers = tuple(range(s.first, s.first + self.chips))
@@ -166,14 +166,14 @@ class Weights:
             )
         return found
 
-    def _stored(self, held: Held, rows: int) -> tuple[int, int] | None:
+    def _stored(self, held: Held, rows: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape of an array of packed elements, whole rows as the file has them; None where the array has
         an element for each."""
         symbol, part = self.symbols[held.symbol], self._part(held)
         assert symbol.packing is not None
         if symbol.packing.scheme.layout == "plain" or part is None:
             return None
-        return rows, part.elements // symbol.shape[0]
+        return *rows, part.elements // math.prod(symbol.shape[:-1])
 
     def _part(self, held: Held) -> WeightSymbol | None:
         """The stored array of a part; None for zero points that are all 0."""
@@ -192,8 +192,13 @@ class Weights:
 
     def _source(self, held: Held, shape: tuple[int, ...]) -> Json:
         symbol = self.symbols[held.symbol]
+        if held.kind == "stack" and held.part is not None:
+            part = self._part(held)
+            assert part is not None
+            dims = [*symbol.shape[:2], part.elements // math.prod(symbol.shape[:2])]
+            return _stacked(held, ["reshape", weight_source(part).expression, dims], dims, shape)
         if held.kind in ("stack", "vectors"):
-            return _stacked(held, symbol, shape)
+            return _turned_stack(held, symbol, shape)
         if held.part is not None:
             return self._coded(held, symbol.shape[0])
         source: Json = weight_source(symbol).expression
@@ -235,8 +240,8 @@ class Weights:
                 source = ["reshape", source, [rows, part.elements // rows]]
         n = self._whole(held)[0]
         if held.pick is not None:
-            stored = self._stored(held, rows)
-            return _picked(source, held.pick, [rows, held.k if stored is None else stored[1]])
+            stored = self._stored(held, (rows,))
+            return _picked(source, held.pick, [rows, held.k if stored is None else stored[-1]])
         return source if n == rows else ["slice", source, 0, held.first, held.first + n]
 
     def _plain(self, held: Held, part: WeightSymbol | None, rows: int) -> Json:
@@ -282,7 +287,7 @@ def _layout(held: Held, panel: int) -> dict[str, Any]:
     return {"kind": "panels", "panel": panel, "split": split, "copies": held.copies}
 
 
-def _stacked(held: Held, symbol: WeightSymbol, shape: tuple[int, ...]) -> Json:
+def _turned_stack(held: Held, symbol: WeightSymbol, shape: tuple[int, ...]) -> Json:
     """The expression of a stack [experts, n, k], or of a table [experts, n]."""
     source: Json = weight_source(symbol).expression
     if numpy_dtype(symbol.dtype).name != NUMPY[held.dtype]:
@@ -290,6 +295,11 @@ def _stacked(held: Held, symbol: WeightSymbol, shape: tuple[int, ...]) -> Json:
     dims = list(symbol.shape)
     if held.kind == "stack" and held.turned:
         source, dims = ["transpose", source, [0, 2, 1]], [dims[0], dims[2], dims[1]]
+    return _stacked(held, source, dims, shape)
+
+
+def _stacked(held: Held, source: Json, dims: list[int], shape: tuple[int, ...]) -> Json:
+    """The rows of each expert's array that are held, of an array of `dims`."""
     if held.pick is not None:
         rest = dims[2:]
         k = math.prod(rest)
