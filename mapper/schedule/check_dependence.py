@@ -62,9 +62,15 @@ class _Space:
         r, w = times.reads.slices, times.writes.slices
         writes = [base[w.buffer] + edge for edge in (w.low, w.high)]
         edges = np.unique(np.concatenate([base, *writes]))
-        low, high = (base[r.buffer] + edge for edge in (r.low, r.high))
-        first = np.searchsorted(edges, low, side="right") - 1
-        last = np.searchsorted(edges, high, side="left")
+        # what nobody writes, as weights, is whole buffers: no search
+        made = np.zeros(len(sizes), np.bool_)
+        made[w.buffer] = True
+        some = np.flatnonzero(made[r.buffer])
+        first = np.searchsorted(edges, base)[r.buffer]
+        last = first + 1
+        low, high = (base[r.buffer[some]] + edge[some] for edge in (r.low, r.high))
+        first[some] = np.searchsorted(edges, low, side="right") - 1
+        last[some] = np.searchsorted(edges, high, side="left")
         a, b = (np.searchsorted(edges, w) for w in writes)
         return _Space(len(edges), base, edges, (_int(first), _int(last)), (_int(a), _int(b)))
 
@@ -157,7 +163,7 @@ def _joined(times: Timeline, space: _Space) -> tuple[_Uses, tuple[Int, Int]]:
     buffer stay as they are. Reads of what nobody writes, as of weights, are left out."""
     reads = _written(times, space)
     count = len(times.start) + 1
-    own = _among(reads.buffer * count + reads.step, times.writes.buffer * count + times.writes.step)
+    own = _in_place(reads, times.writes, count)
     used = np.unique(reads.part)
     alike = np.zeros(len(space.reads[0]), np.int64)
     ranges = space.reads[0][used] * space.size + space.reads[1][used]
@@ -185,6 +191,25 @@ def _joined(times: Timeline, space: _Space) -> tuple[_Uses, tuple[Int, Int]]:
     part = _int(reads.part[rows])
     made = _Uses(_int(reads.step[rows]), reads.slices.buffer[part], begin[first], last, part)
     return made, _rows(space.reads, part)
+
+
+def _in_place(reads: Accesses, writes: Accesses, count: int) -> npt.NDArray[np.bool_]:
+    """Which reads are of a buffer that their step writes too."""
+    each = np.bincount(writes.step, minlength=count)
+    first, buffer = np.cumsum(each) - each, writes.buffer
+    mine, own = reads.buffer, np.zeros(len(reads), np.bool_)
+    for k in range(min(_FEW, int(each.max(initial=0)))):
+        written = np.where(each > k, buffer[np.minimum(first + k, len(buffer) - 1)], -1)
+        own |= written[reads.step] == mine
+    many = np.flatnonzero(each[reads.step] > _FEW)
+    if len(many):
+        keys = writes.buffer * count + writes.step
+        own[many] = _among(mine[many] * count + reads.step[many], keys)
+    return own
+
+
+_FEW = 2
+"""Slices that most steps write at most."""
 
 
 def _written(times: Timeline, space: _Space) -> Accesses:

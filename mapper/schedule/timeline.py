@@ -136,19 +136,26 @@ def _unroll(schedule: Schedule, program: Program) -> Timeline:
     base = np.cumsum([0] + [len(p["start"]) for p in parts])
     # a program may have millions of steps: what is no longer needed goes at once
     columns = {k: _cat([p.pop(k) for p in parts]) for k in _SCALARS}
-    # the sort is stable, and the columns are in order of block, repetition and row
-    order = np.lexsort((columns["unit"], columns["start"]))
-    for k in _SCALARS:
-        columns[k] = columns[k][order]
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    del order
+    place = np.arange(len(columns["start"]), dtype=np.int32)
+    # the columns are in order of block, repetition and row; where these follow each other in time that is all
+    if not _in_time(columns["start"], columns["unit"]):
+        order = np.lexsort((columns["unit"], columns["start"]))  # a stable sort
+        for k in _SCALARS:
+            columns[k] = columns[k][order]
+        place[order] = np.arange(len(order))
+        del order
     timing = access_times(schedule)
     reads, writes = (
         _join([_unroll_slices(b, which) for b in program.blocks], base, place, columns, which, timing)
         for which in _SIDES
     )
     return Timeline(**columns, reads=reads, writes=writes)
+
+
+def _in_time(start: Int, unit: Int) -> bool:
+    """Whether steps are in order of their starts, and of units where these are equal."""
+    before, after = start[:-1], start[1:]
+    return not ((after < before) | ((after == before) & (unit[1:] < unit[:-1]))).any()
 
 
 _SIDES: tuple[Side, Side] = ("reads", "writes")
@@ -218,24 +225,25 @@ def _distinct(columns: tuple[Int, ...]) -> tuple[Int, Int]:
 def _join(
     parts: list[tuple[Short, Short, Slices]],
     base: Int,
-    place: Int,
+    place: Short,
     columns: dict[str, Int],
     which: Side,
     timing: tuple[Int, Int] | None,
 ) -> Accesses:
-    place = place.astype(np.int32)
     step = np.concatenate([_NONE, *(place[p[0] + b] for p, b in zip(parts, base, strict=False))])
     first = np.cumsum([0, *(len(p[2].buffer) for p in parts)])
     part = np.concatenate([_NONE, *(p[1] + np.int32(f) for p, f in zip(parts, first, strict=False))])
     slices = Slices(*(_cat([getattr(p[2], k) for p in parts]) for k in ("buffer", "low", "high")))
     parts.clear()
-    order = np.argsort(step, kind="stable")
+    if (step[1:] < step[:-1]).any():
+        order = np.argsort(step, kind="stable")
+        step, part = step[order], part[order]
     begin, end = columns["start"], columns["end"]
     if timing is not None:
         offset = timing[_SIDES.index(which)][columns["opcode"]]
         exact = columns["start"] + offset
         begin, end = np.where(offset >= 0, exact, begin), np.where(offset >= 0, exact, end)
-    return Accesses(step[order], part[order], slices, (begin, end))
+    return Accesses(step, part, slices, (begin, end))
 
 
 _NONE = np.zeros(0, np.int32)
