@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mapper.schedule.tables import Phase, Request, Schedule
 
 __all__ = [
-    "GROUP", "Array", "Artifact", "Backend", "Explains", "Finding", "Memories", "Semantics", "WeightSource",
-    "Written", "discover", "load", "weight_format", "weight_source",
+    "GROUP", "Array", "Artifact", "Backend", "Explains", "Finding", "Memories", "Semantics", "SharesOut",
+    "WeightSource", "Written", "discover", "load", "weight_format", "weight_source",
 ]  # fmt: skip
 
 
@@ -64,6 +64,14 @@ class Explains(Protocol):
 
     def explain(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, Sequence[Finding]]:
         """Tables per phase, most telling first, from the schedule and the machine alone."""
+
+
+@runtime_checkable
+class SharesOut(Protocol):
+    """What a backend may offer beside the Backend protocol: `Request.parallel` says how it shares a model out
+    among chips."""
+
+    takes_parallel: bool
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def build(
     backend = targets.load(target)
     chip = machine_for(backend, machine)
     held = targets.weight_format(backend, weights)
-    if parallel and not getattr(backend, "takes_parallel", False):
+    if parallel and not isinstance(backend, targets.SharesOut):
         raise UsageError(f"{backend.name}: --parallel is for targets that share a model out, as gpu")
     request = replace(_request(phase, batch, context, prompt, held, chips), parallel=parallel)
     folder = _free(out)

@@ -3,9 +3,7 @@ scratchpads."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from mapper.backend import Artifact, Finding, Semantics
 from mapper.bounds import Bound
+from mapper.collector import without_collector
 from mapper.errors import LoweringError
 from mapper.machine import Machine
 from mapper_gpu.view import ServingView
@@ -31,7 +30,7 @@ class GpuBackend(ServingView):
     """See mapper.backend.Backend."""
 
     name: str = "gpu"
-    summary: str = "GPUs and other HBM machines: fused kernels as tiles on SMs, tensor parallel over --chips"
+    summary: str = "GPUs and other HBM machines: fused kernels as tiles on SMs, over several --chips"
     default_machine: str = "h100-sxm"
     takes_parallel: bool = True
     formats: tuple[str, ...] = ("f32", "bf16", "f16", "int8", "int8row", "int4", "f8e4m3", "mxfp4")
@@ -56,7 +55,7 @@ class GpuBackend(ServingView):
         form = form_of(graph, request.weights, "tensor.f16" in machine.constants)
         graphs = serving_forms(graph, request)
         chips = request.chips or chips_for(graphs, machine, item_bytes(form))
-        with _without_collector():
+        with without_collector():
             return lower(graphs, graph, machine, request, degrees_of(request.parallel, chips), form)
 
     def semantics(self) -> Semantics:
@@ -102,19 +101,6 @@ class GpuBackend(ServingView):
         from mapper_gpu.artifacts import artifacts
 
         return artifacts(schedule)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Runs its body without Python's cyclic garbage collector: tables of tasks are many small objects, none
-    of them in cycles."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 _forms: WeakKeyDictionary[Graph, dict[tuple[object, ...], Graph]] = WeakKeyDictionary()

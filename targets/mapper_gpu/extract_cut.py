@@ -75,7 +75,7 @@ def view_of_cut(c: Extractor, view: View, to: tuple[int, ...]) -> View:
     of: Cut = view.data
     b, s = c.batch, c.tokens
     lead = of.axes.rstrip("i")
-    if lead not in ("bs", "r") and not _still(of, b, s):
+    if lead not in ("bs", "r") and not still(of.axes, of.ids.shape, b, s):
         c.fail(f"reshape to {to} of columns before tokens")
     if to[:2] == (b, s) and len(to) > 2:
         axes, inner = "bs", to[2:]
@@ -90,12 +90,12 @@ def view_of_cut(c: Extractor, view: View, to: tuple[int, ...]) -> View:
     return View("", "cut", Cut(of.source, of.ids.reshape(inner), axes + "i" * len(inner)))
 
 
-def _still(of: Cut, b: int, s: int) -> bool:
-    """Whether bringing batch and tokens to the front moves no element: what they pass has one row."""
-    sizes = [b if x == "b" else s if x == "s" else 0 for x in of.axes]
-    inner = iter(of.ids.shape)
-    sizes = [next(inner) if x == "i" else n for x, n in zip(of.axes, sizes, strict=True)]
-    order = sorted(range(len(sizes)), key=lambda i: ("bsri".index(of.axes[i]), i))
+def still(axes: str, columns: Sequence[int], b: int, s: int) -> bool:
+    """Whether bringing batch and tokens to the front moves no element of a value of these axes (see `Cut`),
+    whose axes of columns have these sizes: what they pass has one row."""
+    inner = iter(columns)
+    sizes = [next(inner) if x == "i" else {"b": b, "s": s}.get(x, 0) for x in axes]
+    order = sorted(range(len(sizes)), key=lambda i: ("bsri".index(axes[i]), i))
     busy = [i for i in order if sizes[i] > 1]
     return busy == sorted(busy)
 

@@ -143,7 +143,8 @@ def _attention(c: Extractor, op: DataflowOp) -> None:
 
 def constant(c: Extractor, name: str, array: Array) -> dict[str, Any]:
     """A vector per head that the graph has as attributes."""
-    known = next((n for n, w in c.constants.items() if np.array_equal(w.data, array)), None)  # type: ignore[arg-type]
+    held = ((n, w.data) for n, w in c.constants.items())
+    known = next((n for n, data in held if data is not None and np.array_equal(data, array)), None)
     symbol = known or f"{name}.{len(c.constants)}"
     c.constants[symbol] = WeightSymbol.of(symbol, array, derived=True)
     return {"symbol": symbol, "length": array.size, "split": "n"}

@@ -22,8 +22,8 @@ NUMPY = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64",
 @dataclass(eq=False)
 class Storage:
     """One value on every chip of a stage, whose first chip is `base`: the same number of bytes at the same
-    offset, one buffer per chip. `count`
-    arrays [rows, width] behind each other are a stack, of which a task reads what its data says.
+    offset, one buffer per chip. `count` arrays [rows, width] behind each other are a stack, of which a task
+    reads what its data says.
 
     `bits` is the size of packed elements (0: `dtype`'s own); a column stands for `per` columns of K."""
 

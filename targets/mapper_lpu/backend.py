@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mapper.backend import Artifact, Semantics
 from mapper.bounds import Bound
+from mapper.collector import without_collector
 from mapper.errors import CapacityError, LoweringError, UsageError
 from mapper.machine import Machine
 from mapper.schedule.tables import ModelRef, Phase, Request, Schedule
@@ -57,7 +56,7 @@ class LpuBackend:
             phase: extract(served, phase, ids[phase], request.context) for phase, served in graphs.items()
         }
         declared = {name: symbol for g in graphs.values() for name, symbol in g.weights.items()}
-        with _without_collector():  # millions of small objects, none of them in cycles
+        with without_collector():  # millions of small objects, none of them in cycles
             lowered = lower(decoders, machine, declared)
         plan = {
             "arithmetic": {"matmul": "float16", "accumulate": "float32", "key_cache": "float16"},
@@ -110,18 +109,6 @@ class LpuBackend:
         from mapper_lpu.artifacts import artifacts
 
         return artifacts(schedule)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Runs its body without Python's cyclic garbage collector."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _check_capacity(graph: Graph, machine: Machine) -> None:

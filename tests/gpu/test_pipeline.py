@@ -6,6 +6,7 @@ import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -133,9 +134,9 @@ def test_the_cut_is_the_best_of_all(seed: int) -> None:
         ({"chips": 64, "parallel": "pp=64"}, "pipeline stages"),
     ],
 )
-def test_bad_requests_are_refused(options: dict[str, object], reason: str) -> None:
+def test_bad_requests_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(MapperError, match=reason):
-        driver.build(EXAMPLE, "gpu", prompt=4, context=8, **options)  # type: ignore[arg-type]
+        driver.build(EXAMPLE, "gpu", prompt=4, context=8, **options)
 
 
 def test_other_targets_refuse_it() -> None:
