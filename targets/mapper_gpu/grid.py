@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mapper_gpu import flash, programs
-from mapper_gpu.collective import GATHER, ONE_SHOT, SEND, Collective
 from mapper_gpu.flash import pieces
+from mapper_gpu.grid_collective import collective_tasks
 from mapper_gpu.grid_experts import expert_tasks, route_task
 from mapper_gpu.hardware import ENGINES, Gpu
 from mapper_gpu.kernel import Branch, Kernel, attention_of, product_of
@@ -18,7 +18,7 @@ from mapper_gpu.nodes import HEADS, Section
 from mapper_gpu.product import STAGES, Product, Tile, lane_width, stage_bytes, unpacking
 from mapper_gpu.programs import Builder, Columns
 from mapper_gpu.storage import Storage
-from mapper_gpu.timing import LINK, MERGE, NETWORK, NONE
+from mapper_gpu.timing import MERGE, NONE
 
 OPCODES = (
     "product", "product_merge", "attention", "attention_merge", "rows", "heads", "collective", "experts",
@@ -95,13 +95,13 @@ class Maker:
         made = Grid(kernel)
         partial = f"{self.label}.k{number}"
         kinds = {
-            "product": self._product, "attention": self._attention, "collective": self._collective,
-            "heads": self._heads, "rows": self._rows,
+            "product": self._product, "attention": self._attention, "heads": self._heads, "rows": self._rows,
         }  # fmt: skip
         if kernel.kind in kinds:
             kinds[kernel.kind](made, partial)
         else:
-            {"experts": expert_tasks, "route": route_task}[kernel.kind](self, made, partial)
+            others = {"experts": expert_tasks, "route": route_task, "collective": collective_tasks}
+            others[kernel.kind](self, made, partial)
         return made
 
     # products ------------------------------------------------------------------------------------
@@ -315,92 +315,6 @@ class Maker:
                 task.far, task.near, task.work = timed.far / count, timed.near / count, timed.work / count
                 task.engine, task.lead = ENGINES.index("vector"), NONE
                 grid.tasks.append(task)
-
-    def _collective(self, grid: Grid, partial: str) -> None:
-        kernel = grid.kernel
-        nodes, made = self.section.nodes, kernel.collective
-        assert made is not None
-        if made.algorithm == SEND:
-            self._receive(grid)
-            return
-        head, epilogue = nodes[kernel.nodes[0]], kernel.nodes[1:]
-        source, value = head.inputs[0], self.section.values[head.output]
-        at = (0, value.rows, 0, value.width, 0, 0)
-        if made.algorithm in (ONE_SHOT, GATHER):
-            b = self.builder("collective")
-            if made.algorithm == GATHER:
-                programs.gather_program(b, source, head.output, self.group, epilogue, kernel.stores, 0)
-            else:
-                programs.reduce_program(b, source, head.output, self.group, epilogue, kernel.stores, "all")
-            kept = self.keep(b)
-            self._link(grid, b, kept, at, head.op, made.bytes, kernel.timed.far, 0, across=made.across)
-            return
-        share, bytes_ = value.width // self.chips, self._carried(made)
-        self.new(Storage(f"{partial}.share", value.rows, value.width, "f32", share))
-        first = self.builder("collective")
-        first.emit("sum", "sum", [first.read(source, "m", "n", chip=c) for c in self.group])
-        first.write(f"{partial}.share", "sum", "m", "n")
-        kept = self.keep(first)
-        for chip in range(self.chips):
-            mine = (0, value.rows, chip * share, (chip + 1) * share, 0, 0)
-            self._link(grid, first, kept, mine, head.op, bytes_ / 2, 0.0, 0, chip, made.across)
-        second = self.builder("collective")
-        programs.gather_program(
-            second, f"{partial}.share", head.output, self.group, epilogue, kernel.stores, share
-        )
-        kept = self.keep(second)
-        self._link(grid, second, kept, at, head.op, bytes_ / 2, kernel.timed.far, 1, across=made.across)
-
-    def _carried(self, made: Collective) -> float:
-        """Bytes of an all-reduce in two exchanges; between domains those that take as long at the network's
-        rate as its shares inside and between domains, and its further rounds, together."""
-        if not made.across:
-            return made.bytes
-        rounds = 2 * (self.gpu.link_latency + self.gpu.network_latency)
-        return (made.seconds - rounds) * min(self.gpu.link, self.gpu.network)
-
-    def _receive(self, grid: Grid) -> None:
-        """Each chip reads from its peer in the stage that sends: a task with a program of its own."""
-        kernel, values = grid.kernel, self.section.values
-        made = kernel.collective
-        assert made is not None
-        rows = max(values[v].rows for v in kernel.stores)
-        width = max(values[v].width for v in kernel.stores)
-        for chip in range(self.chips):
-            b = self.builder("collective")
-            for source, v in zip(kernel.reads, kernel.stores, strict=True):
-                peer = self.storage[source].base + chip
-                b.write(v, b.read(source, "all", "all", chip=peer), "all", "all")
-            self._link(
-                grid,
-                b,
-                self.keep(b),
-                (0, rows, 0, width, 0, 0),
-                -1,
-                made.bytes,
-                kernel.timed.far,
-                0,
-                chip,
-                made.across,
-            )
-
-    def _link(
-        self,
-        grid: Grid,
-        b: Builder,
-        program: int,
-        at: Coordinates,
-        op: int,
-        near: float,
-        far: float,
-        stage: int,
-        chip: int = -1,
-        across: bool = False,
-    ) -> None:
-        task = self.task(b, program, "collective", at, op)
-        lead = NETWORK if across else LINK
-        task.near, task.far, task.lead, task.stage, task.chip = near, far, lead, stage, chip
-        grid.tasks.append(task)
 
     # slices --------------------------------------------------------------------------------------
 
