@@ -25,6 +25,8 @@ def partition(program: Program, degrees: Degrees) -> Program:
     """One chip's part of a program: every chip's is the same but for the weights and caches it holds.
 
     Raises LoweringError where heads, columns or experts do not divide."""
+    if degrees.expert > 1 and not any(n.kind in EXPERTS for e in program.sections for n in e.section.nodes):
+        raise LoweringError(f"gpu: ep={degrees.expert} of a model without experts")
     program = replace(program, sections=tuple(own_experts(e, degrees) for e in program.sections))
     if degrees.tensor == 1:
         return program

@@ -167,6 +167,8 @@ def test_degrees_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     for options, reason in refused:
         with pytest.raises(MapperError, match=reason):
             driver.build(model, "gpu", prompt=4, context=8, **options)
+    with pytest.raises(MapperError, match="without experts"):
+        driver.build(EXAMPLE, "gpu", prompt=4, context=8, chips=2, parallel="tp=2,ep=2")
 
 
 def test_explain_says_what_the_fullest_group_reads(tmp_path: Path) -> None:
