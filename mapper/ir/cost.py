@@ -219,20 +219,34 @@ def _rope(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
     return Cost(turned * 3, base.read, base.written, rows if op.mnemonic == "rope_at" else ZERO)
 
 
+def _scale(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
+    x = tensor_type(op.operands[0])
+    return Cost(x.elements, base.read, base.written, x.shape[op.attr("axis")] * (BITS["f32"] // 8))
+
+
+def seen_from(position: int, window: int, chunk: int) -> int:
+    """The first position that a causal query at `position` sees (see `attention`)."""
+    return max(0, position + 1 - window if window else 0, position - position % chunk if chunk else 0)
+
+
+def _chunk(op: DataflowOp) -> int:
+    return int(op.attr("chunk")) if op.mnemonic in ("attention", "cached_attention") else 0
+
+
 def attended_pairs(op: DataflowOp) -> Dim:
     """(query, key) pairs per head and batch element that the mask lets through, at a full cache.
 
-    Exact for static shapes; for symbolic ones a window counts as min(window, all tokens) per query."""
+    Exact for static shapes; for symbolic ones a window, or a run, counts as min(it, all tokens) per query."""
     q, k = tensor_type(op.operands[0]), tensor_type(op.operands[1])
-    tokens, keys, window = q.shape[2], k.shape[2], op.attr("window")
+    tokens, keys, window, chunk = q.shape[2], k.shape[2], op.attr("window"), _chunk(op)
     causal = op.mnemonic in ("cached_attention", "cached_latent_attention") or op.attr("causal")
     if not causal:
         return tokens * keys
     if tokens.is_const and keys.is_const:
         s, t = tokens.value, keys.value
-        return Dim.of(sum(min(t - s + i + 1, window or t) for i in range(s)))
-    if window:
-        return tokens * Dim.min(keys, window)
+        return Dim.of(sum(p + 1 - seen_from(p, window, chunk) for p in range(t - s, t)))
+    if window or chunk:
+        return tokens * Dim.min(keys, min(n for n in (window, chunk) if n))
     return tokens * (keys - tokens) + tokens * (tokens + 1) // 2
 
 
@@ -240,8 +254,13 @@ def _attention(op: DataflowOp, weights: Lookup, base: Cost) -> Cost:
     q, v = tensor_type(op.operands[0]), tensor_type(op.operands[2])
     per_pair = (q.shape[3] + v.shape[3]) * 2 + 5 + (2 if op.attr("softcap") else 0)
     flops = q.shape[0] * q.shape[1] * attended_pairs(op) * per_pair
-    keys, window = tensor_type(op.operands[1]), op.attr("window")
-    rows = Dim.min(keys.shape[2], q.shape[2] + window - 1) if window else keys.shape[2]
+    keys, window, chunk = tensor_type(op.operands[1]), op.attr("window"), _chunk(op)
+    tokens, total = q.shape[2], keys.shape[2]
+    rows = total
+    if chunk and tokens.is_const and total.is_const:
+        rows = total - seen_from(total.value - tokens.value, window, chunk)
+    elif window or chunk:
+        rows = Dim.min(total, tokens + min(n for n in (window, chunk) if n) - 1)
     unread = (keys.shape[2] - rows) * (
         keys.bytes // keys.shape[2] + tensor_type(op.operands[2]).bytes // v.shape[2]
     )
@@ -271,6 +290,7 @@ _SPECIAL: dict[str, Callable[[DataflowOp, Lookup, Cost], Cost]] = {
     "activation": _activation,
     "rope": _rope,
     "rope_at": _rope,
+    "scale_at": _scale,
     "attention": _attention,
     "cached_attention": _attention,
     "cached_latent_attention": _latent_attention,

@@ -13,6 +13,7 @@ from mapper.ir.serving import (
     CachedLatentAttentionOp,
     EmbedAtOp,
     RopeAtOp,
+    ScaleAtOp,
 )
 from mapper.ir.transformer import (
     ActivationOp,
@@ -91,6 +92,14 @@ def _rope_at(call: Call) -> Types:
     x, table = call.type("x"), call.weight("table")
     call.need(x.rank == 4, f"x is {x}")
     call.need(table.rank == 3 and table.shape[2] * 2 == Dim.of(call.attrs["rotary_dim"]), f"table is {table}")
+    return [x]
+
+
+@rule(ScaleAtOp)
+def _scale_at(call: Call) -> Types:
+    x, table, axis = call.type("x"), call.weight("table"), call.attrs.get("axis", -2)
+    call.need(-x.rank <= axis < 0, f"axis {axis} of {x}")
+    call.need(table.rank == 1, f"table is {table}, not a vector")
     return [x]
 
 

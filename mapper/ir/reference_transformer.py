@@ -124,6 +124,13 @@ def _rope_at(s: Step) -> Array:
     return np.concatenate([_rotate(x[..., :width], cos, sin, s.attr("style")), x[..., width:]], axis=-1)
 
 
+@meaning("scale_at")
+def _scale_at(s: Step) -> Array:
+    x, axis, first = s.arg("x"), s.attr("axis"), int(s.arg("past_length"))
+    factors = np.take(s.need("table"), np.arange(first, first + x.shape[axis]))
+    return np.asarray(x * factors.reshape(-1, *[1] * (-axis - 1)).astype(x.dtype))
+
+
 @meaning("kv_append")
 def _kv_append(s: Step) -> Array:
     return np.concatenate([s.arg("past"), s.arg("new")], axis=2)
@@ -222,7 +229,8 @@ def _latent_rows(s: Step, q: Array, latent: Array, rope_key: Array) -> tuple[Arr
 @meaning("cached_attention")
 def _cached_attention(s: Step) -> Array:
     filled = int(s.arg("past_length")) + s.arg("q").shape[2]
-    return _over_cache(s, s.arg("k")[:, :, :filled], s.arg("v")[:, :, :filled], s.attr("slopes"))
+    k, v = s.arg("k")[:, :, :filled], s.arg("v")[:, :, :filled]
+    return _over_cache(s, k, v, s.attr("slopes"), s.attr("chunk"))
 
 
 @meaning("cached_latent_attention")
@@ -233,10 +241,10 @@ def _cached_latent_attention(s: Step) -> Array:
     return _over_cache(s, k, v, None)
 
 
-def _over_cache(s: Step, k: Array, v: Array, slopes: tuple[float, ...] | None) -> Array:
+def _over_cache(s: Step, k: Array, v: Array, slopes: tuple[float, ...] | None, chunk: int = 0) -> Array:
     q, first = s.arg("q"), int(s.arg("past_length"))
     queries = np.arange(first, k.shape[2])
-    rule = position_mask(queries, k.shape[2], True, s.attr("window"), slopes)
+    rule = position_mask(queries, k.shape[2], True, s.attr("window"), slopes, chunk)
     return _weighted(s, _masked(_scores(s, q, k), *rule), v)
 
 

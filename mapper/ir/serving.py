@@ -37,6 +37,20 @@ class RopeAtOp(DataflowOp):
 
 
 @irdl_op_definition
+class ScaleAtOp(DataflowOp):
+    """x with the row of each of the S new tokens times the entry of `table` [L] at its position.
+
+    `axis` of x, counted from the end (negative), is that of the tokens."""
+
+    name = "dataflow.scale_at"
+    x = operand_def(TensorType)
+    past_length = operand_def(TensorType)
+    y = result_def(TensorType)
+    table = attr_def(WEIGHT)
+    axis = opt_attr_def(INT, INT.encode(-2))
+
+
+@irdl_op_definition
 class EmbedAtOp(DataflowOp):
     """Rows position + `offset` of `table` [P, D] for the `seq` new tokens, the same for each of `batch`: [B,
     S, D]."""
@@ -65,8 +79,9 @@ class CacheAppendOp(DataflowOp):
 class CachedAttentionOp(DataflowOp):
     """Attention of q [B, H, S, Dh] over caches k [B, Hkv, L, Dh] and v [B, Hkv, L, Dv] -> [B, H, S, Dv].
 
-    Query s sees positions t <= past_length + s, and of those only the last `window` where that is not 0;
-    rows beyond are never read. `softcap`, `slopes`, `sinks` and head sharing as in `attention`."""
+    Query s sees positions t <= past_length + s, of those only the last `window` where that is not 0, and only
+    those of its own run of `chunk` positions where that is not 0; rows beyond are never read. `softcap`,
+    `slopes`, `sinks` and head sharing as in `attention`."""
 
     name = "dataflow.cached_attention"
     q = operand_def(TensorType)
@@ -78,6 +93,7 @@ class CachedAttentionOp(DataflowOp):
     scale = attr_def(FLOAT)
     window = opt_attr_def(INT, INT.encode(0))
     softcap = opt_attr_def(FLOAT, FLOAT.encode(0.0))
+    chunk = opt_attr_def(INT, INT.encode(0))
     slopes = opt_attr_def(FLOATS)
 
 

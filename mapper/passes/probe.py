@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,6 +20,9 @@ from mapper.ir.types import Array, TensorType
 
 _MASKED = -1e4
 """An additive mask at or below this excludes a position."""
+_PROBED, _STEPPED = 4096, 1 << 17
+"""Windows and runs up to this many positions are probed at their ends: in a graph that takes a past, which
+makes few rows of a mask, and in one that does not, where queries are as many as keys."""
 
 
 @dataclass
@@ -43,9 +46,9 @@ class Probe:
             role = self.graph.roles["inputs"].get(name, "other")
             array = _steering(role, kind, past, tokens)
             if array is None and role.startswith("past.") and kind.rank >= 3:
-                array = np.zeros(self._cache_shape(name, kind, past, tokens))
+                array = np.zeros(self._cache_shape(name, kind, past, tokens), kind.numpy)  # takes no memory yet
             if array is not None:
-                made[name] = array.astype(kind.numpy)
+                made[name] = array.astype(kind.numpy, copy=False)
         return made
 
     def _cache_shape(self, name: str, kind: TensorType, past: int, tokens: int) -> list[int]:
@@ -78,18 +81,27 @@ class Probe:
             raise UnsupportedModelError(f"{place(op)}: cannot be evaluated on its own: {error}") from error
 
     @cached_property
-    def _from_tokens(self) -> set[SSAValue]:
+    def from_tokens(self) -> set[SSAValue]:
         """All values that depend on the token ids' values (not only on their shape)."""
-        names = self.graph.inputs_with_role("token_ids")
+        return self._from(self.graph.inputs_with_role("token_ids"), False)
+
+    @cached_property
+    def from_positions(self) -> set[SSAValue]:
+        """All values that depend on inputs, but on what tokens and caches hold in no way."""
+        held = self.from_tokens | self._from(self.graph.inputs_with_role("past"), False)
+        return self._from([n for n, _ in self.graph.inputs], True) - held
+
+    def _from(self, names: Iterable[str], shapes: bool) -> set[SSAValue]:
+        """All values that depend on the inputs of those names, or (`shapes`) on their shapes."""
         found: set[SSAValue] = {self.graph.input_values[n] for n in names}
         for op in self.graph.top():
-            if op.mnemonic != "shape_of" and any(v in found for v in op.operands):
+            if (shapes or op.mnemonic != "shape_of") and any(v in found for v in op.operands):
                 found.update(op.results)
         return found
 
     def is_position_embedding(self, op: DataflowOp) -> bool:
         """Whether the op embeds something else than tokens."""
-        return op.mnemonic == "embed" and op.operands[0] not in self._from_tokens
+        return op.mnemonic == "embed" and op.operands[0] not in self.from_tokens
 
     def position_offset(self, op: DataflowOp) -> int:
         """The table row of position 0. Raises where the rows are not position + offset."""
@@ -136,21 +148,24 @@ class Probe:
         if not op.attr("causal"):
             raise UnsupportedModelError(f"{place(op)}: not causal; the serving form needs a decoder")
         latent = op.mnemonic == "latent_attention"
-        if not latent and op.attr("chunk"):
-            raise UnsupportedModelError(f"{place(op)}: attention in chunks is not served yet")
         mask = op.operand("mask")
-        window, slopes = op.attr("window"), None if latent else op.attr("slopes")
-        key = (mask, (window, slopes))
+        window, slopes, chunk = op.attr("window"), None, 0
+        if not latent:
+            slopes, chunk = op.attr("slopes"), op.attr("chunk")
+        key = (mask, (window, slopes, chunk))
         if mask is None or key in self._checked:
             return
-        past, tokens = (window if 0 < window <= 4096 else 0) + 3, 4
+        most = _STEPPED if self.cached else _PROBED
+        past, tokens = (window if 0 < window <= _PROBED else 0) + 3, 4
+        if 0 < chunk <= most:
+            past = max(past, chunk - 2)  # the last two of a run, and the first two of the next
         past, tokens = (past, tokens) if self.cached else (0, past + tokens)
         (found,) = self.values(op, [mask], past, tokens)
         total = max(past + tokens, found.shape[-1])
-        allowed, bias = position_mask(np.arange(past, past + tokens), total, True, window, slopes)
+        allowed, bias = position_mask(np.arange(past, past + tokens), total, True, window, slopes, chunk)
         if not _same_mask(found, allowed, bias):
             raise UnsupportedModelError(
-                f"{place(op)}: its mask is not causal with window {window} as recognised"
+                f"{place(op)}: its mask is not causal with window {window}, chunk {chunk} as recognised"
             )
         self._checked.add(key)
 

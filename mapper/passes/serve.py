@@ -22,6 +22,7 @@ from mapper.passes.cache_source import APPENDS, cache_names, source
 from mapper.passes.cse import Cse
 from mapper.passes.dce import Dce
 from mapper.passes.layers import has_repeat
+from mapper.passes.factors import Factor, factor_of, factor_table
 from mapper.passes.probe import Probe, place, static_or_raise, step_shapes, table_of
 from mapper.passes.repeat import Repeat
 from mapper.passes.rewrite import Values, builder_like
@@ -106,6 +107,7 @@ class _Server:
     values: Values = field(default_factory=dict)
     states: dict[str, SSAValue] = field(default_factory=dict)
     tables: dict[str, Array] = field(default_factory=dict)
+    factors: dict[DataflowOp, Factor | None] = field(default_factory=dict)
     caches: dict[SSAValue, tuple[str, SSAValue]] = field(default_factory=dict)
     """What is appended, or begins a cache -> the cache's name and value."""
 
@@ -185,6 +187,15 @@ class _Server:
     def _is_position(self, op: DataflowOp) -> bool:
         return op.mnemonic == "embed" and self.probe.is_position_embedding(self._origin(op))
 
+    def _factor(self, op: DataflowOp) -> Factor | None:
+        """The factor by position that the op applies to its other operand, None where it applies none."""
+        if op not in self.factors:
+            origin = self.origins.get(op)
+            made = factor_of(self.probe, origin) if isinstance(origin, DataflowOp) else None
+            whole = made is not None and tensor_type(op.results[0]) == tensor_type(op.operands[made.x])
+            self.factors[op] = made if whole else None
+        return self.factors[op]
+
     def _needed(self, root: SSAValue) -> set[Operation]:
         """The ops that the logits depend on once masks and positions are gone."""
         found: set[Operation] = set()
@@ -196,6 +207,8 @@ class _Server:
             found.add(owner)
             if owner.mnemonic in _KEPT:
                 pending += [v for v in map(owner.operand, _KEPT[owner.mnemonic]) if v is not None]
+            elif (factor := self._factor(owner)) is not None:
+                pending.append(owner.operands[factor.x])
             elif not self._is_position(owner):
                 pending += owner.operands
         return found
@@ -218,6 +231,8 @@ class _Server:
             self.values[op.results[0]] = self._positions(op)
         elif op.mnemonic in special:
             self.values[op.results[0]] = special[op.mnemonic](op)
+        elif (factor := self._factor(op)) is not None:
+            self.values[op.results[0]] = self._scale(op, factor)
         else:
             local = {v: self._value(v, op) for v in op.operands}
             self.values.update(zip(op.results, self.new.copy(op, local).results, strict=True))
@@ -237,15 +252,29 @@ class _Server:
 
     def _rope(self, op: DataflowOp) -> SSAValue:
         table = self.probe.rope_table(self._origin(op), self.context)
-        symbol = table_of(self.tables, table)
-        if symbol is None:
-            symbol = f"rope.table.{len(self.tables)}"
-            self.tables[symbol] = table
-            self.new.weight(WeightSymbol.of(symbol, table, derived=True))
+        symbol = self._table("rope.table", table)
         attrs = {"table": symbol, "style": op.attr("style"), "rotary_dim": op.attr("rotary_dim")}
         return self.new.add(
             "rope_at", [self._value(op.operands[0], op), self.past_length], attrs, node=op.node
         )
+
+    def _scale(self, op: DataflowOp, factor: Factor) -> SSAValue:
+        """x times what the graph makes of the position, which may be 1 as far as the context goes."""
+        table = factor_table(self.probe, self._origin(op), factor, self.context)
+        x = self._value(op.operands[factor.x], op)
+        if (table == 1).all():
+            return x
+        attrs = {"table": self._table("factor.table", table), "axis": factor.axis}
+        return self.new.add("scale_at", [x, self.past_length], attrs, node=op.node)
+
+    def _table(self, name: str, table: Array) -> str:
+        """The symbol of a table by position, which equal ones share."""
+        symbol = table_of(self.tables, table)
+        if symbol is None:
+            symbol = f"{name}.{len(self.tables)}"
+            self.tables[symbol] = table
+            self.new.weight(WeightSymbol.of(symbol, table, derived=True))
+        return symbol
 
     def _append(self, op: DataflowOp) -> SSAValue:
         if op.results[0] not in self.caches:
@@ -284,6 +313,8 @@ class _Server:
         extra = None if sinks is None else self._value(sinks, op)
         operands = [self._value(q, op), keys, values, self.past_length, extra]
         attrs = {n: op.attr(n) for n in ("scale", "window", "softcap", "slopes")}
+        if op.attr("chunk") < self.context:  # else all positions are in the first run
+            attrs["chunk"] = op.attr("chunk")
         return self.new.add("cached_attention", operands, attrs, node=op.node)
 
     def _latent_attention(self, op: DataflowOp) -> SSAValue:

@@ -9,9 +9,6 @@ from mapper.zoo import blocks
 from mapper.zoo.config import Config, Layer
 from mapper.zoo.writer import Writer
 
-TUNING_FLOOR, TUNING_SCALE = 8192.0, 0.1
-"""Llama 4's attention temperature on layers without rope: floor_scale and attn_scale of its config.json."""
-
 
 def decoder(c: Config, dtype: str, data_file: str) -> Writer:
     """The graph of a model. Inputs: input_ids, attention_mask, position_ids, caches; outputs: logits, caches.
@@ -82,13 +79,13 @@ def _shared(w: Writer, c: Config, places: str, seen: str, ids: str) -> blocks.Sh
             rule = w.op("And", rule, w.op("Equal", w.op("Div", key, size), w.op("Div", query, size)))
         shared.masks[window, chunk] = str(w.op("And", rule, real))
     if any(layer.tuned for layer in c.layers):
-        shared.tuning = _tuning(w, str(whole))
+        shared.tuning = _tuning(w, str(whole), *c.tuning)
     return shared
 
 
-def _tuning(w: Writer, positions: str) -> str:
+def _tuning(w: Writer, positions: str, floor_scale: float, scale: float) -> str:
     """1 + scale log(1 + floor((position + 1) / floor_scale)), [batch, 1, sequence, 1]."""
-    steps = w.op("Div", w.op("Add", positions, w.number(1.0, "f32")), w.number(TUNING_FLOOR, "f32"))
+    steps = w.op("Div", w.op("Add", positions, w.number(1.0, "f32")), w.number(floor_scale, "f32"))
     grown = w.op("Log", w.op("Add", w.op("Floor", steps), w.number(1.0, "f32")))
-    grown = w.op("Add", w.op("Mul", grown, w.number(TUNING_SCALE, "f32")), w.number(1.0, "f32"))
+    grown = w.op("Add", w.op("Mul", grown, w.number(scale, "f32")), w.number(1.0, "f32"))
     return w.cast(str(w.op("Unsqueeze", grown, w.ints(1))))

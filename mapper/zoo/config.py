@@ -73,7 +73,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Config:
-    """A decoder. `norm`: rms, rms1 (1 + weight) or layer; `qk_norm`: none, rms, rms1, l2 (after rope)."""
+    """A decoder. `norm`: rms, rms1 (1 + weight) or layer; `qk_norm`: none, rms, rms1, l2 (after rope).
+
+    `tuning`: floor_scale and attn_scale of Llama 4's config.json, of its layers that are `tuned`."""
 
     name: str
     family: str
@@ -101,6 +103,7 @@ class Config:
     final_softcap: float = 0.0
     embedding_scale: float = 1.0
     latent: Latent | None = None
+    tuning: tuple[float, float] = (8192.0, 0.1)
     note: str = ""
 
     @property

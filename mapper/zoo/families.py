@@ -215,7 +215,7 @@ def tiny(made: Config) -> Config:
         made, hidden=48, heads=heads, kv_heads=heads if latent else kv_heads, head_dim=head_dim, vocab=96,
         context=64, layers=layers, latent=latent, positions=64 if made.positions else 0,
         embedding_scale=48.0**0.5 if made.embedding_scale != 1.0 else 1.0,
-        scale=0.21 if made.scale else 0.0,
+        scale=0.21 if made.scale else 0.0, tuning=(3.0, 0.5),
     )  # fmt: skip
 
 

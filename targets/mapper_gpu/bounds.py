@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mapper.bounds import Bound
+from mapper.ir.cost import seen_from
 from mapper.ir.graph import Graph
 from mapper.ir.op import DataflowOp, tensor_type
 from mapper.machine import Machine
@@ -98,9 +99,10 @@ def _cache(op: DataflowOp, item: int) -> int:
     """Bytes of keys and values that an attention sees at a full context."""
     if op.mnemonic not in ("cached_attention", "cached_latent_attention"):
         return 0
-    window = op.attr("window")
+    tokens = op.operand_shape(0)[2]
+    chunk = op.attr("chunk") if op.mnemonic == "cached_attention" else 0
     total = 0
     for i in (1, 2):
         b, h, length, d = tensor_type(op.operands[i]).ints
-        total += b * h * (min(length, window) if window else length) * d * item
+        total += b * h * (length - seen_from(length - tokens, op.attr("window"), chunk)) * d * item
     return total

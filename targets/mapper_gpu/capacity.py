@@ -14,7 +14,7 @@ from mapper.schedule.tables import Phase
 from mapper_gpu.packed import dequantised, held_bytes, used
 
 MOST_CHIPS = 64
-_TABLES = ("embed", "embed_at", "rope_at")
+_TABLES = ("embed", "embed_at", "rope_at", "scale_at")
 _MARGIN = 1.002
 """Alignment of buffers, vectors, partial sums."""
 

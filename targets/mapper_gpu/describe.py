@@ -80,6 +80,7 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
             "length": a.length,
             "past": a.past,
             "window": a.window,
+            "chunk": a.chunk,
         }
     if k.grouped is not None and k.expert_tile is not None:
         g, tile = k.grouped, k.expert_tile

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from xdsl.ir import SSAValue
 
-from mapper.ir.cost import attended_pairs
+from mapper.ir.cost import attended_pairs, seen_from
 from mapper.ir.op import DataflowOp
 from mapper.ir.types import Array
 from mapper.ir.weights import WeightSymbol
@@ -89,6 +89,19 @@ def _rope(c: Extractor, op: DataflowOp) -> None:
     c.views[op.results[0]] = View(made, "turned")
 
 
+@rule("scale_at")
+def _scale(c: Extractor, op: DataflowOp) -> None:
+    x = c.view(op.operands[0], "rows", "heads", "turned")
+    value, symbol, axis = c.values[x.name], op.attr("table"), op.attr("axis")
+    tokens = -3 if x.form == "heads" else -2
+    if op.operand_shape(0)[axis] != c.tokens or (c.tokens > 1 and axis != tokens):
+        c.fail(f"factors along axis {axis} of {op.operand_shape(0)}, which is not that of the tokens")
+    c.rows[c.row]["weight_bytes"] += 4 * c.tokens
+    table = {"symbol": symbol, "length": c.graph.weights[symbol].elements}
+    made = c.add("scale", [x.name], c.fresh(value.width, value.head), table=table)
+    c.views[op.results[0]] = View(made, x.form)
+
+
 @rule("cache_append")
 def _append(c: Extractor, op: DataflowOp) -> None:
     cache, new = c.view(op.operands[0], "state"), c.view(op.operands[1], "turned")
@@ -111,9 +124,8 @@ def _attention(c: Extractor, op: DataflowOp) -> None:
         vector = c.vector(view.name, "n")
     slopes = op.attr("slopes")
     past = length - s if c.phase == "decode" else 0
-    pairs = attended_pairs(op).value if past else sum(
-        min(i + 1, op.attr("window") or s) for i in range(s)
-    )  # fmt: skip
+    window, chunk = op.attr("window"), op.attr("chunk")
+    pairs = attended_pairs(op).value if past else sum(i + 1 - seen_from(i, window, chunk) for i in range(s))
     c.rows[c.row]["flops"] = 2 * b * h * pairs * (d + dv)
     made = c.add(
         "attention",
@@ -131,7 +143,8 @@ def _attention(c: Extractor, op: DataflowOp) -> None:
         pairs=pairs,
         element=element_bytes(c.form),
         engine=COMPUTE[c.form],
-        window=op.attr("window"),
+        window=window,
+        chunk=chunk,
         scale=op.attr("scale"),
         softcap=op.attr("softcap"),
         sinks=vector,

@@ -43,7 +43,7 @@ class Attention:
     """What an attention kernel does on one chip. `tokens` per sequence see `past` earlier rows; the cache
     has room for `length`. `dim` and `value_dim` per head; `element` bytes of a cached number; `shared`
     where keys and values are the same bytes (latent attention), and `kv_heads` are then parts of the heads
-    that read the same rows. `window` 0: all."""
+    that read the same rows. `window` 0: all; `chunk` 0: all, else those of a query's own run of so many."""
 
     batch: int
     heads: int
@@ -56,6 +56,7 @@ class Attention:
     element: float
     engine: str
     window: int = 0
+    chunk: int = 0
     shared: bool = False
 
     @property
@@ -85,6 +86,8 @@ def visible(a: Attention, first: int, last: int, low: int, high: int) -> int:
     """(query, key) pairs of tokens first..last-1 and cache rows low..high-1 that the mask lets through."""
     end = a.past + np.arange(first, last, dtype=np.int64) + 1
     begin = np.maximum(0, end - a.window) if a.window else np.zeros_like(end)
+    if a.chunk:
+        begin = np.maximum(begin, (end - 1) // a.chunk * a.chunk)
     return int(np.maximum(0, np.minimum(end, high) - np.maximum(begin, low)).sum())
 
 
@@ -92,6 +95,8 @@ def stretch(a: Attention, first: int, last: int, low: int, high: int) -> int:
     """Rows of the cache stretch that tokens first..last-1 see at all."""
     end = min(high, a.past + last)
     begin = max(low, a.past + first + 1 - a.window) if a.window else low
+    if a.chunk:
+        begin = max(begin, (a.past + first) // a.chunk * a.chunk)
     return max(0, end - begin)
 
 

@@ -115,7 +115,7 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
     if kind in EXPERTS:
         return "experts" if len(members) == 1 else None
     if kind == "attention":
-        legal = above <= {"rope", "head_norm", "point"} and not below
+        legal = above <= {"rope", "head_norm", "point", "scale"} and not below
         legal = legal and not (above and dag.nodes[heavy[0]].attr("latent"))
         return "attention" if legal else None
     if kind in EXCHANGES and kind != "collect" and below:

@@ -210,6 +210,7 @@ def attention_of(node: Node) -> Attention:
         element=a["element"],
         engine=a["engine"],
         window=a.get("window", 0),
+        chunk=a.get("chunk", 0),
         shared=a.get("shared", False),
     )
 

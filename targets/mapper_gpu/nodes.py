@@ -25,8 +25,8 @@ HEADS = ("head_norm", "rope", "append")
 """Kinds that need whole heads."""
 ROUTES = ("top_k", "align", "places")
 """Kinds that say which expert takes which rows; all but the first need all rows at once."""
-POINTS = ("point", "gate", "route", "combine")
-"""Kinds that work element by element (`route` and `combine`: token by token)."""
+POINTS = ("point", "gate", "route", "combine", "scale")
+"""Kinds that work element by element (`route` and `combine`: token by token; `scale`: by the position)."""
 
 
 @dataclass(frozen=True)

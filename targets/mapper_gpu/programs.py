@@ -144,6 +144,13 @@ def _rope(b: Builder, node: Node, c: str) -> None:
            node.attr("head"), b.tokens, length)  # fmt: skip
 
 
+def _scale(b: Builder, node: Node, c: str) -> None:
+    x = b.value(node.inputs[0], "m", c)
+    table = b.read(f"factors:{node.attr('table')['symbol']}", "all", "all")
+    past = b.read("past_length", "all", "all")
+    b.emit("scale", b.register(node.output), x, table, past, b.tokens)
+
+
 def _point(b: Builder, node: Node, c: str) -> None:
     fn = node.attr("fn")
     inputs = [b.value(v, "m", c) for v in node.inputs]
@@ -176,6 +183,7 @@ NODES: dict[str, Callable[[Builder, Node, str], None]] = {
     "norm": _norm,
     "head_norm": _norm,
     "rope": _rope,
+    "scale": _scale,
     "point": _point,
     "gate": _gate,
     "append": _append,
@@ -278,8 +286,10 @@ def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: 
         a["softcap"],
     ]
     out, stats = b.register(node.output), b.register(f"{node.output}.stats")
-    slopes = [] if a["slopes"] is None else [b.read(vector_name(a["slopes"]), "all", "groups")]
-    b.emit("attend", out, stats, q, k, v, past, *numbers, *slopes)
+    more: list[Json] = [] if a["slopes"] is None else [b.read(vector_name(a["slopes"]), "all", "groups")]
+    if a["chunk"]:
+        more = [*(more or [None]), a["chunk"]]
+    b.emit("attend", out, stats, q, k, v, past, *numbers, *more)
     if partial is None:
         sinks = None if a["sinks"] is None else b.read(vector_name(a["sinks"]), "all", "groups")
         b.emit("finish", out, out, stats, sinks)

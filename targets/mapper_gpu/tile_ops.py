@@ -88,6 +88,15 @@ def _rope(
     r[out] = y.reshape(r[x].shape)
 
 
+def _scale(task: Task, r: Registers, out: str, x: str, table: str, past: str, tokens: int) -> None:
+    """Each row times the factor of its token's position."""
+    factors = r[table].reshape(-1)
+    places = int(r[past][0, 0]) + np.arange(task.at[0], task.at[1]) % tokens
+    if places.min() < 0 or places.max() >= factors.size:
+        task.fail("a position is outside of the table of factors")
+    r[out] = r[x] * factors[places][:, None]
+
+
 def _columns(task: Task, r: Registers, out: str, x: str) -> None:
     r[out] = r[x][:, task.at[4] : task.at[5]]
 
@@ -165,12 +174,14 @@ def _gate(task: Task, r: Registers, out: str, act: str, gate: str, up: str) -> N
 def _attend(
     task: Task, r: Registers, out: str, stats: str, q: str, k: str, v: str, past: str, dim: int, value: int,
     group: int, tokens: int, window: int, scale: float, softcap: float, slopes: str | None = None,
+    chunk: int = 0,
 ) -> None:  # fmt: skip
     """out [rows, group * value]: unnormalised; stats [rows, 2 * group]: maxima, then sums, of this
     stretch."""
     asked = as_cached(task, r[q].reshape(-1, group, dim))
     slope = None if slopes is None else r[slopes][0]
-    made = _stretch(task, asked, r[k], r[v], int(r[past][0, 0]), tokens, window, scale, softcap, slope)
+    seen = _seen(task, int(r[past][0, 0]), tokens, window, chunk)
+    made = _stretch(task, asked, r[k], r[v], seen, scale, softcap, slope)
     r[out], r[stats] = made[0].reshape(asked.shape[0], group * value), made[1]
 
 
@@ -184,7 +195,8 @@ def _attend_latent(
         as_cached(task, r[rotated].reshape(-1, group, dim - value)),
     ], axis=-1)  # fmt: skip
     keys = np.concatenate([r[latent], r[key]], axis=-1)
-    made = _stretch(task, asked, keys, r[latent], int(r[past][0, 0]), tokens, window, scale, softcap, None)
+    seen = _seen(task, int(r[past][0, 0]), tokens, window, 0)
+    made = _stretch(task, asked, keys, r[latent], seen, scale, softcap, None)
     r[out], r[stats] = made[0].reshape(asked.shape[0], group * value), made[1]
 
 
@@ -194,23 +206,31 @@ def as_cached(task: Task, x: Array) -> Array:
     return np.asarray(x.astype(kind).astype(np.float32))
 
 
+def _seen(task: Task, past: int, tokens: int, window: int, chunk: int) -> tuple[Array, Array]:
+    """(which of the stretch's rows each query sees [rows, keys], how far these are behind it, negative)."""
+    place = past + np.arange(task.at[0], task.at[1])[:, None] % tokens
+    at = np.arange(task.at[4], task.at[5])[None, :]
+    seen = at <= place
+    if window:
+        seen &= at > place - window
+    if chunk:
+        seen &= at // chunk == place // chunk
+    return seen, at - place
+
+
 def _stretch(
-    task: Task, asked: Array, keys: Array, values: Array, past: int, tokens: int, window: int, scale: float,
+    task: Task, asked: Array, keys: Array, values: Array, where: tuple[Array, Array], scale: float,
     softcap: float, slope: Array | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """([rows, heads, value] unnormalised, [rows, 2 heads] maxima and sums) of queries [rows, heads, dim]."""
-    place = past + np.arange(task.at[0], task.at[1]) % tokens
-    at = np.arange(task.at[4], task.at[5])
-    seen = at[None, :] <= place[:, None]
-    if window:
-        seen &= at[None, :] > place[:, None] - window
+    seen, distance = where
     known = seen.any(0)
-    scores = np.full((*asked.shape[:2], len(at)), -np.inf, np.float32)
+    scores = np.full((*asked.shape[:2], seen.shape[1]), -np.inf, np.float32)
     scores[..., known] = (asked @ keys[known].T) * np.float32(scale)
     if softcap:
         scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
     if slope is not None:
-        scores = scores + slope[None, :, None] * (at[None, :] - place[:, None])[:, None, :]
+        scores = scores + slope[None, :, None] * distance[:, None, :]
     scores = np.where(seen[:, None, :], scores, np.float32(-np.inf))
     top = scores.max(-1)
     shares = np.exp(scores - np.where(np.isfinite(top), top, 0)[..., None])
@@ -246,7 +266,8 @@ def _finish(task: Task, r: Registers, out: str, x: str, stats: str, sinks: str |
 
 
 MEANINGS: dict[str, Callable[..., None]] = {
-    "embed": _embed, "positions": _positions, "norm": _norm, "rope": _rope, "columns": _columns,
+    "embed": _embed, "positions": _positions, "norm": _norm, "rope": _rope, "scale": _scale,
+    "columns": _columns,
     "matmul": _matmul, "sum": _sum, "concat": _concat,
     "rows": _rows, "point": _point, "gate": _gate, "attend": _attend,
     "attend_latent": _attend_latent,

@@ -349,6 +349,12 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             f"rope:{table['symbol']}",
             Held(table["symbol"], "rope", math.prod(table["shape"]), 0, 0, False, "", "f32"),
         )
+    if node.kind == "scale":
+        table = node.attr("table")
+        yield (
+            f"factors:{table['symbol']}",
+            Held(table["symbol"], "rope", table["length"], 0, 0, False, "", "f32"),
+        )
     for name in VECTORS:
         v = node.attr(name)
         if isinstance(v, Mapping):
