@@ -93,9 +93,10 @@ def weigh(s: Any, v: Any, y: Any, low: int, high: int, has_sink: bool, sink: Any
 @fast
 def cached_attention(
     q: Any, k: Any, v: Any, sinks: Any, slopes: Any, y: Any,
-    past: int, scale: float, window: int, softcap: float, part: int, parts: int,
+    past: int, scale: float, window: int, chunk: int, softcap: float, part: int, parts: int,
 ) -> None:  # fmt: skip
-    """Query s of S sees cache rows t <= past + s, of those the last `window` where that is not 0.
+    """Query s of S sees cache rows t <= past + s, of those the last `window` where that is not 0, and
+    those of its own run of `chunk` rows where that is not 0.
 
     q [B, H, S, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], y [B, H, S, Dv]; query head h reads key/value head
     h // (H / Hkv); sinks and slopes (ALiBi: slope (t - position) is added) [H] or of length 0; past + S <= L;
@@ -111,6 +112,8 @@ def cached_attention(
         b = item // (seq * heads)
         high = past + row + 1
         low = max(0, high - window) if window > 0 else 0
+        if chunk > 0:
+            low = max(low, high - 1 - (high - 1) % chunk)
         scores(q[b, h, row], k[b, h // group], s, low, high, scale, softcap)
         if slopes.shape[0] > 0:
             for t in range(low, high):

@@ -177,7 +177,8 @@ def _store_row(code: int, x: Any, to: int, d: int) -> None:
 @jit
 def attend_cached(r: Any, a: Any, f: Any, past: int, scratch: int, part: int, parts: int) -> None:
     """One new token per sequence: its query and key are rotated, key and value are appended at row `past`
-    of the caches, and the query attends to rows ..past, of those the last `window` where that is not 0.
+    of the caches, and the query attends to rows ..past, of those the last `window` where that is not 0, and
+    those of its own run of `chunk` rows where that is not 0.
 
     r: addresses of q [B, H, D], k [B, Hkv, D], v [B, Hkv, Dv], the caches [B, Hkv, L, D] and [B, Hkv, L,
     Dv], the position, the rotary table [2, rows, rotary / 2] where rotary > 0, sinks [H] where there are;
@@ -196,6 +197,8 @@ def attend_cached(r: Any, a: Any, f: Any, past: int, scratch: int, part: int, pa
     slopes = queries + (4 * group * d + 63) // 64 * 64
     partial = slopes + (4 * group + 63) // 64 * 64
     seen = past + 1 if a[6] == 0 else min(past + 1, a[6])
+    if a[16] > 0:
+        seen = min(seen, past % a[16] + 1)
     step = 4 * (dv + 2)
     low, high = share(batch * kv * splits, 1, part, parts)
     for item in range(low, high):

@@ -55,4 +55,4 @@ PROJECT_EACH = 4
 ATTEND_HEAD = 17
 """Arguments of `fused.attend_cached` before the slopes: batch, heads, D, key heads, L, Dv, window, has sinks,
 number of slopes, scale, softcap (float64 bits), rotary width, whether interleaved, rows of the rotary
-table, splits of the cache, its format's code, 0."""
+table, splits of the cache, its format's code, chunk (as window: 0 is none)."""

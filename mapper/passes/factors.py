@@ -1,7 +1,7 @@
 """Factors on rows that depend on the token's position alone, found by what they compute.
 
-Llama 4 scales the queries of its layers without rotary embedding in this way: 1 + scale log(1 + floor((position
-+ 1) / floor_scale)) (Hugging Face transformers, Llama4TextAttention)."""
+Llama 4 scales the queries of its layers without rotary embedding in this way, by 1 + attn_scale log(1 +
+floor((position + 1) / floor_scale)). Source: Hugging Face transformers, Llama4TextAttention."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def factor_of(probe: Probe, op: DataflowOp) -> Factor | None:
 
 
 def factor_table(probe: Probe, op: DataflowOp, factor: Factor, context: int) -> Array:
-    """[context] f32: what `op` multiplies rows by at positions 0..context-1. Raises UnsupportedModelError where
-    that depends on more than the position."""
+    """[context] f32: what `op` multiplies rows by at positions 0..context-1. Raises UnsupportedModelError
+    where that depends on more than the position."""
     table = _factors(probe, op, factor, 0, context)
     past = context // 2 if probe.cached else 0
     later = _factors(probe, op, factor, past, min(context - past, _TOKENS))

@@ -46,7 +46,8 @@ class Probe:
             role = self.graph.roles["inputs"].get(name, "other")
             array = _steering(role, kind, past, tokens)
             if array is None and role.startswith("past.") and kind.rank >= 3:
-                array = np.zeros(self._cache_shape(name, kind, past, tokens), kind.numpy)  # takes no memory yet
+                # of the input's type at once, so that a long past takes no memory until it is read
+                array = np.zeros(self._cache_shape(name, kind, past, tokens), kind.numpy)
             if array is not None:
                 made[name] = array.astype(kind.numpy, copy=False)
         return made

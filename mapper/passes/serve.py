@@ -21,8 +21,8 @@ from mapper.ir.weights import WeightSymbol
 from mapper.passes.cache_source import APPENDS, cache_names, source
 from mapper.passes.cse import Cse
 from mapper.passes.dce import Dce
-from mapper.passes.layers import has_repeat
 from mapper.passes.factors import Factor, factor_of, factor_table
+from mapper.passes.layers import has_repeat
 from mapper.passes.probe import Probe, place, static_or_raise, step_shapes, table_of
 from mapper.passes.repeat import Repeat
 from mapper.passes.rewrite import Values, builder_like

@@ -235,7 +235,7 @@ def _attend(f: _Fusion, one: Step) -> None:
     """Make the attention of one new token one step with the rotation of query and key, and the appending."""
     if one.opcode != CACHED_ATTENTION or one.args[2] != 1:
         return
-    b, h, _, d, kv, length, dv, window, sinks, slopes, scale, softcap, *bias = one.args
+    b, h, _, d, kv, length, dv, window, sinks, slopes, scale, softcap, chunk, *bias = one.args
     q, keys, values, past, *sink = one.reads
     appended = [_appends(f, cache, past, one) for cache in (keys, values)]
     if appended[0] is None or appended[1] is None or appended[0] is appended[1]:
@@ -263,7 +263,7 @@ def _attend(f: _Fusion, one: Step) -> None:
         return
     args = [
         b, h, d, kv, length, dv, window, sinks, slopes, scale, softcap, rotary, interleaved, rows,
-        splits, 0, 0, *bias,
+        splits, 0, chunk, *bias,
     ]  # fmt: skip
     y = one.writes[0]
     if splits > 1:

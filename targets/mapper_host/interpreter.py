@@ -121,8 +121,8 @@ def _cached_attention(r: Any, a: Any, f: Any, part: int, parts: int) -> int:
         return BAD_POSITION
     attention.cached_attention(
         f32_4d(r[0], b, h, s, d), f32_4d(r[1], b, hkv, length, d), f32_4d(r[2], b, hkv, length, dv),
-        f32(r[4], h if sinks else 0), f[12 : 12 + slopes], f32_4d(r[4 + sinks], b, h, s, dv),
-        past, f[10], a[7], f[11], part, parts,
+        f32(r[4], h if sinks else 0), f[13 : 13 + slopes], f32_4d(r[4 + sinks], b, h, s, dv),
+        past, f[10], a[7], a[12], f[11], part, parts,
     )  # fmt: skip
     return 0
 

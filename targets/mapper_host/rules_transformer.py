@@ -27,7 +27,7 @@ from mapper_host.opcodes import (
 )
 from mapper_host.program import Slice, Value
 from mapper_host.strides import broadcast, collapse, row_major
-from mapper_kernels.names import ACTIVATIONS, COMBINATIONS, EPILOGUES
+from mapper_kernels.names import ACTIVATIONS, COMBINATIONS, ELEMENTWISE, EPILOGUES
 
 
 @rule("embed")
@@ -142,6 +142,17 @@ def _rope_at(c: Context, op: DataflowOp) -> None:
     c.emit(ROPE_AT, args, [x, table, past, y], 6 * x.items, bytes=moved)
 
 
+@rule("scale_at")
+def _scale_at(c: Context, op: DataflowOp) -> None:
+    """The factors of the step's positions, looked up as rows of one column, then a product."""
+    x, past, table = c.f32(op.operands[0]), c.value(op.operands[1]), c.need("table")
+    axis = op.attr("axis")
+    tokens = x.shape[axis]
+    factors = c.temporary((tokens, *[1] * (-axis - 1)), "f32")
+    c.emit(EMBED_AT, [table.items, 1, 1, tokens, 0], [table, past, factors], tokens, bytes=2 * factors.bytes)
+    c.elementwise(ELEMENTWISE["mul"], [x, factors], c.f32_out())
+
+
 @rule("cache_append")
 def _cache_append(c: Context, op: DataflowOp) -> None:
     cache, new, past = (c.value(v) for v in op.operands)
@@ -166,7 +177,7 @@ def _cached_attention(c: Context, op: DataflowOp) -> None:
     y = c.f32_out()
     args = [
         b, h, s, d, hkv, length, dv, op.attr("window"), int(sinks is not None), len(slopes),
-        bits(op.attr("scale")), bits(op.attr("softcap")), *map(bits, slopes),
+        bits(op.attr("scale")), bits(op.attr("softcap")), op.attr("chunk"), *map(bits, slopes),
     ]  # fmt: skip
     operands = [q, k, v, past, *([] if sinks is None else [sinks]), y]
     c.emit(CACHED_ATTENTION, args, operands, b * h * s * length * (2 * d + 2 * dv + 8))

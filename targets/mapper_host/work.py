@@ -49,6 +49,9 @@ def weight_bytes_of(graph: Graph, op: DataflowOp) -> int:
     if op.mnemonic == "rope_at":
         width: int = op.attr("rotary_dim")
         return _ELEMENT * op.operand_shape(0)[2] * width
+    if op.mnemonic == "scale_at":
+        axis: int = op.attr("axis")
+        return _ELEMENT * op.operand_shape(0)[axis]
     if op.mnemonic == "moe":
         # all tokens may choose the same experts
         used = op.operand_shape(1)[-1]

@@ -196,7 +196,7 @@ class _Layer:
     def _attention(
         self, attend: DataflowOp, norm: DataflowOp, output: DataflowOp, residual: DataflowOp
     ) -> Attention:
-        for name, none in (("window", 0), ("softcap", 0.0), ("slopes", None)):
+        for name, none in (("window", 0), ("chunk", 0), ("softcap", 0.0), ("slopes", None)):
             if attend.attr(name) != none:
                 raise _refuse(attend, f"{name} = {attend.attr(name)}")
         if attend.operand("sinks") is not None:

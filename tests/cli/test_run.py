@@ -194,9 +194,9 @@ def test_weights_take_no_memory_of_the_process(tmp_path: Path) -> None:
 def test_the_windows_of_layers_bound_what_a_step_reads() -> None:
     from mapper.traffic import Traffic
 
-    traffic = Traffic(1000, ((8, None), (8, 4)))
-    lengths = np.array([1, 4, 10])
-    assert [traffic.bytes(int(n)) for n in lengths] == [1016, 1064, 1000 + 80 + 32]
+    traffic = Traffic(1000, ((8, 0, 0), (8, 4, 0), (8, 0, 4)))
+    lengths = np.array([1, 4, 5, 10])
+    assert [traffic.bytes(int(n)) for n in lengths] == [1024, 1096, 1000 + 40 + 32 + 8, 1000 + 80 + 32 + 16]
 
 
 def test_traffic_knows_windows_and_weights(tmp_path: Path) -> None:
@@ -210,8 +210,9 @@ def test_traffic_knows_windows_and_weights(tmp_path: Path) -> None:
     write(made, tmp_path / "m.onnx", "f32", seed=1)
     graph = driver.load(tmp_path / "m.onnx")
     moved = traffic.of(driver.build(graph, "host", context=32, prompt=4).schedule, graph)
-    windows = [window for _, window in moved.caches[::2]]
-    assert [w is None for w in windows] == [(i + 1) % 6 == 0 for i in range(len(made.layers))]
+    assert not any(chunk for _, _, chunk in moved.caches)
+    windows = [window for _, window, _ in moved.caches[::2]]
+    assert [w == 0 for w in windows] == [(i + 1) % 6 == 0 for i in range(len(made.layers))]
     assert len({w for w in windows if w}) == 1
     size = (tmp_path / "m.onnx.data").stat().st_size
     assert size <= moved.weights < 1.01 * size

@@ -133,6 +133,7 @@ CASES: list[Case] = [
     ("moe", [f(3, 6), ints(3, 2), f(3, 2)], PACKED),
     ("sample", [f(2, 3, 6)], {}),
     ("rope_at", [f(2, 4, 3, 8), np.array(5)], {"table": "rope", "rotary_dim": 6}),
+    ("scale_at", [f(2, 3, 4, 8), np.array(1)], {"table": "v6", "axis": -3}),
     ("embed_at", [np.array(2)], {"table": "table", "batch": 2, "seq": 3, "offset": 1}),
     ("cache_append", [f(2, 2, 9, 8), f(2, 2, 3, 8), np.array(5)], {}),
     ("cached_attention", [f(2, 4, 3, 8), f(2, 2, 9, 8), f(2, 2, 9, 6), np.array(5)], {"scale": 0.3}),

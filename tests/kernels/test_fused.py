@@ -199,12 +199,13 @@ def rotated(x: F64, angle: F64, rotary: int, interleaved: bool) -> F64:
     code=st.integers(0, 2), group=st.sampled_from([1, 3, 4]), kv=st.integers(1, 2),
     size=st.sampled_from([(8, 8), (20, 13), (64, 64), (31, 5)]), past=st.sampled_from([0, 1, 16, 140]),
     rotary=st.sampled_from([0, 4, 6, 8]), interleaved=st.booleans(), window=st.sampled_from([0, 1, 5, 500]),
-    extras=st.booleans(), splits=st.sampled_from([1, 2, 5]), parts=st.integers(1, 3),
+    chunk=st.sampled_from([0, 1, 4, 12, 500]), extras=st.booleans(),
+    splits=st.sampled_from([1, 2, 5]), parts=st.integers(1, 3),
     offset=st.integers(0, 15), seed=st.integers(0, 1 << 30),
 )  # fmt: skip
 def test_cached(
     code: int, group: int, kv: int, size: tuple[int, int], past: int, rotary: int, interleaved: bool,
-    window: int, extras: bool, splits: int, parts: int, offset: int, seed: int,
+    window: int, chunk: int, extras: bool, splits: int, parts: int, offset: int, seed: int,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     (d, dv), batch, heads, length = size, 2, group * kv, past + 3
@@ -242,7 +243,7 @@ def test_cached(
         interleaved,
         length,
     ]
-    a = np.array([*head, splits, code, 0, *[0] * heads])
+    a = np.array([*head, splits, code, chunk, *[0] * heads])
     partial = arena.result((batch, heads, splits, dv + 2)) if splits > 1 else y
     cached_parts(
         np.array([*r, partial.ctypes.data]), a, f, past, arena.scratch(attend_scratch(group, d, dv)), parts
@@ -268,5 +269,6 @@ def test_cached(
     t = np.arange(past + 1)
     s = s + (slopes[:, None] * (t - past) if extras else 0)
     s = np.where((t > past - window) | (window == 0), s, -np.inf)
+    s = np.where((t // max(1, chunk) == past // max(1, chunk)) | (chunk == 0), s, -np.inf)
     shares = np.stack([softmax(s[:, h], float(sinks[h]) if extras else None) for h in range(heads)], 1)
     np.testing.assert_allclose(y, np.einsum("bht,bhtd->bhd", shares, values), rtol=2e-5, atol=2e-5)

@@ -106,9 +106,9 @@ def _attention(
 
 @pytest.mark.parametrize("past", [0, 1, 9])
 @pytest.mark.parametrize("seq", [1, 3])
-@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (2, 0), (0, 4), (2, 3)])
 @pytest.mark.parametrize("extras", [False, True])
-def test_cached_attention(past: int, seq: int, window: int, extras: bool) -> None:
+def test_cached_attention(past: int, seq: int, window: int, chunk: int, extras: bool) -> None:
     length, d, dv = 12, 7, 5
     q, k, v = _random(1, 2, 6, seq, d), _random(2, 2, 3, length, d), _random(3, 2, 3, length, dv)
     k[:, :, past + seq :], v[:, :, past + seq :] = np.nan, np.nan  # rows beyond must not be read
@@ -117,10 +117,11 @@ def test_cached_attention(past: int, seq: int, window: int, extras: bool) -> Non
     y = _poison(2, 6, seq, dv)
     for part in range(3):
         attention.cached_attention(
-            q, k, v, sinks, slopes.astype(np.float64), y, past, 0.4, window, softcap, part, 3
+            q, k, v, sinks, slopes.astype(np.float64), y, past, 0.4, window, chunk, softcap, part, 3
         )
     position, t = past + np.arange(seq)[:, None], np.arange(past + seq)
     allowed = (t <= position) & ((t > position - window) | (window == 0))
+    allowed &= t // (chunk or length) == position // (chunk or length)
     seen = slice(0, past + seq)
     expected = _attention(q, k[:, :, seen], v[:, :, seen], allowed, 0.4, softcap, sinks, slopes)
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
@@ -129,7 +130,7 @@ def test_cached_attention(past: int, seq: int, window: int, extras: bool) -> Non
 def test_context_of_one() -> None:
     q, k, v = _random(1, 1, 2, 1, 4), _random(2, 1, 1, 1, 4), _random(3, 1, 1, 1, 4)
     y = _poison(1, 2, 1, 4)
-    attention.cached_attention(q, k, v, _NO, _NO64, y, 0, 1.0, 0, 0.0, 0, 1)
+    attention.cached_attention(q, k, v, _NO, _NO64, y, 0, 1.0, 0, 0, 0.0, 0, 1)
     np.testing.assert_allclose(y, np.broadcast_to(v, y.shape), rtol=1e-6)
 
 

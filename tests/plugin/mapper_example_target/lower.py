@@ -374,8 +374,8 @@ def _append(c: _Lowering, op: DataflowOp) -> None:
 
 
 def _attention(c: _Lowering, op: DataflowOp) -> None:
-    if op.attr("slopes") is not None or len(op.operands) > 4:
-        raise LoweringError(f"scalar: attention with slopes or sinks at {op.node}")
+    if op.attr("slopes") is not None or op.attr("chunk") or len(op.operands) > 4:
+        raise LoweringError(f"scalar: attention in chunks, with slopes or sinks at {op.node}")
     q, k, v, past = c.args(op)
     b, h, s, d = q.shape
     args = [b, h, k.shape[1], s, d, v.shape[3], k.shape[2]]
