@@ -34,6 +34,8 @@ class Sizes:
     interleaved: bool = False
     float_mask: bool = True
     positions: int = 64
+    chunk: int = 0
+    tuned: str = ""  # a factor by position on: queries, those before their transpose, rows (divided)
 
 
 class Decoder:
@@ -79,6 +81,9 @@ class Decoder:
         if sizes.window:
             oldest = b.add("sub", [query, b.constant(sizes.window)])
             allowed = b.add("and", [allowed, b.add("gt", [key, oldest])])
+        if sizes.chunk:
+            runs = (b.add("div", [x, b.constant(sizes.chunk)]) for x in (key, query))
+            allowed = b.add("and", [allowed, b.add("eq", [*runs])])
         present = b.add("unsqueeze", [b.add("cast", [self.padding], {"dtype": "bool"})], {"axes": [1, 2]})
         allowed = b.add("and", [allowed, present])
         if not sizes.float_mask:
@@ -100,12 +105,23 @@ class Decoder:
             both = b.add("concat", [angle, angle], {"axis": -1})
         return b.add("cos", [both]), b.add("sin", [both])
 
-    def heads(self, x: SSAValue, count: int) -> SSAValue:
-        """[batch, sequence, count * head] split and transposed, through a shape tensor as exporters do."""
+    def factor(self, *axes: int) -> SSAValue:
+        """1 + 0.5 log(1 + floor((position + 1) / 3)) of [batch, sequence], with axes of 1 inserted."""
+        b = self.b
+        position = b.add("cast", [self.position_ids], {"dtype": "f32"})
+        one, half = b.constant(np.float32(1)), b.constant(np.float32(0.5))
+        steps = b.add("floor", [b.add("div", [b.add("add", [position, one]), b.constant(np.float32(3))])])
+        grown = b.add("add", [b.add("mul", [b.add("log", [b.add("add", [steps, one])]), half]), one])
+        return b.add("unsqueeze", [grown], {"axes": list(axes)})
+
+    def heads(self, x: SSAValue, count: int, factor: SSAValue | None = None) -> SSAValue:
+        """[batch, sequence, count * head] split and transposed, through a shape tensor as exporters do;
+        multiplied by `factor` in between."""
         b = self.b
         lead = b.add("shape_of", [self.ids], {"start": 0, "end": 2})
         shape = b.add("concat", [lead, b.constant([count, self.sizes.head])], {"axis": 0})
         split = b.add("reshape", [x, shape])
+        split = split if factor is None else b.add("mul", [factor, split])
         return b.add("transpose", [split], {"perm": [0, 2, 1, 3]})
 
     def merge(self, x: SSAValue) -> SSAValue:
@@ -123,7 +139,9 @@ class Decoder:
         value = b.add("kv_append", [past_value, v])
         self.outputs[f"present.{i}.key"] = key
         self.outputs[f"present.{i}.value"] = value
-        attrs = {"scale": sizes.head**-0.5, "causal": True, "window": sizes.window}
+        attrs = {
+            "scale": sizes.head**-0.5, "causal": True, "window": sizes.window, "chunk": sizes.chunk,
+        }  # fmt: skip
         return self.merge(b.add("attention", [q, key, value, mask], attrs, node=f"/layers.{i}/attention"))
 
     def finish(self, logits: SSAValue) -> Graph:
@@ -148,10 +166,14 @@ def llama(sizes: Sizes | None = None, seed: int = 0) -> Graph:
         p = f"layers.{i}."
         g = sizes.groups * sizes.head
         n = b.add("norm", [x], {"kind": "rms", "eps": 1e-6, "weight": m.weight(p + "n1", d, around=1)})
-        q = b.add("linear", [n], {"weight": m.weight(p + "q", d, w, gain=3.0)})
+        rows = b.add("div", [n, m.factor(2)]) if sizes.tuned == "rows" else n
+        q = b.add("linear", [rows], {"weight": m.weight(p + "q", d, w, gain=3.0)})
         k = b.add("linear", [n], {"weight": m.weight(p + "k", g, d, gain=2.0), "transposed": True})
         v = b.add("linear", [n], {"weight": m.weight(p + "v", d, g)})
-        turned = b.add("rope", [m.heads(q, sizes.heads), cos, sin], turn)
+        early = m.factor(2, 3) if sizes.tuned == "before" else None
+        turned = b.add("rope", [m.heads(q, sizes.heads, early), cos, sin], turn)
+        if sizes.tuned == "queries":
+            turned = b.add("mul", [turned, m.factor(1, 3)])
         key = b.add("rope", [m.heads(k, sizes.groups), cos, sin], turn)
         mixed = m.attend(i, turned, key, m.heads(v, sizes.groups), mask)
         x = b.add("add", [x, b.add("linear", [mixed], {"weight": m.weight(p + "o", w, d)})])

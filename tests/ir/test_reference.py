@@ -68,6 +68,32 @@ def test_attention_is_its_definition(window: int) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("window", "chunk"), [(0, 3), (2, 4), (0, 16)])
+def test_attention_in_runs_of_positions(window: int, chunk: int) -> None:
+    q, k, v, sinks = f(2, 4, 3, 8), f(2, 2, 7, 8), f(2, 2, 7, 6), f(4)
+    position, t = np.arange(4, 7)[:, None], np.arange(7)
+    allowed = (t <= position) & ((t > position - window) | (window == 0))
+    allowed &= t >= position - position % chunk
+    expected = attention_by_loops(q, k, v, allowed, 0.4, 3.0, sinks)
+    attrs = {"scale": 0.4, "window": window, "chunk": chunk, "softcap": 3.0}
+    (by_rule,) = call("attention", [q, k, v, None, sinks], {**attrs, "causal": True})
+    cache = [np.concatenate([x, np.full_like(x, np.nan)], axis=2) for x in (k, v)]
+    (cached,) = call("cached_attention", [q, *cache, np.array(4), sinks], attrs)
+    np.testing.assert_allclose(by_rule, expected, rtol=1e-12)
+    np.testing.assert_allclose(cached, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_rows_are_scaled_by_their_position(axis: int) -> None:
+    shape = [2, 5, 5, 5]
+    shape[axis] = 3
+    x, table = f(*shape), f(9)
+    (found,) = call("scale_at", [x, np.array(4)], {"table": "t", "axis": axis}, t=table)
+    for s in range(3):
+        rows, old = np.take(found, s, axis), np.take(x, s, axis)
+        np.testing.assert_allclose(rows, old * table[4 + s], rtol=1e-12)
+
+
 def test_latent_attention_over_a_cache_sees_what_is_filled() -> None:
     q, latent, key, weight = f(2, 2, 3, 6), f(2, 1, 5, 7), f(2, 1, 5, 2), f(7, 2 * (4 + 3))
     attrs = {"weight": "t", "nope_dim": 4, "scale": 0.4}

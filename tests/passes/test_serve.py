@@ -18,6 +18,7 @@ from mapper.ir.op import DataflowOp
 from mapper.ir.reference import evaluate
 from mapper.ir.types import TensorType
 from mapper.passes.pipeline import run
+from mapper.passes.rewrite import builder_like
 from mapper.passes.serve import serve
 from mapper.passes.shorten import shorten
 from mapper.passes.unroll import Unroll
@@ -32,6 +33,11 @@ MODELS: dict[str, Callable[[], Graph]] = {
     "llama-interleaved": lambda: llama(Sizes(interleaved=True)),
     "llama-window": lambda: llama(Sizes(window=3)),
     "llama-bool-mask": lambda: llama(Sizes(float_mask=False, window=2)),
+    "llama-chunk": lambda: llama(Sizes(chunk=3)),
+    "llama-chunk-window": lambda: llama(Sizes(chunk=4, window=3, float_mask=False)),
+    "llama-queries-by-position": lambda: llama(Sizes(tuned="queries")),
+    "llama-heads-by-position": lambda: llama(Sizes(tuned="before", layers=4)),
+    "llama-rows-by-position": lambda: llama(Sizes(tuned="rows")),
     "llama-one-layer": lambda: llama(Sizes(layers=1)),
     "gpt2": gpt2,
 }
@@ -161,6 +167,53 @@ def test_wrong_recognition_is_refused_by_probing() -> None:
     wrong = edited(causal, "rope", lambda op: op.set_attr("style", "interleaved"))
     with pytest.raises(UnsupportedModelError, match="two angles of a pair differ"):
         serve(wrong)
+
+
+@pytest.mark.parametrize(("tuned", "axis"), [("queries", -2), ("before", -3), ("rows", -2)])
+def test_a_factor_by_position_is_a_table(tuned: str, axis: int) -> None:
+    """By the formula of the test model; one table for all layers, and no position read elsewhere."""
+    served = serve(llama(Sizes(tuned=tuned)), "prefill", 2, 4, 32)
+    found = [op for op in served.ops() if op.mnemonic == "scale_at"]
+    assert {op.attr("axis") for op in found} == {axis}
+    (name,) = {op.attr("table") for op in found}
+    factors = 1 + 0.5 * np.log(1 + (np.arange(32) + 1) // 3)
+    expected = 1 / factors if tuned == "rows" else factors
+    np.testing.assert_allclose(served.weights[name].load(), expected, rtol=1e-6)
+    assert served.weights[name].derived
+
+
+def test_what_a_short_context_does_not_show_is_left_out() -> None:
+    """Factors of 1 up to position 1, and one run."""
+    served = serve(llama(Sizes(tuned="queries", chunk=8)), "decode", 1, 2, 2)
+    assert not any(op.mnemonic == "scale_at" for op in served.ops())
+    for context, chunk in ((8, 0), (9, 8)):
+        served = serve(llama(Sizes(chunk=8)), "decode", 1, 4, context)
+        assert {op.attr("chunk") for op in served.ops() if op.mnemonic == "cached_attention"} == {chunk}
+
+
+def test_a_factor_of_more_than_the_position_is_refused() -> None:
+    """position / total length, and a chunk that the mask does not have."""
+    graph = llama(Sizes(layers=1))
+    b = builder_like(graph)
+    given = {n: b.input(n, kind, graph.roles["inputs"][n]) for n, kind in graph.inputs}
+    values = {graph.input_values[n]: v for n, v in given.items()}
+    total = b.add("shape_of", [given["attention_mask"]], {"start": 1, "end": 2})
+    position = b.add("cast", [given["position_ids"]], {"dtype": "f32"})
+    share = b.add("div", [position, b.add("cast", [total], {"dtype": "f32"})])
+    for op in graph.top():
+        made = b.copy(op, values).results
+        if op.mnemonic == "embed":
+            made = [b.add("mul", [made[0], b.add("unsqueeze", [share], {"axes": [2]})], node="/share")]
+        values.update(zip(op.results, made, strict=True))
+    odd = b.finish({n: values[v] for n, v in graph.output_values.items()}, graph.roles["outputs"])
+    with pytest.raises(UnsupportedModelError, match=r"mul \(/share\): its factors depend on more than"):
+        serve(odd)
+    for before, after in ((0, 3), (3, 0), (3, 4)):
+        wrong = edited(
+            llama(Sizes(layers=1, chunk=before)), "attention", lambda op, n=after: op.set_attr("chunk", n)
+        )
+        with pytest.raises(UnsupportedModelError, match="as recognised"):
+            serve(wrong)
 
 
 def test_what_is_no_decoder_with_a_cache_is_refused() -> None:
