@@ -15,10 +15,15 @@ import pytest
 
 from mapper import driver
 from mapper.errors import LoweringError
+from mapper.ir.reference import evaluate
+from mapper.passes.serve import serve
+from mapper.runtime.execute import Session
 from mapper.schedule.store import save
-from mapper_gpu import flash
+from mapper.schedule.tables import Phase
+from mapper_gpu import BACKEND, flash
 from mapper_gpu.triton_scope import refuse_unknown
 from tests.gpu.common import built, h100, toy
+from tests.ir.models import Sizes, llama
 
 MODELS = ("llama-4-scout", "llama-4-maverick")
 PROMPT, TOKENS, CONTEXT = 6, 10, 20
@@ -123,15 +128,29 @@ def test_what_the_mask_lets_through_by_hand(window: int, chunk: int) -> None:
 
 
 def test_scout_reads_the_run_that_the_last_position_is_in() -> None:
-    """Runs of 8192 positions (its config.json): at 12000 three of four layers read 12000 - 8192 rows of the
-    cache, at 8192 all layers read all."""
-    rows = []
-    for context in (8192, 12000):
-        done = built("zoo:llama-4-scout", chips=8, phase="decode", context=context)
-        blocks = done.schedule.plan["blocks"]["decode"]
-        kernels = [k for b in blocks for k in b["kernels"] if "attention" in k]
-        # one key/value head of 128 + 128 columns on each chip, in 16 bits
-        rows.append(sorted(round(k["hbm_bytes"] / (2 * 256)) for k in kernels))
-        assert done.result.phases["decode"].ratio >= 1
-    assert set(rows[0]) == {8192}
-    assert set(rows[1]) == {12000 - 8192, 12000}
+    """Runs of 8192 positions (its config.json): at 12000 three of four layers read 12000 - 8192 rows."""
+    done = built("zoo:llama-4-scout", chips=8, phase="decode", context=12000)
+    kernels = [k for b in done.schedule.plan["blocks"]["decode"] for k in b["kernels"] if "attention" in k]
+    # one key/value head of 128 + 128 columns on each chip, in 16 bits
+    assert {round(k["hbm_bytes"] / (2 * 256)) for k in kernels} == {12000 - 8192, 12000}
+    assert done.result.phases["decode"].ratio >= 1
+
+
+@pytest.mark.parametrize("tuned", ["queries", "before", "rows"])
+@pytest.mark.parametrize(("batch", "chips"), [(2, 1), (1, 2)])
+def test_factors_wherever_a_graph_has_them(tuned: str, batch: int, chips: int) -> None:
+    """On queries, on heads that are not in front of the tokens yet, and on whole rows; also beside a
+    rotation. Expected is the serving form's reference."""
+    graph = llama(Sizes(layers=2, vocab=62, tuned=tuned, chunk=3))
+    done = driver.build(graph, "gpu", batch=batch, prompt=5, context=12, chips=chips)
+    assert not any(done.report.violations.values())
+    session = Session(done.schedule, BACKEND.semantics(), graph.folder)
+    ids = np.random.default_rng(0).integers(0, 61, (batch, 8))
+    states = {p.name: np.zeros(p.shape, np.float32) for p in session.ports("state")}
+    for past, tokens in ((0, 5), (5, 1), (6, 1), (7, 1)):
+        phase: Phase = "decode" if past else "prefill"
+        given = {"input_ids": ids[:, past : past + tokens], "past_length": np.array(past)}
+        expected = evaluate(serve(graph, phase, batch, 5, 12), {**given, **states})
+        states = {n: v for n, v in expected.items() if n != "logits"}
+        found = session.run(phase, given)["logits"]
+        np.testing.assert_allclose(found, expected["logits"], rtol=1e-4, atol=1e-4)

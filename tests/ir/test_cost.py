@@ -30,15 +30,20 @@ def test_linear_is_two_flops_per_weight_and_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "keys", "window"), [(1, 9, 0), (4, 9, 0), (4, 9, 3), (4, 4, 2), (5, 5, 0)]
-)
-def test_attended_pairs_are_counted_exactly(tokens: int, keys: int, window: int) -> None:
+    ("tokens", "keys", "window", "chunk"),
+    [
+        (1, 9, 0, 0), (4, 9, 0, 0), (4, 9, 3, 0), (4, 4, 2, 0), (5, 5, 0, 0),
+        (1, 9, 0, 4), (1, 8, 0, 4), (4, 9, 0, 3), (7, 7, 2, 3), (4, 9, 0, 20),
+    ],
+)  # fmt: skip
+def test_attended_pairs_are_counted_exactly(tokens: int, keys: int, window: int, chunk: int) -> None:
     b = GraphBuilder("c")
     q = b.input("q", TensorType.of([1, 2, tokens, 8], "f32"))
     k = b.input("k", TensorType.of([1, 2, keys, 8], "f32"))
-    made = b.add_op("attention", [q, k, k], {"scale": 1.0, "causal": True, "window": window})
+    made = b.add_op("attention", [q, k, k], {"scale": 1.0, "causal": True, "window": window, "chunk": chunk})
     t, s = np.arange(keys), np.arange(tokens)[:, None] + keys - tokens
     allowed = (t <= s) & ((t > s - window) if window else True)
+    allowed &= (t // chunk == s // chunk) if chunk else True
     assert attended_pairs(made).value == int(allowed.sum())
 
 
@@ -76,3 +81,13 @@ def test_a_window_limits_what_attention_reads() -> None:
     windowed = total(serve(llama(Sizes(layers=1, window=5)), "decode", 1, 4, 32))
     row = 2 * 2 * 12 * 4
     assert whole.read.value - windowed.read.value == (32 - 5) * row
+    chunked = total(serve(llama(Sizes(layers=1, chunk=12)), "decode", 1, 4, 32))
+    assert whole.read.value - chunked.read.value == 24 * row  # the last run began at position 24
+
+
+def test_a_factor_by_position_costs_a_product_per_element_and_a_row_of_its_table() -> None:
+    plain, scaled = (
+        total(serve(llama(Sizes(layers=1, tuned=t)), "prefill", 1, 4, 32)) for t in ("", "queries")
+    )
+    assert scaled.flops.value - plain.flops.value == 4 * 4 * 12
+    assert scaled.weights.value - plain.weights.value == 4 * 4

@@ -201,7 +201,7 @@ def test_a_factor_of_more_than_the_position_is_refused() -> None:
     position = b.add("cast", [given["position_ids"]], {"dtype": "f32"})
     share = b.add("div", [position, b.add("cast", [total], {"dtype": "f32"})])
     for op in graph.top():
-        made = b.copy(op, values).results
+        made = list(b.copy(op, values).results)
         if op.mnemonic == "embed":
             made = [b.add("mul", [made[0], b.add("unsqueeze", [share], {"axes": [2]})], node="/share")]
         values.update(zip(op.results, made, strict=True))
@@ -209,9 +209,9 @@ def test_a_factor_of_more_than_the_position_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"mul \(/share\): its factors depend on more than"):
         serve(odd)
     for before, after in ((0, 3), (3, 0), (3, 4)):
-        wrong = edited(
-            llama(Sizes(layers=1, chunk=before)), "attention", lambda op, n=after: op.set_attr("chunk", n)
-        )
+        wrong = llama(Sizes(layers=1, chunk=before))
+        for op in (op for op in wrong.ops() if op.mnemonic == "attention"):
+            op.set_attr("chunk", after)
         with pytest.raises(UnsupportedModelError, match="as recognised"):
             serve(wrong)
 
