@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from xdsl.ir import SSAValue
 
 from mapper.errors import UnsupportedModelError, UsageError
 from mapper.frontend.load import load
@@ -201,7 +202,7 @@ def test_a_factor_of_more_than_the_position_is_refused() -> None:
     position = b.add("cast", [given["position_ids"]], {"dtype": "f32"})
     share = b.add("div", [position, b.add("cast", [total], {"dtype": "f32"})])
     for op in graph.top():
-        made = list(b.copy(op, values).results)
+        made: list[SSAValue] = [*b.copy(op, values).results]
         if op.mnemonic == "embed":
             made = [b.add("mul", [made[0], b.add("unsqueeze", [share], {"axes": [2]})], node="/share")]
         values.update(zip(op.results, made, strict=True))
