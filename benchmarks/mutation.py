@@ -35,15 +35,21 @@ def main(
     count: Annotated[int, typer.Option(min=1, help="mutants")] = 220,
     seed: Annotated[int, typer.Option(help="seed of the mutants")] = 0,
     context: Annotated[int, typer.Option(min=2, help="rows of the cache")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="decode steps of which outputs are compared")] = 2,
+    chips: Annotated[int, typer.Option(min=1, help="chips that share the model")] = 1,
     phase: Annotated[Phases, typer.Option(help="programs to break")] = Phases.decode,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Mutation test of one schedule."""
+    if steps >= context:
+        raise typer.BadParameter(
+            f"{steps} steps behind the first token need more than {context} rows of cache"
+        )
     backend = load(target)
-    schedule = driver.compile(model, target, context=context, phase=phase.value)
+    schedule = driver.compile(model, target, context=context, chips=chips, phase=phase.value)
     test = MutationTest(
         schedule,
-        decoder_case(backend.semantics()),
+        decoder_case(backend.semantics(), steps),
         backend.checks(),
         backend.mutations(),
         seed=seed,
