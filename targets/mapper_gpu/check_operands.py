@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mapper import machine as machines
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, rows_of
+from mapper_gpu.check_rows import Rows, replicas_of, rows_of
 
 ENGINES = ("bf16", "f16", "fp8", "int8", "fp4", "f32")
 _NETWORK = 5
@@ -87,8 +87,9 @@ class SlicesPlaced:
 
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
         bytes_of = np.asarray(schedule.buffers.column("bytes").to_numpy(), np.int64)
+        replicas = replicas_of(schedule)
         for rows, record in rows_of(schedule):
-            sizes = schedule.request.batch, schedule.programs[rows.phase].sequence
+            sizes = schedule.request.batch // replicas, schedule.programs[rows.phase].sequence
             programs = schedule.plan["programs"][rows.phase]
             sides = [rows.block.steps.slices(w) for w in ("reads", "writes")]
             pairs = np.unique(np.stack([rows["program"], rows["kernel"]]), axis=1)
@@ -126,14 +127,15 @@ def _layout(o: Any) -> tuple[int, int]:
 
 
 def _place(o: Any, at: dict[str, Int], heads: Any, sizes: tuple[int, int], which: str) -> _Place:
-    """The runs of an operand of the tasks at some coordinates; `sizes` are sequences and their new tokens."""
+    """The runs of an operand of the tasks at some coordinates; `sizes` are a replica's sequences and
+    their new tokens."""
     row, whole = _layout(o)
     count, panel = int(o["rows"]), int(o["panel"])
     one = np.ones_like(at["m0"])
     if o["r"] == "expert":  # the task's data says which
         return _Place(one, 0 * one, whole * one, 0 * one, (at["n0"] >= 0) & (at["n1"] <= count))
     if o["r"] == "cache":
-        return _rows_of_cache(o, at, row, sizes)
+        return _rows_of_cache(o, at, row, heads, sizes)
     (r0, r1), (c0, c1) = _rows(o, at), _columns(o, at, heads)
     exists = (r0 >= 0) & (r0 < r1) & (r1 <= count) & (c0 >= 0) & (c0 < c1) & (c1 <= int(o["width"]))
     if which == "reads" or count == 1:
@@ -150,14 +152,15 @@ def _place(o: Any, at: dict[str, Int], heads: Any, sizes: tuple[int, int], which
     return _Place(np.where(all_rows, 1, panels), low, size, count * row * one, exists)
 
 
-def _rows_of_cache(o: Any, at: dict[str, Int], row: int, sizes: tuple[int, int]) -> _Place:
+def _rows_of_cache(o: Any, at: dict[str, Int], row: int, attention: Any, sizes: tuple[int, int]) -> _Place:
     """Rows of a cache [heads, sequences, positions], each of `row` bytes: a stretch of one sequence's, or all
     positions of some sequences and heads."""
     batch, tokens = sizes
     length, heads = int(o["rows"]) // batch, int(o["width"]) // int(o["panel"])
     one = np.ones_like(at["m0"])
     if o["c"] == "keys":
-        head, sequence = at["n0"] // np.maximum(1, at["n1"] - at["n0"]), at["m0"] // tokens
+        group = int(attention["heads"]) // heads  # query heads that read one cache head
+        head, sequence = at["n0"] // (group * int(attention["value_dim"])), at["m0"] // tokens
         exists = (at["k0"] >= 0) & (at["k0"] < at["k1"]) & (at["k1"] <= length)
         exists &= (head >= 0) & (head < heads) & (sequence >= 0) & (sequence < batch)
         low = ((head * batch + sequence) * length + at["k0"]) * row
@@ -180,7 +183,7 @@ def _rows(o: Any, at: dict[str, Int]) -> tuple[Int, Int]:
 
 
 def _columns(o: Any, at: dict[str, Int], heads: Any) -> tuple[Int, Int]:
-    """Columns of an operand. Tasks of attention have the columns n of a cache head's queries' results."""
+    """Columns of an operand. A task of attention has the columns n that some of the query heads make."""
     c = o["c"]
     if not isinstance(c, str) or c == "all":
         low, high = (0, int(o["width"])) if c == "all" else (int(v) for v in c)
@@ -193,9 +196,8 @@ def _columns(o: Any, at: dict[str, Int], heads: Any) -> tuple[Int, Int]:
     if c.startswith("head:"):
         each, width = (int(v) for v in c.split(":")[1:])
     else:
-        group = int(heads["heads"]) // int(heads["kv_heads"])
-        width = group * int(heads["value_dim"])
-        each = {"q": group * int(heads["dim"]), "stats": 2 * group, "groups": group}[c]
+        width, each = int(heads["value_dim"]), {"q": int(heads["dim"]), "stats": 2, "groups": 1}[c]
+        return at["n0"] // width * each, at["n1"] // width * each
     return at["n0"] // width * each, (at["n0"] // width + 1) * each
 
 

@@ -83,7 +83,12 @@ CASES: dict[str, dict[str, Any]] = {
     "megakernel": {"machine": h100(True), "chips": 2},
     "two stages": {"chips": 2, "parallel": "tp=1,pp=2"},
 }
-TOYS = {"qwen3-30b-a3b": 2, "gpt-oss-20b": 2, "deepseek-v3": 4}
+TOYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "qwen3-30b-a3b": (2, {}),
+    "gpt-oss-20b": (2, {}),
+    "deepseek-v3": (4, {}),
+    "mixtral-8x7b": (2, {"parallel": "dp=2,ep=2", "batch": 4}),
+}
 
 
 def agree(schedule: Schedule, seed: int, count: int) -> None:
@@ -114,7 +119,8 @@ def test_edited_slices_and_coordinates(case: str) -> None:
 
 @pytest.mark.parametrize("name", TOYS)
 def test_edited_slices_of_experts_and_latent_attention(name: str, tmp_path: Path) -> None:
-    agree(example(toy(name, TOYS[name], tmp_path), chips=2), 4, 30)
+    layers, options = TOYS[name]
+    agree(example(toy(name, layers, tmp_path), chips=2, **options), 4, 30)
 
 
 def test_a_split_cache() -> None:
