@@ -73,6 +73,71 @@ def _fits(operand: Any, buffer: int, chip: int, values: list[str], memory: list[
 
 
 @dataclass(frozen=True)
+class ProgramsWhole:
+    """A program reads and writes each of its operands, takes no register that nothing has filled, and fills
+    none that nothing takes (the rows of a cache that it appends to are read only to name them)."""
+
+    name: str = "ProgramsWhole"
+
+    def run(self, schedule: Schedule) -> list[Violation]:
+        """See class."""
+        return first(
+            Violation(f"{phase}, program {number} of a {p['kind']}: {wrong}")
+            for phase, programs in schedule.plan["programs"].items()
+            for number, p in enumerate(programs)
+            for wrong in _flaws(p)
+        )
+
+
+_TWO = ("attend", "attend_latent", "merge")
+"""Instructions that fill two registers; others fill one, or write."""
+
+
+def _flaws(program: Any) -> Iterator[str]:
+    touched: dict[str, set[int]] = {"reads": set(), "writes": set()}
+    used: dict[str, bool] = {}  # of registers that are filled: whether something has taken them since
+    for op, *rest in program["code"]:
+        made, taken = _effects(op, rest)
+        if op in ("read", "write", "append"):
+            which, number = ("reads", rest[1]) if op == "read" else ("writes", rest[0])
+            touched[which].add(int(number))
+        for register in taken:
+            if register not in used:
+                yield f"{op} takes {register}, which nothing has filled"
+            used[register] = True
+        for register in made:
+            if not used.get(register, True):
+                yield f"nothing takes what {register} is filled with, before {op} fills it"
+            used[register] = op == "read" and program["reads"][int(rest[1])]["c"] == "heads"
+    for which, numbers in touched.items():
+        if numbers != set(range(len(program[which]))):
+            yield f"it has {len(program[which])} operands of {which}, its instructions {sorted(numbers)}"
+    for register in (r for r, taken in used.items() if not taken):
+        yield f"nothing takes what {register} is filled with"
+
+
+def _effects(op: str, rest: list[Any]) -> tuple[list[str], set[str]]:
+    """Registers that an instruction fills, and that it takes."""
+    if op == "write":
+        return [], {rest[1]}
+    if op == "append":
+        return [], _registers(rest)
+    count = 2 if op in _TWO else 1
+    return rest[:count], set() if op == "read" else _registers(rest[count:])
+
+
+def _registers(values: Any) -> set[str]:
+    """Registers among an instruction's values: r and a number."""
+    found: set[str] = set()
+    for v in values:
+        if isinstance(v, list):
+            found |= _registers(v)
+        elif isinstance(v, str) and v[:1] == "r" and v[1:].isdigit():
+            found.add(v)
+    return found
+
+
+@dataclass(frozen=True)
 class SlicesPlaced:
     """A task's slices are the bytes that its coordinates mean in the layouts of its program's operands, and
     each buffer has the size of its layout: a read is the shortest run from the first to the last byte of its
@@ -318,4 +383,4 @@ def _union(buffer: Int, low: Int, size: Int) -> int:
     return total
 
 
-CHECKS = (OperandsNamed(), SlicesPlaced(), RatesHold(), BytesHold())
+CHECKS = (OperandsNamed(), ProgramsWhole(), SlicesPlaced(), RatesHold(), BytesHold())
