@@ -260,7 +260,7 @@ class PagesDisjoint:
         machine = machines.parse(schedule.machine_toml, schedule.machine)
         room = int(machine.value("sm.shared") // machine.value("sm.page"))
         registers = machine.value("sm.registers") / 2
-        for rows, record in rows_of(schedule):
+        for rows, _ in rows_of(schedule):
             first_page, pages = rows["page"], rows["pages"]
             for row in np.flatnonzero((first_page < 0) | (pages < 1) | (first_page + pages > room)).tolist():
                 yield Violation(
@@ -268,10 +268,14 @@ class PagesDisjoint:
                     (row,),
                     limit=float(room),
                 )
-            lanes = np.array(
-                [max((int(x["mats"]) for x in k.get("lanes", ())), default=1) for k in record["kernels"]]
+            programs = schedule.plan["programs"][rows.phase]
+            made = np.array([sum(i[0] == "matmul" for i in p["code"]) for p in programs])
+            held = (
+                4
+                * (rows["m1"] - rows["m0"])
+                * (rows["n1"] - rows["n0"])
+                * made[np.clip(rows["program"], 0, len(made) - 1)]
             )
-            held = 4 * (rows["m1"] - rows["m0"]) * (rows["n1"] - rows["n0"]) * lanes[rows["kernel"]]
             for row in np.flatnonzero(of_kind(schedule, rows, "product") & (held > registers)).tolist():
                 yield Violation(
                     f"{rows.name(row)} accumulates in {held[row]} bytes of registers", (row,), limit=registers

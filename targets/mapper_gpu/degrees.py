@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mapper.errors import LoweringError, UsageError
+from mapper.errors import UsageError
 from mapper.schedule.tables import Request
-from mapper_gpu.hardware import Gpu
 
 Near = Literal["own", "replica", "rank"]
 """Chips of a stage seen from one of them: itself; those of its replica; those of the same rank in replicas
@@ -109,12 +108,3 @@ def own(request: Request) -> Request:
             f"gpu: dp={data} replicas do not share {request.batch} sequences evenly; --batch is that of all"
         )
     return replace(request, batch=request.batch // data)
-
-
-def grouped(degrees: Degrees, gpu: Gpu) -> None:
-    """Raises LoweringError where the chips of a replica straddle link domains that are larger than it."""
-    tensor = degrees.tensor
-    if degrees.chips > gpu.domain and tensor < gpu.domain and gpu.domain % tensor:
-        raise LoweringError(
-            f"gpu: groups of {tensor} chips straddle the link domains of {gpu.domain} of {gpu.name}"
-        )

@@ -19,7 +19,7 @@ from mapper.schedule.tables import (
 )  # fmt: skip
 from mapper_gpu.assemble import Lowered, schedule_of
 from mapper_gpu.columns import between, block_of, columns_of, cycles
-from mapper_gpu.degrees import Degrees, grouped, own
+from mapper_gpu.degrees import Degrees, own
 from mapper_gpu.describe import describe
 from mapper_gpu.extract import extract
 from mapper_gpu.extractor import Extracted
@@ -29,7 +29,7 @@ from mapper_gpu.hardware import Gpu, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
 from mapper_gpu.nodes import EXPERTS, Node
 from mapper_gpu.partition import partition
-from mapper_gpu.pipeline import cut
+from mapper_gpu.pipeline import cut, grouped
 from mapper_gpu.product import lane_width
 from mapper_gpu.storage import Memory, Storage
 from mapper_gpu.weights import Weights

@@ -27,6 +27,15 @@ Part = tuple[int, int, int]
 """A stretch of a section's repetitions: the section's number, the first repetition, the end."""
 
 
+def grouped(degrees: Degrees, gpu: Gpu) -> None:
+    """Raises LoweringError where the chips of a replica straddle link domains that are larger than it."""
+    tensor = degrees.tensor
+    if degrees.chips > gpu.domain and tensor < gpu.domain and gpu.domain % tensor:
+        raise LoweringError(
+            f"gpu: groups of {tensor} chips straddle the link domains of {gpu.domain} of {gpu.name}"
+        )
+
+
 @dataclass(frozen=True)
 class Staged:
     """A phase's sections with the kernels and the stage of each, in order."""
