@@ -17,10 +17,13 @@ Json = Any
 TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "i64": "tl.int64"}
 """Storage format -> Triton's type."""
 LOCALS = frozenset((
-    "acc", "above", "band", "base", "c", "c0", "cached", "column", "d", "e", "factor", "first", "head",
-    "high", "inside", "j", "j0", "k", "k0", "kv_head", "low", "m", "mine", "n", "n0", "part_top",
-    "part_total", "past", "piece", "place", "scores", "seen", "sequence", "shares", "split", "t0",
-    "theirs", "tile", "tl", "token", "top", "total", "triton", "v", "values", "w",
+    "above", "acc", "at", "b", "band", "base", "best", "block", "byte", "c", "c0", "cached", "centre",
+    "choice", "codes", "column", "counts", "d", "e", "empty", "ends", "expert", "factor", "first", "group",
+    "grouped", "head", "here", "high", "index", "inside", "j", "j0", "k", "k0", "kept", "kv_head", "low",
+    "m", "mine", "n", "n0", "others", "p0", "pair", "part_top", "part_total", "past", "picked", "picks",
+    "piece", "place", "r", "rank", "row", "run", "scores", "seen", "sequence", "share", "shares", "sink",
+    "slope", "split", "starts", "step", "t0", "theirs", "tile", "tl", "token", "top", "total", "triton",
+    "used", "v", "values", "w",
 ))  # fmt: skip
 """Names that the templates use for themselves."""
 WIDE = 1 << 31
@@ -112,11 +115,14 @@ def readable(value: str) -> str:
 
 @dataclass
 class Statements:
-    """The statements of one program, evaluated piece by piece into `lines`."""
+    """The statements of one program, evaluated piece by piece into `lines`. `mark` ends the names of its
+    variables whose shapes are the tile's, beside another program's in a branch of the same kernel: what both
+    branches define Triton wants to be of one shape."""
 
     program: Json
     parameters: Parameters
     batch: int
+    mark: str = ""
     lines: list[str] = field(default_factory=list)
     stats: dict[str, tuple[str, str]] = field(default_factory=dict)
     _values: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -245,20 +251,20 @@ class Statements:
 
     def _head_norm(self, frame: Frame, values: list[str], kind: str, eps: float, head: int) -> list[str]:
         shapes = [f"[{frame.rows}, {g.heads}, {g.lanes}]" for g in frame.groups]
-        headed = self.fresh("headed")
+        headed = self.fresh("headed" + self.mark)
         for g, v, shape in zip(frame.groups, values, shapes, strict=True):
             kept = f"tl.where({g.mask}, {v}, 0.0)" if g.mask else v
             self.lines.append(f"{headed}{g.suffix} = tl.reshape({kept}, {shape})")
         parts = [f"{headed}{g.suffix}" for g in frame.groups]
         if kind == "layer":
-            mean = self.fresh("mean")
+            mean = self.fresh("mean" + self.mark)
             self.lines.append(f"{mean} = ({' + '.join(f'tl.sum({p}, 2)' for p in parts)}) / {head}")
             for g, p, shape in zip(frame.groups, parts, shapes, strict=True):
                 centred = f"{p} - {mean}[:, :, None]"
                 if g.mask:
                     centred = f"tl.where(tl.reshape({g.mask} & ({frame.row} >= 0), {shape}), {centred}, 0.0)"
                 self.lines.append(f"{p} = {centred}")
-        scale = self.fresh("scale")
+        scale = self.fresh("scale" + self.mark)
         total = " + ".join(f"tl.sum({p} * {p}, 2)" for p in parts)
         self.lines.append(f"{scale} = 1.0 / tl.sqrt(({total}) / {head} + {eps!r})")
         return [
@@ -272,10 +278,10 @@ class Statements:
         first, _, *rest = frame.groups
         half = rotary // 2
         p = self.parameters.name(self.operand(self.made[table][2]))
-        angle = self.fresh("angle")
+        angle = self.fresh("angle" + self.mark)
         self.lines.append(f"{angle} = ({self.place(frame, past, tokens)}) * {half} + {first.element}")
         mask = masked(join(frame.row_mask, first.mask), "0.0")
-        cos, sin = self.fresh("cos"), self.fresh("sin")
+        cos, sin = self.fresh("cos" + self.mark), self.fresh("sin" + self.mark)
         self.lines += [f"{cos} = tl.load({p} + {angle}{mask})",
                        f"{sin} = tl.load({p} + {length * half} + {angle}{mask})"]  # fmt: skip
         a, b = values[:2]
