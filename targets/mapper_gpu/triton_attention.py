@@ -6,15 +6,16 @@ import math
 from typing import Any
 
 from mapper_gpu.flash import KEY_STEP
-from mapper_gpu.triton_code import TYPES, Frame, Group, Json, Parameters, Statements, power
+from mapper_gpu.triton_code import TYPES, Frame, Group, Json, Statements, power
 from mapper_gpu.triton_emit import Setting, Stage
 from mapper_gpu.triton_frames import HeadShape, head_shape
+from mapper_gpu.triton_names import Parameters
 
 Context = dict[str, Any]
 MERGED = 2048
 """Results that a warp of a merge holds: 64 registers of each of its threads."""
 LEAST = 16
-"""Query rows of a tensor core's product: fewer are padded."""
+"""Query rows, and columns of a head, of a tensor core's product: fewer are padded."""
 
 
 def shape_of(stage: Stage) -> Context:
@@ -34,7 +35,7 @@ def _query_groups(dim: int, heads: HeadShape | None) -> tuple[list[str], list[Gr
     parts = heads.parts if heads is not None else [("", "{e}", dim)]
     lines, groups, places = [], [], []
     for suffix, place, size in parts:
-        lanes, e, d = power(size), f"e{suffix}", f"d{suffix}"
+        lanes, e, d = max(LEAST, power(size)), f"e{suffix}", f"d{suffix}"
         mask = ""
         if place == "{e}":
             e = d

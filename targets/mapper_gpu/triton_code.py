@@ -6,26 +6,18 @@ pair, and what is not rotated, as groups: tiles of their own, loaded so, that no
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mapper.errors import LoweringError
+from mapper_gpu.triton_names import Parameters
 
 Json = Any
 TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "i64": "tl.int64"}
 """Storage format -> Triton's type."""
-LOCALS = frozenset((
-    "above", "acc", "at", "b", "band", "base", "best", "block", "byte", "c", "c0", "cached", "centre",
-    "choice", "codes", "column", "counts", "d", "e", "empty", "ends", "expert", "factor", "first", "group",
-    "grouped", "head", "here", "high", "index", "inside", "j", "j0", "k", "k0", "kept", "kv_head", "low",
-    "m", "mine", "n", "n0", "others", "p0", "pair", "part_top", "part_total", "past", "picked", "picks",
-    "piece", "place", "r", "rank", "row", "run", "scores", "seen", "sequence", "share", "shares", "sink",
-    "slope", "split", "starts", "step", "t0", "theirs", "tile", "tl", "token", "top", "total", "triton",
-    "used", "v", "values", "w",
-))  # fmt: skip
-"""Names that the templates use for themselves."""
+HALVES = 12582912.0
+"""1.5 x 2^23, which rounds away the fraction of a small number that is added to it."""
 WIDE = 1 << 31
 """Elements from which indices take 64 bits."""
 _SIGMOID = "1.0 / (1.0 + tl.exp(-{0}))"
@@ -79,38 +71,6 @@ class Frame:
     row_mask: str
     groups: tuple[Group, ...]
     rows: int
-
-
-@dataclass
-class Parameters:
-    """The pointers that a kernel takes: (value, chip, format) by name, in order of first use."""
-
-    known: dict[tuple[str, int], str] = field(default_factory=dict)
-    formats: dict[str, str] = field(default_factory=dict)
-
-    def name(self, operand: Mapping[str, Any]) -> str:
-        """The parameter of an operand."""
-        key = (operand["value"], int(operand["chip"]))
-        if key not in self.known:
-            base = readable(key[0]) + (f"_chip{key[1]}" if key[1] >= 0 else "")
-            taken, made, number = set(self.known.values()), base, 1
-            while made in taken:
-                number += 1
-                made = f"{base}_{number}"
-            self.known[key], self.formats[made] = made, operand["dtype"]
-        return self.known[key]
-
-
-def readable(value: str) -> str:
-    """An identifier from a value's name: without its program, its layer, and what every name has."""
-    partial = re.search(r"\.k\d+\.\d+(\.\d+|\.sum|\.stats)$", value)
-    if partial:
-        return "partial" + ("_stats" if partial[1] == ".stats" else "")
-    parts = re.split(r"[^A-Za-z0-9]+", re.sub(r"\[\d+:\]", "", value))
-    drop = {"model", "layers", "MatMul", "decode", "prefill", "transformer", "h", ""}
-    kept = [p for p in parts if p not in drop and not p.isdigit()]
-    name = "_".join(kept) or "value"
-    return f"{name}_" if name in LOCALS else f"v_{name}" if name[0].isdigit() else name
 
 
 @dataclass
@@ -290,6 +250,22 @@ class Statements:
 
     def _columns(self, frame: Frame, out: str, x: str) -> list[str]:
         return self.value(x, frame)
+
+    def _round_blocks(self, frame: Frame, out: str, x: str, block: int) -> list[str]:
+        """Whole steps of 1/127 of each block's largest magnitude; of a turn of K, which has whole blocks."""
+        found = []
+        for g, v in zip(frame.groups, self.value(x, frame), strict=True):
+            made, step = self.fresh("blocked"), self.fresh("size")
+            self.lines += [
+                f"{made} = tl.reshape({v}, [{frame.rows}, {g.lanes // block}, {block}])",
+                f"{step} = tl.max(tl.abs({made}), 2)[:, :, None] / 127.0",
+                f"{made} = {made} / tl.where({step} > 0.0, {step}, 1.0)",
+                # to the nearest, of two the even one: in float32 there are no fractions from 2^23 on
+                f"{made} = ({made} + {HALVES} - {HALVES}) * {step}",
+                f"{made} = tl.reshape({made}, [{frame.rows}, {g.lanes}])",
+            ]
+            found.append(made)
+        return found
 
     def _sum(self, frame: Frame, out: str, parts: list[str]) -> list[str]:
         found = [self.value(p, frame) for p in parts]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mapper_gpu.triton_code import ACTIVATIONS, Frame, Group, Json, Parameters, Statements, join, load, power
+from mapper_gpu.triton_code import ACTIVATIONS, Frame, Group, Json, Statements, join, load, power
 from mapper_gpu.triton_emit import Setting, Stage
 from mapper_gpu.triton_frames import columns
+from mapper_gpu.triton_names import Parameters
 from mapper_gpu.triton_products import (
     Strip,
     Turn,

@@ -10,11 +10,12 @@ from typing import Any
 from mapper.errors import LoweringError
 from mapper_gpu.product import Lane, lane_width
 from mapper_gpu.triton_attention import attention, attention_merge
-from mapper_gpu.triton_code import Frame, Group, Json, Parameters, Statements, load, power
+from mapper_gpu.triton_code import Frame, Group, Json, Statements, load, power
 from mapper_gpu.triton_emit import Setting, Stage
 from mapper_gpu.triton_experts import experts
 from mapper_gpu.triton_frames import Columns, HeadShape, columns, head_shape
 from mapper_gpu.triton_latent import latent_attention
+from mapper_gpu.triton_names import Parameters
 from mapper_gpu.triton_products import (
     WARPS_ELEMENTS,
     Strip,
@@ -179,9 +180,14 @@ def _lane(work: Statements, stage: Stage, setting: Setting, tiles: Context, runs
     products = [i for i in work.program["code"] if i[0] == "matmul"]
     form, codes = products[0][4], coded(work, products[0][3])
     bits = int(codes[6]) if codes else 0
+    rounds = max((int(i[3]) for i in work.program["code"] if i[0] == "round_blocks"), default=1)
     block = step(vector, rows, sum(c.extent for c in runs) * len(products), form, length, bits)
+    # activations that are rounded in blocks come in whole ones
+    block = max(block, rounds)
     strip = Strip(block, length, splits)
-    inner = rows_frame("k", (Group("", _inner(work, products[0][2], tiles), strip.mask),), rows, exact)
+    inner = rows_frame(
+        "k", (Group("", _inner(work, products[0][2], tiles), strip.mask, "", 1, block),), rows, exact
+    )
     x = work.value(products[0][2], inner)[0]
     load_x = work.take()
     frames = [rows_frame(f"n{i}", cols.groups, rows, exact) for i, cols in enumerate(runs)]

@@ -10,8 +10,9 @@ from typing import Any
 from mapper_gpu.flash import ACCUMULATORS, KEY_STEP
 from mapper_gpu.hardware import element_bytes
 from mapper_gpu.triton_attention import LEAST, results, shape_of
-from mapper_gpu.triton_code import TYPES, Frame, Group, Json, Parameters, Statements, power
+from mapper_gpu.triton_code import TYPES, Frame, Group, Json, Statements, power
 from mapper_gpu.triton_emit import Setting, Stage
+from mapper_gpu.triton_names import Parameters
 
 LEAST_KEYS = 16
 """Cache rows of a tensor core's product."""
@@ -31,7 +32,7 @@ def latent_attention(stage: Stage, parameters: Parameters, setting: Setting) -> 
     work = Statements(program, parameters, setting.batch)
     rows = max(LEAST, power(shape["each"] * shape["group"]))
     rope = shape["dim"] - shape["value_dim"]
-    lanes = power(rope)
+    lanes = max(LEAST, power(rope))
     whole = Group("", f"(head[:, None] * {shape['value_dim']} + v[None, :])",
                   "" if shape["whole"] else "v_ok[None, :]")  # fmt: skip
     turned = Group("", f"(head[:, None] * {rope} + d[None, :])", "" if lanes == rope else "d_ok[None, :]")
@@ -59,8 +60,8 @@ def latent_attention(stage: Stage, parameters: Parameters, setting: Setting) -> 
 
 
 def _pipeline(shape: Context, rows: int, cached: Json, setting: Setting) -> Context:
-    """Cache rows of a turn and stages of the pipeline: three, or two, that fit an SM beside the queries. Where
-    the results fill half of the registers, the addresses of a turn's loads take few."""
+    """Cache rows of a turn and stages of the pipeline: three, or two, that fit an SM beside the queries.
+    Where results fill half of the registers, few are left for the addresses of a turn's loads."""
     block = min(KEY_STEP, power(shape["keys"]))
     if rows * shape["values"] >= ACCUMULATORS:
         block = min(block, FEW_KEYS)

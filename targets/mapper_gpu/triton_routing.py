@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from mapper.errors import LoweringError
-from mapper_gpu.triton_code import Frame, Group, Parameters, address, power
+from mapper_gpu.triton_code import Frame, Group, address, power
 from mapper_gpu.triton_emit import Setting, Stage
 from mapper_gpu.triton_experts import Mixture
+from mapper_gpu.triton_names import Parameters
 
 ELEMENTS = 4096
 """Elements of a tile of tokens and experts: 32 registers of each of 128 threads."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mapper.errors import LoweringError
-from mapper_gpu.triton_code import Frame, Group, Parameters, Statements, power
+from mapper_gpu.triton_code import Frame, Group, Statements, power
 from mapper_gpu.triton_emit import Setting, Stage
 from mapper_gpu.triton_experts import Mixture
 from mapper_gpu.triton_frames import columns, head_shape
+from mapper_gpu.triton_names import Parameters
 
 CHUNK = 1024
 """Columns of a row that are held at a time."""

@@ -9,8 +9,9 @@ OPERANDS: dict[str, tuple[int, ...]] = {
     "read": (2,), "embed": (3,), "positions": (5,), "norm": (8,), "rope": (9,), "point": (4,), "gate": (4,),
     "append": (5,), "columns": (2,), "matmul": (4,), "sum": (2,), "concat": (2,), "attend": (13, 14),
     "attend_latent": (14,), "finish": (4,), "merge": (4,), "write": (2,), "dequantise": (9,),
-    "top_k": (12,), "align": (6,), "places": (6,), "gather": (5,), "expert_matmul": (5,), "expert_bias": (4,),
-    "expert_gate": (5,), "weighted_sum": (5,), "share_bias": (5,),
+    "round_blocks": (3,), "top_k": (12,), "align": (6,), "places": (6,), "gather": (5,),
+    "expert_matmul": (5,), "expert_bias": (4,), "expert_gate": (5,), "weighted_sum": (5,),
+    "share_bias": (5,),
 }  # fmt: skip
 """Instruction -> how many operands it has. One more or less means another thing than the templates emit."""
 ROWS = ("m", "n", "all", "cache", "expert", "blocks")
@@ -33,6 +34,8 @@ def refuse_unknown(program: Json) -> None:
             raise _refusal(program, f"products in {operands[-1]}")
         if op == "top_k" and operands[4] not in SCORINGS:
             raise _refusal(program, f"the scoring {operands[4]!r}")
+        if op == "round_blocks" and operands[2] & (operands[2] - 1):
+            raise _refusal(program, f"activations rounded in blocks of {operands[2]}")
         if op in ("gate", "expert_gate") and operands[1] not in ACTIVATIONS:
             raise _refusal(program, f"the activation {operands[1]!r}")
         if op == "point" and not _known(operands[1]):
