@@ -70,6 +70,7 @@ def _row_width(work: Statements, register: str) -> int:
 
 
 def by_rows(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    """Row work alone: a run of rows per program. Raises LoweringError where results differ in width."""
     (program,) = stage.programs
     total = setting.batch * setting.tokens
     each = -(-total // stage.tasks)
@@ -92,6 +93,7 @@ def by_rows(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
 
 
 def by_heads(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    """Column work that appends to a cache: a sequence's head per program."""
     (program,) = stage.programs
     work = Statements(program, parameters, setting.batch)
     width = next(o["width"] for o in program["reads"] if o["c"] == "n")
