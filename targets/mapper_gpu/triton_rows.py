@@ -85,10 +85,12 @@ def by_rows(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
     if any(o["width"] != width for o in program["writes"]):
         raise LoweringError("gpu: no Triton source for rows of several widths")
     work.store(rows_frame("n", cols.groups, extent, exact))
+    # a token's experts are as many rows to load
+    summed = any(i[0] == "weighted_sum" for i in program["code"])
     return {
         "template": "rows.py.j2", "each": each, "rows": extent, "total_rows": total, "exact": exact,
         "stats": stats, "columns": list(cols.lines), "width": width, "chunk": chunk, "body": work.take(),
-        "what": f"{each} rows each", "warps": 4, "stages": 1,
+        "what": f"{each} rows each", "warps": 8 if summed else 4, "stages": 1,
     }  # fmt: skip
 
 
