@@ -95,9 +95,14 @@ def compile_(
     weights: Annotated[
         str | None, typer.Option(help="Weight format, as int4; default: the target's own.")
     ] = None,
-    chips: Annotated[str, typer.Option(help="How many chips: a number, or auto.")] = "1",
+    chips: Annotated[
+        str, typer.Option(help="How many chips: a number, or auto. [default: 1, or what --parallel makes]")
+    ] = "",
     parallel: Annotated[
-        str, typer.Option(help="gpu: how chips share the model, as tp=4,pp=2; default: all by tensor.")
+        str,
+        typer.Option(
+            help="gpu: how chips share the model, as tp=4,pp=2 or tp=8,dp=2,ep=16; default: all by tensor."
+        ),
     ] = "",
     phase: Annotated[
         Literal["decode", "prefill", "both"], typer.Option(help="Which programs to make.")
@@ -114,7 +119,8 @@ def compile_(
     with working(f"compiling {model.name} for {target}"):
         done = build(
             model, target, machine=machine, batch=batch, context=context, prompt=prompt, weights=weights,
-            chips=_chips(chips), parallel=parallel, phase=phase, out=out, external_root=external_root,
+            chips=_chips(chips, parallel), parallel=parallel, phase=phase, out=out,
+            external_root=external_root,
         )  # fmt: skip
     if as_json:
         _print_json(done.result.record())
@@ -338,11 +344,12 @@ def machines_calibrate(
         print(f"machine {found.name} written to {path}")
 
 
-def _chips(text: str) -> int | None:
-    if text == "auto":
+def _chips(text: str, parallel: str) -> int | None:
+    """The number of chips; None where the target says. Degrees of parallelism make a number themselves."""
+    if text == "auto" or (parallel and not text):
         return None
     try:
-        return int(text)
+        return int(text or 1)
     except ValueError:
         raise UsageError(f"--chips takes a number or auto, not {text!r}") from None
 

@@ -122,12 +122,14 @@ def _plan(
         "gather": list(OPCODES),
         "commutative": [],
         "fused": fused,
-        "batch": request.batch,
+        "batch": found[0].work.batch,
         "programs": {item.phase: item.programs for item in found},
         "blocks": {item.phase: item.described for item in found},
     }
     if memory.stages > 1:
         plan["stages"] = memory.stages
+    if memory.replicas > 1:
+        plan["replicas"] = memory.replicas
     if form != "f32":
         kind = NUMPY[form]
         kept = dict.fromkeys(("matmul", "key_cache", "value_cache", "table"), kind)
@@ -175,11 +177,13 @@ def _ports(found: list[Lowered], memory: Memory, weights: list[Weights], states:
            request: Request) -> list[Port]:  # fmt: skip
     chips = memory.group
     ports = [port for own in weights for port in own.ports()]
+    batch, replicas = found[0].work.batch, memory.replicas
+    several: dict[str, Any] = {"replicas": replicas} if replicas > 1 else {}
     for name, s in sorted(states.items(), key=lambda p: p[1].first):
-        copies = max(1, chips * s.width // s.panel // _kv_heads(found[0], name))
-        heads = chips * s.width // s.panel // copies
-        shape = (request.batch, heads, s.rows // request.batch, s.panel)
-        layout = {"kind": "cache", "copies": copies}
+        copies = max(1, memory.tensor * s.width // s.panel // _kv_heads(found[0], name))
+        heads = memory.tensor * s.width // s.panel // copies
+        shape = (request.batch, heads, s.rows // batch, s.panel)
+        layout = {"kind": "cache", "copies": copies, **several}
         ports.append(Port(name, "state", NUMPY[s.dtype], shape, _buffers(s, chips), layout,
                           ["zeros", list(shape), NUMPY[s.dtype]]))  # fmt: skip
     for item in found:
@@ -189,15 +193,14 @@ def _ports(found: list[Lowered], memory: Memory, weights: list[Weights], states:
             tuple(b for here in item.storages for b in _buffers(here[v], chips))
             for v in ("input_ids", "past_length")
         )
-        same = {"kind": "copies"}
-        rows = (work.batch, work.tokens)
-        ports.append(Port("input_ids", "input", "int64", rows, ids, same, None, (item.phase,)))
-        ports.append(Port("past_length", "input", "int64", (), past, same, None, (item.phase,)))
-        layout = {"kind": "panels", "panel": logits.panel}
+        rows = (request.batch, work.tokens)
+        shared = {"kind": "copies"} if not several else {"kind": "sequences", "group": chips, **several}
+        ports.append(Port("input_ids", "input", "int64", rows, ids, shared, None, (item.phase,)))
+        ports.append(Port("past_length", "input", "int64", (), past, {"kind": "copies"}, None, (item.phase,)))
+        layout = {"kind": "panels", "panel": logits.panel, **several}
         shape3 = (*rows, logits.width)
-        ports.append(
-            Port("logits", "output", "float32", shape3, (logits.first,), layout, None, (item.phase,))
-        )
+        firsts = tuple(range(logits.first, logits.first + chips, memory.tensor))
+        ports.append(Port("logits", "output", "float32", shape3, firsts, layout, None, (item.phase,)))
     return ports
 
 

@@ -45,15 +45,15 @@ class GpuBackend(ServingView):
 
         Raises LoweringError, CapacityError, UsageError, UnsupportedModelError."""
         from mapper_gpu.capacity import chips_for
+        from mapper_gpu.degrees import degrees_of, own, settled
         from mapper_gpu.lower import lower
         from mapper_gpu.packed import form_of, item_bytes
-        from mapper_gpu.pipeline import degrees_of, settled
 
         request = settled(request)
         if request.speculative:
             raise LoweringError("gpu: speculative decoding is not scheduled yet")
         form = form_of(graph, request.weights, "tensor.f16" in machine.constants)
-        graphs = serving_forms(graph, request)
+        graphs = serving_forms(graph, own(request))
         chips = request.chips or chips_for(graphs, machine, item_bytes(form))
         with without_collector():
             return lower(graphs, graph, machine, request, degrees_of(request.parallel, chips), form)
@@ -79,9 +79,10 @@ class GpuBackend(ServingView):
     def bounds(self, graph: Graph, machine: Machine, request: Request) -> Mapping[Phase, Sequence[Bound]]:
         """Memory, arithmetic and latency bounds, per phase."""
         from mapper_gpu.bounds import bounds_of
-        from mapper_gpu.pipeline import settled
+        from mapper_gpu.degrees import own, settled
 
-        request, graphs = settled(request), serving_forms(graph, request)
+        request = settled(request)
+        graphs = serving_forms(graph, own(request))
         return {p: bounds_of(graphs, graph, machine, request, p) for p in graphs}
 
     def retime(self, schedule: Schedule, machine: Machine) -> Mapping[Phase, float]:

@@ -11,6 +11,7 @@ from mapper.ir.op import DataflowOp, tensor_type
 from mapper.machine import Machine
 from mapper.schedule.tables import Phase, Request
 from mapper_gpu.capacity import chips_for
+from mapper_gpu.degrees import degrees_of
 from mapper_gpu.packed import form_of, held_bytes, item_bytes, turned_of
 
 _PRODUCTS = {
@@ -22,26 +23,24 @@ _PRODUCTS = {
 def bounds_of(
     graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, request: Request, phase: Phase
 ) -> Sequence[Bound]:
-    """Bounds on one run of a phase's serving graph on all of the request's chips.
+    """Bounds on one run of a phase's serving graph, that of one replica, on all of the request's chips.
 
-    Every matrix is read from HBM once, but for what L2 may have kept; in decode so is every key and value
-    that the step sees. Both at the pins' rate. Of experts those are read that some token chooses where all
-    choices are equally likely. Products run at the dense peak of the format that they are computed in: with
-    low-bit weights that of the activations, 16 bits."""
+    Every matrix is read from HBM once by every replica, but for what L2 may have kept; in decode so is every
+    key and value that the step sees. Both at the pins' rate. Of experts those are read that some token
+    chooses where all choices are equally likely. Products run at the dense peak of the
+    format that they are computed in: with low-bit weights that of the activations, 16 bits."""
     form = form_of(source, request.weights, "tensor.f16" in machine.constants)
     served, item = graphs[phase], item_bytes(form)
     chips = request.chips or chips_for(graphs, machine, item)
-    weights = sum(
-        s.count * sum(_read(served, op, item) + _experts(served, op, item)[0] for op in s.ops)
-        for s in served.sections()
-    )
-    state = 0
-    if phase == "decode":
-        state = sum(s.count * sum(_cache(op, item) for op in s.ops) for s in served.sections())
-    flops = sum(
-        s.count * sum(_flops(served, op) + _experts(served, op, item)[1] for op in s.ops)
-        for s in served.sections()
-    )
+    degrees = degrees_of(request.parallel, chips)
+    replicas, spread = degrees.data, degrees.spread
+    weights = flops = state = 0.0
+    for s in served.sections():
+        for op in s.ops:
+            read, products = _experts(served, op, item, spread)
+            weights += s.count * (replicas * _read(served, op, item) + replicas / spread * read)
+            flops += s.count * (replicas * _flops(served, op) + replicas / spread * products)
+            state += s.count * replicas * _cache(op, item) if phase == "decode" else 0
     form = "f32" if form == "f32" else "bf16"
     rate = max(machine.value(k) for k in (f"tensor.{form}", "vector.f32") if k in machine.constants)
     hbm, kept = machine.value("memory.hbm.bandwidth"), machine.value("memory.l2.capacity")
@@ -70,15 +69,16 @@ def _weights(graph: Graph, op: DataflowOp) -> int:
     return sum(w.elements for w in found if w is not None)
 
 
-def _experts(graph: Graph, op: DataflowOp, item: int) -> tuple[float, float]:
-    """(bytes that an even routing reads, low-bit ones as stored; operations of the chosen experts'
-    products)."""
+def _experts(graph: Graph, op: DataflowOp, item: int, replicas: int) -> tuple[float, float]:
+    """(bytes that an even routing of `replicas` times the tokens reads, low-bit ones as stored; operations of
+    the chosen experts' products)."""
     if op.mnemonic != "moe":
         return 0.0, 0.0
     named = ((graph.weight(op, name), turned_of(op, name)) for name in ("gate", "up", "down"))
     parts = [(w, turned) for w, turned in named if w is not None]
     found = [w for w, _ in parts]
-    count, tokens, chosen = found[0].shape[0], math.prod(op.operand_shape(0)[:-1]), op.operand_shape(1)[-1]
+    count, chosen = found[0].shape[0], op.operand_shape(1)[-1]
+    tokens = replicas * math.prod(op.operand_shape(0)[:-1])
     each = sum(w.elements for w in found) // count
     size = sum(held_bytes(w, item, turned) for w, turned in parts)
     return size * (1 - (1 - chosen / count) ** tokens), 2.0 * tokens * chosen * each

@@ -61,6 +61,19 @@ def stage_of(schedule: Schedule, record: Any) -> range:
     return range(first, first + size)
 
 
+def replicas_of(schedule: Schedule) -> int:
+    """Replicas with sequences of their own."""
+    plan: Any = schedule.plan
+    return max(1, int(plan.get("replicas", 1)))
+
+
+def replica_of(schedule: Schedule, group: range, chip: int) -> range:
+    """The chips of a stage that do the same sequences as one of them."""
+    size = len(group) // replicas_of(schedule)
+    first = group.start + (chip - group.start) // size * size
+    return range(first, first + size)
+
+
 _CACHE: dict[int, tuple[weakref.ref[Schedule], list[tuple[Rows, Any]]]] = {}
 
 

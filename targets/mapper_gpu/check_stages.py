@@ -11,7 +11,7 @@ import numpy as np
 from mapper import machine as machines
 from mapper.schedule.tables import Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, rows_of, stage_of
+from mapper_gpu.check_rows import Rows, replica_of, replicas_of, rows_of, stage_of
 
 LINK, NETWORK = 4, 5
 """Leads of what passes inside, and between, link domains."""
@@ -20,7 +20,8 @@ LINK, NETWORK = 4, 5
 @dataclass(frozen=True)
 class StagesHold:
     """Blocks follow each other stage by stage, no stage is left out, and a block's tasks are on its stage's
-    chips and use its memories. A send has one task on each chip, which copies whole buffers of the chip's
+    chips and use its memories, those of their own replica but for exchanges.
+    A send has one task on each chip, which copies whole buffers of the chip's
     peer in an earlier stage and carries all those bytes; it and other collectives pay for the network where
     they join link domains."""
 
@@ -33,8 +34,9 @@ class StagesHold:
     def _all(self, schedule: Schedule) -> Iterator[Violation]:
         plan: Any = schedule.plan
         stages = int(plan.get("stages", 1))
-        if stages < 1 or schedule.chips % stages:
-            yield Violation(f"{schedule.chips} chips are not {stages} stages")
+        replicas = replicas_of(schedule)
+        if stages < 1 or schedule.chips % (stages * replicas) or schedule.request.batch % replicas:
+            yield Violation(f"{schedule.chips} chips are not {stages} stages of {replicas} replicas")
             return
         domain = machines.parse(schedule.machine_toml, schedule.machine).whole("link.domain")
         for phase in schedule.programs:
@@ -46,14 +48,18 @@ class StagesHold:
             group = stage_of(schedule, record)
             yield from _inside(schedule, rows, record, group)
             for number, kernel in enumerate(record["kernels"]):
-                if kernel["kind"] == "collective" and not _sends(kernel):
-                    yield from _tier(rows, number, group, domain)
+                if kernel["kind"] == "collective" and not _sends(kernel) and not _exchanges(kernel):
+                    yield from _tier(schedule, rows, number, group, domain)
                 if _sends(kernel):
                     yield from _send(schedule, rows, number, group, domain)
 
 
 def _sends(kernel: Any) -> bool:
     return bool(kernel.get("collective", {}).get("algorithm") == "send")
+
+
+def _exchanges(kernel: Any) -> bool:
+    return bool({n["kind"] for n in kernel["nodes"]} & {"exchange", "dispatch", "collect"})
 
 
 def _inside(schedule: Schedule, rows: Rows, record: Any, group: range) -> Iterator[Violation]:
@@ -64,20 +70,29 @@ def _inside(schedule: Schedule, rows: Rows, record: Any, group: range) -> Iterat
             f"{rows.name(r)} is on chip {chip[r]}, its stage has chips {group.start}..{group.stop - 1}", (r,)
         )
     sent = np.array([_sends(k) for k in record["kernels"]])[rows["kernel"]]
+    spread = np.array([bool(_exchanges(k)) for k in record["kernels"]])[rows["kernel"]]
+    near = np.array([replica_of(schedule, group, c).start for c in range(schedule.chips)])
+    size = len(group) // replicas_of(schedule)
     for which in ("reads", "writes"):
         offsets, buffer, _, _ = rows.block.steps.slices("reads" if which == "reads" else "writes")
         row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        away = (memory[buffer] < group.start) | (memory[buffer] >= group.stop)
+        begin, end = near[chip[row]], near[chip[row]] + size
+        if which == "reads":
+            begin, end = np.where(spread[row], group.start, begin), np.where(spread[row], group.stop, end)
+        away = (memory[buffer] < begin) | (memory[buffer] >= end)
         if which == "reads":
             away &= ~sent[row]
         for r in np.unique(row[away]).tolist():
-            yield Violation(f"{rows.name(r)}: {which} memory of another stage", (r,))
+            yield Violation(f"{rows.name(r)}: {which} memory of another stage, or replica", (r,))
 
 
-def _tier(rows: Rows, number: int, group: range, domain: int) -> Iterator[Violation]:
-    lead = NETWORK if group.start // domain != (group.stop - 1) // domain else LINK
-    for row in np.flatnonzero((rows["kernel"] == number) & (rows["lead"] != lead)).tolist():
-        yield Violation(f"{rows.name(row)} does not pay for its link", (row,))
+def _tier(schedule: Schedule, rows: Rows, number: int, group: range, domain: int) -> Iterator[Violation]:
+    chip = rows["unit"] // (len(schedule.units) // schedule.chips)
+    for row in np.flatnonzero(rows["kernel"] == number).tolist():
+        near = replica_of(schedule, group, int(chip[row]))
+        lead = NETWORK if near.start // domain != (near.stop - 1) // domain else LINK
+        if rows["lead"][row] != lead:
+            yield Violation(f"{rows.name(row)} does not pay for its link", (row,))
 
 
 def _send(schedule: Schedule, rows: Rows, number: int, group: range, domain: int) -> Iterator[Violation]:

@@ -13,9 +13,10 @@ import numpy as np
 from mapper import machine as machines
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, rows_of, stage_of
+from mapper_gpu.check_rows import Rows, replica_of, rows_of, stage_of
 
-HEAVY = {"linear", "attention", "allreduce", "allgather", "expert_up", "expert_down"}
+EXCHANGES = {"exchange", "dispatch", "collect"}
+HEAVY = {"linear", "attention", "allreduce", "allgather", *EXCHANGES, "expert_up", "expert_down"}
 """Kinds of nodes of which a kernel has at most one."""
 
 
@@ -210,7 +211,8 @@ def _above(members: set[int], before: dict[int, set[int]], owner: dict[int, int]
 @dataclass(frozen=True)
 class CollectivesMatched:
     """Every chip takes part in every collective, once per stage, and reads the same bytes of the same value
-    from all chips of its stage of a pipeline, its own included."""
+    from all chips of its replica, its own included, and from no others. (What passes between replicas
+    ExchangesHold looks at.)"""
 
     name: str = "CollectivesMatched"
 
@@ -222,19 +224,23 @@ class CollectivesMatched:
         memory = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
         for rows, record in rows_of(schedule):
             chip, link = chips_of(rows, schedule), of_kind(schedule, rows, "collective")
-            sent = [k.get("collective", {}).get("algorithm") == "send" for k in record["kernels"]]
+            sent = [
+                k.get("collective", {}).get("algorithm") == "send"
+                or bool({n["kind"] for n in k["nodes"]} & EXCHANGES)
+                for k in record["kernels"]
+            ]
             link &= ~np.array(sent)[rows["kernel"]]
-            group = list(stage_of(schedule, record))
+            group = stage_of(schedule, record)
             for stage in np.unique(rows["stage"][link]).tolist():
                 mine = np.flatnonzero(link & (rows["stage"] == stage))
-                if sorted(chip[mine].tolist()) != group:
+                if sorted(chip[mine].tolist()) != list(group):
                     yield Violation(
                         f"{rows.phase}, block {rows.number}, stage {stage}: not one task on each chip"
                     )
                 offsets, buffer, _, _ = rows.block.steps.slices("reads")
                 for row in mine.tolist():
                     chips = memory[buffer[offsets[row] : offsets[row + 1]]].tolist()
-                    if not set(group) <= set(chips):
+                    if set(chips) != set(replica_of(schedule, group, int(chip[row]))):
                         yield Violation(f"{rows.name(row)} does not read from every chip", (row,))
 
 
@@ -254,7 +260,7 @@ class PagesDisjoint:
         machine = machines.parse(schedule.machine_toml, schedule.machine)
         room = int(machine.value("sm.shared") // machine.value("sm.page"))
         registers = machine.value("sm.registers") / 2
-        for rows, record in rows_of(schedule):
+        for rows, _ in rows_of(schedule):
             first_page, pages = rows["page"], rows["pages"]
             for row in np.flatnonzero((first_page < 0) | (pages < 1) | (first_page + pages > room)).tolist():
                 yield Violation(
@@ -262,10 +268,14 @@ class PagesDisjoint:
                     (row,),
                     limit=float(room),
                 )
-            lanes = np.array(
-                [max((int(x["mats"]) for x in k.get("lanes", ())), default=1) for k in record["kernels"]]
+            programs = schedule.plan["programs"][rows.phase]
+            made = np.array([sum(i[0] == "matmul" for i in p["code"]) for p in programs])
+            held = (
+                4
+                * (rows["m1"] - rows["m0"])
+                * (rows["n1"] - rows["n0"])
+                * made[np.clip(rows["program"], 0, len(made) - 1)]
             )
-            held = 4 * (rows["m1"] - rows["m0"]) * (rows["n1"] - rows["n0"]) * lanes[rows["kernel"]]
             for row in np.flatnonzero(of_kind(schedule, rows, "product") & (held > registers)).tolist():
                 yield Violation(
                     f"{rows.name(row)} accumulates in {held[row]} bytes of registers", (row,), limit=registers

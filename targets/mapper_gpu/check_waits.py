@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, rows_of
+from mapper_gpu.check_rows import Rows, rows_of, stage_of
 
 
 def _ends(rows: Rows) -> Int:
@@ -32,8 +32,8 @@ def _totals(rows: Rows, counters: int) -> tuple[Int, Int]:
 @dataclass(frozen=True)
 class WaitsExact:
     """A task waits until a counter has exactly the count that all its signals make, the last of which is
-    over when the task starts; a counter of the repetition before is waited for where there is one. Every
-    task raises a counter, and of its own block. Kernels in a graph follow each other: each of their tasks
+    over when the task starts; a counter of the repetition before is waited for where there is one. A task
+    raises a counter of its own block and chip. Kernels in a graph follow each other: each of their tasks
     waits for something, but those of the first."""
 
     name: str = "WaitsExact"
@@ -49,6 +49,7 @@ class WaitsExact:
             if ((rows.signals[:, 1] < 0) | (rows.signals[:, 1] >= counters)).any():
                 yield Violation(f"{rows.name(0)}: a signal to a counter that the block does not have")
                 continue
+            yield from _elsewhere(rows, stage_of(schedule, record), len(schedule.units) // schedule.chips)
             for row in np.setdiff1d(np.arange(len(rows.block.steps)), rows.signals[:, 0]).tolist():
                 yield Violation(f"{rows.name(row)} tells nobody that it is over", (row,))
             if schedule.plan["style"] == "graph":
@@ -79,6 +80,14 @@ class WaitsExact:
             else:
                 over = int(before[2][counter]) + before[3] - block.start
                 yield from _one(rows, row, counter, once, int(before[1][counter]), over, start)
+
+
+def _elsewhere(rows: Rows, group: range, per_chip: int) -> Iterator[Violation]:
+    """Tasks that raise another chip's counter: counters go round the chips."""
+    row, counter = rows.signals.T
+    chip = rows["unit"][row] // per_chip - group.start
+    for r in np.unique(row[counter % len(group) != chip]).tolist():
+        yield Violation(f"{rows.name(r)} raises a counter of another chip", (r,))
 
 
 def _unordered(rows: Rows) -> Iterator[Violation]:

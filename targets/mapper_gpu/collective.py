@@ -72,21 +72,28 @@ def _two_tiers(gpu: Gpu, chips: int, size: float) -> Collective:
 
 def allgather(gpu: Gpu, chips: int, size: float) -> Collective:
     """`size` bytes on every chip, of which each has made a share."""
-    return _shared(gpu, chips, size, GATHER)
-
-
-def alltoall(gpu: Gpu, chips: int, size: float) -> Collective:
-    """Every chip holds `size` bytes and sends an equal share to each other chip."""
-    return _shared(gpu, chips, size, EXCHANGE)
-
-
-def _shared(gpu: Gpu, chips: int, size: float, name: str) -> Collective:
     if chips < 2:
-        return Collective(name, 0.0, 0.0)
+        return Collective(GATHER, 0.0, 0.0)
     rate, latency = _tier(gpu, chips)
     moved = (chips - 1) / chips * size
     rounds = 1 if gpu.switched or chips > gpu.domain else chips - 1
-    return Collective(name, rounds * latency + moved / rate, moved, chips > gpu.domain)
+    return Collective(GATHER, rounds * latency + moved / rate, moved, chips > gpu.domain)
+
+
+def exchange(gpu: Gpu, replicas: int, stride: int, size: float) -> Collective:
+    """A chip reads `size` bytes evenly from the chips of its rank in all `replicas`, `stride` chips apart,
+    its own included. Those in its link domain and those beyond it come at once, each at their rate;
+    `bytes` are what takes as long at the slower rate."""
+    near = min(replicas, max(1, gpu.domain // stride))
+    inside, beyond = ((n / replicas) * size for n in (near - 1, replicas - near))
+    if not gpu.switched:  # on a ring a share travels a quarter of the way round on average
+        inside *= max(1.0, near / 4)
+    if replicas == near:
+        rounds = 1 if gpu.switched else max(1, replicas - 1)
+        return Collective(EXCHANGE, rounds * gpu.link_latency + inside / gpu.link, inside)
+    slow = min(gpu.link, gpu.network)
+    moved = max(beyond, inside * slow / gpu.link)
+    return Collective(EXCHANGE, gpu.link_latency + gpu.network_latency + moved / slow, moved, True)
 
 
 def send(gpu: Gpu, size: float, across: bool) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mapper.schedule.tables import Block, Int, step_table
 from mapper_gpu import persistent
+from mapper_gpu.degrees import Degrees, Near
 from mapper_gpu.grid import Grid, Task
 from mapper_gpu.hardware import Gpu
 from mapper_gpu.queues import Stages, place, place_merges, ranks, stage_starts
@@ -32,8 +33,9 @@ through L2 or the link, operations that its engine works through, the engine and
 bandwidth, what comes before it (timing.LEADS), pages of shared memory, its tile's number among merges, and
 the kernel's stage."""
 Ragged = tuple[Int, Int, Int, Int]
-Wait = tuple[int, int, int, int]
-"""(logical counter, count in the first repetition, in later ones, chip: -1 the own, -2 all)."""
+Wait = tuple[int, int, int, int | Near]
+"""(logical counter, count in the first repetition, in later ones, chips: a number in the machine, or
+which)."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,20 @@ def block_of(
     gpu: Gpu,
     name: str,
     grids: Sequence[Grid],
-    chips: int,
+    degrees: Degrees,
     start: int,
     repeat: int,
     before: int,
-    base: int = 0,
+    base: int,
 ) -> Counted:
-    """A block of kernels in the machine's style. `before` is the count of the block before (-1: none);
-    `base` the first of the chips."""
-    return columns_of(gpu, grids, chips, gpu.megakernel, before < 0, base).finish(name, start, repeat, before)
+    """A block of kernels in the machine's style on the chips of a stage, of which `base` is the first.
+    `before` is the count of the block before (-1: none)."""
+    made = columns_of(gpu, grids, degrees, gpu.megakernel, before < 0, base)
+    return made.finish(name, start, repeat, before)
 
 
 def columns_of(
-    gpu: Gpu, grids: Sequence[Grid], chips: int, megakernel: bool, opens: bool, base: int = 0
+    gpu: Gpu, grids: Sequence[Grid], degrees: Degrees, megakernel: bool, opens: bool, base: int
 ) -> Columns:
     """The columns of a block's kernels; `opens` where it is the first of its program."""
     tasks: list[Task] = []
@@ -93,7 +96,7 @@ def columns_of(
             kernel += [number] * len(mine)
             stage += [len(heads)] * len(mine)
             heads.append(int(s == 0))
-    return Columns(gpu, tasks, np.array(kernel), np.array(stage), np.array(heads), chips, megakernel, opens,
+    return Columns(gpu, tasks, np.array(kernel), np.array(stage), np.array(heads), degrees, megakernel, opens,
                    base)  # fmt: skip
 
 
@@ -101,12 +104,12 @@ class Columns:
     """The columns of one block while they are made; chip 0 first, then copies for the others."""
 
     def __init__(
-        self, gpu: Gpu, tasks: list[Task], kernel: Int, stage: Int, heads: Int, chips: int, megakernel: bool,
-        opens: bool, base: int,
+        self, gpu: Gpu, tasks: list[Task], kernel: Int, stage: Int, heads: Int, degrees: Degrees,
+        megakernel: bool, opens: bool, base: int,
     ) -> None:  # fmt: skip
-        self.megakernel, self.opens, self.base = megakernel, opens, base
+        self.megakernel, self.opens, self.base, self.degrees = megakernel, opens, base, degrees
         self.gpu, self.tasks, self.kernel, self.stage, self.heads, self.chips = (
-            gpu, tasks, kernel, stage, heads, chips,
+            gpu, tasks, kernel, stage, heads, degrees.group,
         )  # fmt: skip
         self.near = np.array([round(t.near) for t in tasks], np.int64)
         self.far = np.array([round(t.far) for t in tasks], np.int64)
@@ -119,14 +122,38 @@ class Columns:
         self.unit = np.zeros(len(tasks), np.int64)
         for number in range(len(heads)):
             self._lead(np.flatnonzero(stage == number), number)
-        self.seconds = np.asarray(
-            task_seconds(gpu, self.far, self.near, self.work, self.engine, self.shared, self.lead)
-        )
-        self.length = cycles(gpu, self.seconds)
         self.begin = np.zeros(len(tasks), np.int64)
         self.page = np.zeros(len(tasks), np.int64)
         self.end = 0
+        self._time()
         (self._queue if megakernel else self._place)()
+        crowded = [] if megakernel else self._crowded()
+        if crowded:
+            self.shared[np.isin(stage, crowded)] = gpu.sms
+            self._time()
+            self._place()
+
+    def _time(self) -> None:
+        """How long each task takes."""
+        self.seconds = np.asarray(
+            task_seconds(self.gpu, self.far, self.near, self.work, self.engine, self.shared, self.lead)
+        )
+        self.length = cycles(self.gpu, self.seconds)
+
+    def _crowded(self) -> list[int]:
+        """Stages whose tasks together take more bytes per cycle than the memory's pins pass: unequal tasks,
+        of which those of the last, ragged wave begin beside many of the wave before."""
+        found = []
+        for number in range(len(self.heads)):
+            rows = np.flatnonzero((self.stage == number) & ~self.link)
+            if len(rows) <= self.gpu.sms:
+                continue
+            rate = self.far[rows] / self.length[rows]
+            time = np.concatenate([self.begin[rows], self.begin[rows] + self.length[rows]])
+            order = np.lexsort((np.concatenate([rate, -rate]), time))
+            if np.cumsum(np.concatenate([rate, -rate])[order]).max() * self.gpu.clock > self.gpu.hbm:
+                found.append(number)
+        return found
 
     def _lead(self, rows: Int, number: int) -> None:
         """What comes before the tasks of a stage, and how many share the bandwidth."""
@@ -143,13 +170,17 @@ class Columns:
     def _queue(self) -> None:
         """Queues of the whole block."""
         gpu = self.gpu
-        self.raised, self.waited, self.logical = persistent.signals_of(self.tasks, self.stage)
+        self.raised, waits, self.logical = persistent.signals_of(self.tasks, self.stage)
+        self.waited = persistent.needed(self.tasks, self.stage, waits, self.raised, self.chips, self.base)
         latency = int(cycles(gpu, gpu.signal))
         self.unit, self.begin, self.end = persistent.schedule(
             gpu, self.tasks, self.stage, self.length, self.waited, self.raised, latency
         )
         need = np.array([t.pages for t in self.tasks])
         self.page = persistent.pages(self.unit, self.begin, need, int(gpu.shared // gpu.page))
+        # the links of all chips are one unit here; each has one task of a stage, so that stages take turns
+        turns = np.unique(self.stage[self.link], return_inverse=True)[1]
+        self.page[self.link] = turns % 2
 
     def _place(self) -> None:
         """Units of chip 0: SM numbers, or the link behind them."""
@@ -172,7 +203,7 @@ class Columns:
                     self.join[rows].tolist(),
                 )
 
-        queue = self.unit + np.array([max(0, t.chip) for t in self.tasks])
+        queue = self.unit + np.array([t.chips.start if t.chips else 0 for t in self.tasks])
         stages = Stages(self.stage, queue, ranks(self.stage, queue), self.join, self.heads)
         self.begin, self.end = stage_starts(stages, self.length, int(cycles(gpu, gpu.gap)))
 
@@ -193,9 +224,13 @@ class Columns:
         last = np.flatnonzero(self.stage == self.stage.max())
         counters = self._persistent_counters if self.megakernel else self._counters
         waits, signals, total = counters(before)
-        homes = np.array([t.chip for t in self.tasks], np.int64)
+        here = np.ones((n, chips), bool)
+        for i, t in enumerate(self.tasks):
+            if t.chips is not None:
+                here[i] = False
+                here[i, list(t.chips)] = True
         chip, row = np.divmod(np.arange(n * chips), n)
-        rows = np.flatnonzero((homes[row] < 0) | (homes[row] == chip))
+        rows = np.flatnonzero(here[row, chip])
         unit = self.unit[row] + (self.base + chip) * (gpu.sms + 1)
         rows = rows[np.lexsort((row[rows], unit[rows], begin[row[rows]]))]
         mine = row[rows]
@@ -208,23 +243,25 @@ class Columns:
             self._slices([t.writes for t in self.tasks], mine, chip[rows]),
             op[mine], self.far[mine], flops[mine],
         )  # fmt: skip
-        count = sum(self.tasks[i].chip in (-1, 0) for i in last)
+        count = sum(self.tasks[i].on(0) for i in last)
         return Counted(Block(name, table, start, repeat, period), total, count)
 
     def _persistent_counters(self, before: int) -> tuple[list[list[Wait]], list[list[int]], int]:
         """As `_counters`, in megakernel style."""
-        count = [0] * self.logical
+        count = np.zeros((self.logical, self.chips), np.int64)
         for t, c in zip(self.tasks, self.raised, strict=True):
-            count[c] += t.chip in (-1, 0)
+            count[c, slice(None) if t.chips is None else list(t.chips)] += 1
         waits: list[list[Wait]] = []
-        for needed in self.waited:
+        for t, needed in zip(self.tasks, self.waited, strict=True):
             mine: list[Wait] = []
+            own_chip = 0 if t.chips is None else t.chips.start
             for c, own in needed:
                 if c >= 0:
-                    mine.append((c, count[c], count[c], own))
+                    asked = int(count[c, own_chip if own < 0 else own - self.base])
+                    mine.append((c, asked, asked, own if own >= 0 else "own"))
                 elif before >= 0:
                     # what a chip writes now, others may have read in the collective that ended the last one
-                    mine.append((-1, before, count[-1], -2))
+                    mine.append((-1, before, int(count[-1, 0]), "replica"))
             waits.append(mine)
         return waits, [[c] for c in self.raised], self.logical * self.chips
 
@@ -241,7 +278,7 @@ class Columns:
         finals = [s for s in range(len(self.heads)) if s + 1 == len(self.heads) or self._full(s)]
         for s in finals:
             done[s] = len(tiles) + len(done)
-        counts = {s: sum(t.chip in (-1, 0) for t, at in zip(self.tasks, self.stage, strict=True) if at == s)
+        counts = {s: sum(t.on(0) for t, at in zip(self.tasks, self.stage, strict=True) if at == s)
                   for s in finals}  # fmt: skip
         parts: dict[int, int] = {}
         for i, t in enumerate(self.tasks):
@@ -253,13 +290,13 @@ class Columns:
         logical = len(tiles) + len(done)
         for i, t in enumerate(self.tasks):
             s = int(self.stage[i])
-            key, own = (int(self.kernel[i]), t.join), -2 if self.link[i] else -1
+            key, own = (int(self.kernel[i]), t.join), t.over
             if t.stage == 1 and key in tiles:
                 waits.append([(tiles[key], parts[tiles[key]], parts[tiles[key]], own)])
             elif s == 0:
                 # what a chip writes now, others may have read in the collective that ended the last one: one
                 # task that waits for all chips holds up the kernels behind its own
-                own = -2 if i == 0 else own
+                own = "replica" if i == 0 else own
                 waits.append([(-1, before, counts[finals[-1]], own)] if before >= 0 else [])
             else:
                 waits.append([(done[s - 1], counts[s - 1], counts[s - 1], own)])
@@ -288,7 +325,7 @@ class Columns:
             [kinds.setdefault((tuple(w), tuple(s)), len(kinds)) for w, s in zip(waits, signals, strict=True)]
         )
         distinct = [(waits[i], signals[i]) for i in np.unique(kind, return_index=True)[1].tolist()]
-        tails = [_tail(w, s, chip, chips, self.base) for chip in range(chips) for w, s in distinct]
+        tails = [_tail(w, s, chip, self.degrees, self.base) for chip in range(chips) for w, s in distinct]
         sizes = np.array([len(t) for t in tails], np.int64)
         number = (kind + len(distinct) * np.arange(chips)[:, None]).reshape(-1)
         first = np.cumsum(sizes) - sizes
@@ -315,11 +352,12 @@ class Columns:
         return taken, buffer, low, size
 
 
-def _tail(waits: list[Wait], signals: list[int], chip: int, chips: int, base: int) -> list[int]:
+def _tail(waits: list[Wait], signals: list[int], chip: int, degrees: Degrees, base: int) -> list[int]:
     """Waits and signals of a task on a chip, as immediates; chips that waits name are counted from `base`."""
+    chips = degrees.group
     mine = sorted({
         (c * chips + other, a, b) for c, a, b, own in waits
-        for other in ((chip,) if own == -1 else range(chips) if own == -2 else (own - base,))
+        for other in ([own - base] if isinstance(own, int) else degrees.near(chip, own))
     })  # fmt: skip
     return [
         len(mine),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mapper_gpu.hardware import element_bytes
 from mapper_gpu.kernel import Kernel
-from mapper_gpu.nodes import Section
+from mapper_gpu.nodes import EXCHANGES, Node, Section
 
 
 def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
@@ -32,7 +33,11 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
         "stores": list(k.stores),
         "weights": [
             {"name": w.label, "n": w.n, "k": w.k, "dtype": w.dtype, "split": w.split}
-            | ({} if w.low is None else {"stored": w.low.name, "bytes": w.bytes})
+            | (
+                {}
+                if w.low is None
+                else {"stored": w.low.name, "bytes": w.stored, "elements": w.total * w.n * w.k}
+            )
             for w in k.weights
         ],
         "seconds": t.seconds,
@@ -81,9 +86,31 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
         record["experts"] = {
             "tokens": g.routing.rows, "count": g.routing.count, "chosen": g.routing.chosen,
             "rows": g.routing.tile, "blocks": g.routing.most, "filled": g.routing.blocks,
-            "distinct": g.routing.distinct, "n": g.n, "k": g.k, "mats": g.mats, "element": g.element,
+            "distinct": g.routing.distinct, "owners": g.routing.owners, "fullest": g.routing.fullest,
+            "n": g.n, "k": g.k, "mats": g.mats, "element": g.element,
             "tile": {"n": tile.n, "run": tile.run, "engine": tile.engine},
         }  # fmt: skip
     if k.collective is not None:
         record["collective"] = {"algorithm": k.collective.algorithm, "bytes": k.collective.bytes}
+        node = nodes[k.nodes[0]] if k.nodes else None
+        if node is not None and node.kind in EXCHANGES:
+            record |= _exchanged(node, section)
+            record["collective"]["bytes"] = k.collective.bytes
     return record
+
+
+def _exchanged(node: Node, section: Section) -> dict[str, Any]:
+    """What passes between replicas: bytes that a chip gets from all of them, or those of each row of an
+    expert and how many such rows there are."""
+    value, how = section.values[node.output], node.attr("routing")
+    if node.kind == "exchange":
+        return {"collective": {"algorithm": "all-gather", "bytes": value.bytes, "whole": value.bytes}}
+    moved = section.values[node.inputs[0]] if node.kind == "collect" else value
+    row = moved.width * element_bytes(moved.dtype)
+    experts = {"tokens": how.rows, "count": how.count, "chosen": how.chosen, "owners": how.owners,
+               "fullest": how.fullest, "row_bytes": row}  # fmt: skip
+    whole = how.fullest * row
+    return {
+        "collective": {"algorithm": "all-to-all", "bytes": whole, "whole": whole},
+        "rows_between": experts,
+    }

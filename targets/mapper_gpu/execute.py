@@ -281,7 +281,7 @@ def _cache_runs(task: Task, o: Operand) -> tuple[tuple[int, int, int, int], list
     length, row = o.rows // batch, o.panel * o.dtype.itemsize
     tokens = tile_ops.tokens_of(task)
     if o.c == "keys":
-        head, sequence = n0 // (n1 - n0), m0 // tokens
+        head, sequence = 0 if o.width == o.panel else n0 // (n1 - n0), m0 // tokens
         base = (head * batch + sequence) * length
         return (k0, k1, 0, o.panel), [((base + k0) * row, (k1 - k0) * row)]
     b0, b1 = m0 // tokens, -(-m1 // tokens)

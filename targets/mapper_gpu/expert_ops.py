@@ -49,27 +49,34 @@ def _scores(x: Array, scoring: str) -> Array:
         return np.asarray(1 / (1 + np.exp(-x)), np.float32) if scoring == "sigmoid" else x
 
 
-def _sorted(task: Task, routing: Array, count: int, chosen: int, tile: int) -> tuple[Array, Array]:
-    """(expert of each block, pair of each row of each block) in order of experts."""
+def _sorted(
+    task: Task, routing: Array, count: int, chosen: int, tile: int, first: int, owned: int
+) -> tuple[Array, Array]:
+    """(expert of each block, pair of each row of each block) in order of experts, of the `owned` experts from
+    `first` on (0: of all); an expert's number is that in its stack."""
     expert = routing[:, :chosen].astype(np.int64).reshape(-1)
     if expert.min() < 0 or expert.max() >= count:
         task.fail(f"a choice that is none of {count} experts")
     experts: list[int] = []
     rows: list[Array] = []
-    for e in np.unique(expert).tolist():
+    last = first + owned if owned else count
+    if not 0 <= first < last <= count:
+        task.fail(f"experts {first} .. {last} of {count}")
+    for e in np.unique(expert[(expert >= first) & (expert < last)]).tolist():
         pairs = np.flatnonzero(expert == e)
-        for first in range(0, len(pairs), tile):
+        for at in range(0, len(pairs), tile):
             block = np.full(tile, -1, np.int64)
-            block[: len(pairs) - first] = pairs[first : first + tile]
-            experts.append(e)
+            block[: len(pairs) - at] = pairs[at : at + tile]
+            experts.append(e - first)
             rows.append(block)
-    return np.array(experts), np.stack(rows)
+    return np.array(experts, np.int64), np.array(rows, np.int64).reshape(-1, tile)
 
 
 def _align(
-    task: Task, r: Registers, out: str, routing: str, count: int, chosen: int, tile: int, blocks: int
-) -> None:
-    experts, pairs = _sorted(task, r[routing], count, chosen, tile)
+    task: Task, r: Registers, out: str, routing: str, count: int, chosen: int, tile: int, blocks: int,
+    first: int = 0, owned: int = 0,
+) -> None:  # fmt: skip
+    experts, pairs = _sorted(task, r[routing], count, chosen, tile, first, owned)
     if len(experts) > blocks:
         task.fail(f"{len(experts)} blocks of experts, the schedule has {blocks}")
     made = np.full((blocks, 1 + tile), -1, np.float32)
@@ -78,9 +85,10 @@ def _align(
 
 
 def _places(
-    task: Task, r: Registers, out: str, routing: str, count: int, chosen: int, tile: int, blocks: int
-) -> None:
-    _, pairs = _sorted(task, r[routing], count, chosen, tile)
+    task: Task, r: Registers, out: str, routing: str, count: int, chosen: int, tile: int, blocks: int,
+    first: int = 0, owned: int = 0,
+) -> None:  # fmt: skip
+    _, pairs = _sorted(task, r[routing], count, chosen, tile, first, owned)
     flat = pairs.reshape(-1)
     made = np.full(r[routing].shape[0] * chosen, -1, np.float32)
     made[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
@@ -133,15 +141,19 @@ def _expert_gate(
 
 
 def _weighted_sum(
-    task: Task, r: Registers, out: str, x: str, routing: str, places: str, weighted: bool
+    task: Task, r: Registers, out: str, x: str, routing: str, places: str, weighted: bool, parts: bool = False
 ) -> None:
+    """With `parts` the rows of other chips' experts are at no place (-1) and count nothing."""
     at = r[places].astype(np.int64)
-    if at.min() < 0 or at.max() >= len(r[x]) or len(np.unique(at)) != at.size:
+    there = at[at >= 0]
+    if there.size != at.size and not parts:
+        task.fail("the rows of a token's experts are not there")
+    if at.min() < -1 or at.max() >= len(r[x]) or len(np.unique(there)) != there.size:
         task.fail("the rows of a token's experts are not there, or are taken twice")
     share = r[routing][:, at.shape[1] :] if weighted else np.ones(at.shape, np.float32)
     total = np.zeros((len(at), r[x].shape[1]), np.float32)
     for j in range(at.shape[1]):
-        total += share[:, j : j + 1] * r[x][at[:, j]]
+        total += np.where(at[:, j : j + 1] >= 0, share[:, j : j + 1] * r[x][at[:, j]], np.float32(0))
     r[out] = total
 
 

@@ -6,10 +6,8 @@ a block belongs to is data; how many blocks there can be is not, so the grid is 
 more than j blocks are made, and a task of a block that is not there does nothing.
 
 A task streams the columns n0 .. n1 of the weights of `run` blocks, one block after the other. Times are those
-of even routing: an expert is chosen by Binomial(rows, chosen / count) tokens, so that
-
-    distinct = count (1 - (1 - chosen / count)^rows)       experts are read from HBM, and
-    blocks   = count E[ceil(Binomial(rows, chosen / count) / tile)]     blocks are worked through."""
+of even routing (see routing): `distinct` experts are read from HBM, `blocks` blocks are worked through; where
+groups of chips have experts of their own, those of the fullest."""
 
 from __future__ import annotations
 
@@ -21,12 +19,9 @@ from functools import lru_cache
 from mapper.errors import LoweringError
 from mapper_gpu.hardware import ENGINES, Gpu
 from mapper_gpu.product import STAGES, STEP_BYTES, TILE_COLUMNS, Low, Timed, unpacking
+from mapper_gpu.routing import Routing
 from mapper_gpu.timing import grid_seconds, rates
 
-TALLEST = 128
-"""Rows of a block at most: those of a tensor-core tile."""
-SHORT = 8
-"""Rows that cost a tensor core the same as one."""
 NEAR = 1.02
 """Tiles that take this much longer are as good, if there are fewer of them."""
 TASKS = 12
@@ -34,67 +29,10 @@ TASKS = 12
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Of one step: `rows` tokens, `count` experts, `chosen` per token, blocks of `tile` rows."""
-
-    rows: int
-    count: int
-    chosen: int
-    tile: int
-
-    @property
-    def pairs(self) -> int:
-        """(token, choice) pairs."""
-        return self.rows * self.chosen
-
-    @property
-    def most(self) -> int:
-        """Blocks at most: one of a single pair for as many experts as there are, the other pairs in full
-        ones. An expert has at most all rows."""
-        first = min(self.pairs, self.count)
-        if self.rows <= self.tile:
-            return first
-        return first + (self.pairs - first) // self.tile
-
-    @property
-    def distinct(self) -> float:
-        """Experts that some token chose, on average."""
-        return self.count * (1 - (1 - self.chosen / self.count) ** self.rows)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of an average routing, rounded up."""
-        return max(1, min(self.most, math.ceil(_blocks(self) - 1e-9)))
-
-
-@lru_cache(maxsize=1 << 12)
-def _blocks(r: Routing) -> float:
-    if r.rows <= r.tile:
-        return r.distinct
-    p, total = r.chosen / r.count, 0.0
-    if p >= 1:
-        return r.count * math.ceil(r.rows / r.tile)
-    for c in range(1, r.rows + 1):
-        log = math.lgamma(r.rows + 1) - math.lgamma(c + 1) - math.lgamma(r.rows - c + 1)
-        total += math.ceil(c / r.tile) * math.exp(log + c * math.log(p) + (r.rows - c) * math.log1p(-p))
-    return r.count * total
-
-
-def routing_of(rows: int, count: int, chosen: int) -> Routing:
-    """With blocks as tall as an expert's rows on average, but at least what a tensor core takes anyway; an
-    expert has at most all rows."""
-    mean = rows * chosen / (count * (1 - (1 - chosen / count) ** rows)) if chosen < count else rows
-    tile = SHORT
-    while tile < min(mean, TALLEST):
-        tile *= 2
-    return Routing(rows, count, chosen, min(tile, rows))
-
-
-@dataclass(frozen=True)
 class Grouped:
     """One product of experts on one chip: `mats` weights [n, k] per expert, `element` bytes of a weight as
-    stored, `operand` of an element of x, `out` of one of the result; `gathered` where x has the tokens' rows,
-    not the blocks'; `low` says how weights are stored where that is in low bits."""
+    stored, `operand` of an element of x, `out` of one of the result;
+    `low` says how weights are stored where that is in low bits."""
 
     routing: Routing
     n: int
@@ -104,7 +42,6 @@ class Grouped:
     operand: float
     out: float
     engine: str
-    gathered: bool
     low: Low | None = None
 
 
@@ -156,7 +93,7 @@ def measure(gpu: Gpu, g: Grouped, t: ExpertTile) -> Timed:
         "arithmetic": work / (float(rates(gpu)[engine]) * gpu.sms), "latency": lead,
     }  # fmt: skip
     limit = "waves" if body > 1.5 * max(parts.values()) else max(parts, key=lambda k: parts[k])
-    flops = 2.0 * r.pairs * g.mats * g.n * g.k
+    flops = 2.0 * r.pairs / r.owners * g.mats * g.n * g.k
     return Timed(lead + body, runs * across, far, near, work, flops, limit)
 
 

@@ -122,16 +122,22 @@ def _experts(schedule: Schedule, phase: str) -> tuple[Finding, ...]:
         for k in record["kernels"]:
             if "experts" in k:
                 e = k["experts"]
-                used = 100 * e["tokens"] * e["chosen"] / (e["filled"] * e["rows"])
+                used = 100 * e["fullest"] / (e["filled"] * e["rows"])
+                even = 1 - (1 - e["chosen"] / e["count"]) ** e["tokens"]
+                mean = e["count"] / e["owners"] * even
                 weight = e["mats"] * e["n"] * e["k"] * e["element"] / 1e6
                 rows.append((
-                    k["name"], block.repeat, e["tokens"], f"{e['chosen']} of {e['count']}", e["distinct"],
-                    weight, f"{e['filled']} of {e['blocks']}", e["rows"], used,
+                    k["name"], block.repeat, e["tokens"], f"{e['chosen']} of {e['count']}", e["owners"], mean,
+                    e["distinct"], weight, f"{e['filled']} of {e['blocks']}", e["rows"], used,
                 ))  # fmt: skip
     columns = (
-        "kernel", "runs", "tokens", "chosen", "experts read", "MB each", "blocks", "rows", "rows used %",
+        "kernel", "runs", "tokens", "chosen", "groups", "experts read", "of the fullest", "MB each", "blocks",
+        "rows", "rows used %",
     )  # fmt: skip
-    title = "experts of an even routing: their weights are read once, rows of a block are padded"
+    title = (
+        "experts of an even routing: their weights are read once, rows of a block are padded; groups of "
+        "chips with experts of their own wait for the fullest"
+    )
     return (Finding(title, columns, tuple(rows)),) if rows else ()
 
 
@@ -148,7 +154,7 @@ def _stored(schedule: Schedule, phase: str, chip: Gpu) -> Iterator[Finding]:
             for w in k["weights"]:
                 if "stored" in w:
                     sums = found.setdefault((w["stored"], w["dtype"]), [0.0, 0.0])
-                    sums[0] += block.repeat * w["n"] * w["k"]
+                    sums[0] += block.repeat * w["elements"]
                     sums[1] += block.repeat * w["bytes"]
     if not found:
         return

@@ -14,11 +14,11 @@ import math
 from typing import Any
 
 from mapper.ir.op import DataflowOp
-from mapper_gpu.experts import Routing, routing_of
 from mapper_gpu.extractor import Extractor, View, rule
 from mapper_gpu.hardware import element_bytes
 from mapper_gpu.nodes import Matrix, Pick, Value
 from mapper_gpu.packed import packed_of
+from mapper_gpu.routing import Routing, routing_of
 
 
 @rule("route")
@@ -79,7 +79,7 @@ def _moe(c: Extractor, op: DataflowOp) -> None:
     c.add("expert_down", [inner, blocks], made, [down], name="expert_down", routing=how)
     total = c.add(
         "weighted_sum", [made, index.name, places], c.fresh(down.n), weighted=not op.attr("share_input"),
-        pairs=how.pairs,
+        pairs=how.pairs, experts=how.count,
     )  # fmt: skip
     bias = op.attr("down_bias")
     if bias is not None:

@@ -31,11 +31,19 @@ OPERATIONS = 5.0
 """Operations per score besides the products: scale, maximum, subtract, sum, rescale."""
 
 
+def head_parts(heads: int, value_dim: int) -> int:
+    """Tasks that share the heads of latent attention, which all read the same rows: as few as have room for
+    their running results."""
+    fit = (p for p in range(1, heads) if heads % p == 0 and heads // p * value_dim <= ACCUMULATORS)
+    return next(fit, heads)
+
+
 @dataclass(frozen=True)
 class Attention:
     """What an attention kernel does on one chip. `tokens` per sequence see `past` earlier rows; the cache
     has room for `length`. `dim` and `value_dim` per head; `element` bytes of a cached number; `shared`
-    where keys and values are the same bytes (latent attention). `window` 0: all."""
+    where keys and values are the same bytes (latent attention), and `kv_heads` are then parts of the heads
+    that read the same rows. `window` 0: all."""
 
     batch: int
     heads: int
@@ -117,9 +125,11 @@ def pieces(a: Attention, s: Split) -> list[Piece]:
             keys = 16 * math.ceil(rows / 16)
             work = 2.0 * queries * keys * (a.dim + a.value_dim)
             flops = 2.0 * visible(a, first, last, low, high) * a.group * (a.dim + a.value_dim)
+            # parts of heads that read the same rows do it at once: one of them takes them from HBM
+            far = moved / a.kv_heads if a.shared else moved
             reused = last < a.tokens and bool(rows)
-            found.append(Piece(first, last, low, high, 0.0 if reused else moved,
-                               moved if reused else 0.0, work, flops))  # fmt: skip
+            far = 0.0 if reused else far
+            found.append(Piece(first, last, low, high, far, moved - far, work, flops))
     return sorted(found, key=lambda p: -p.work)
 
 

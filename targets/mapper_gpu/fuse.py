@@ -7,7 +7,7 @@ HBM bytes at the stream rate plus its launch. A kernel has one shape of reductio
     product     linears of the same x; before them row and point nodes on x, which every task repeats; behind
                 them point and head nodes on their columns; or one linear with a matrix per head
     attention   one attention, with head nodes on its queries
-    collective  one all-reduce or all-gather, with point nodes behind it
+    collective  one all-reduce, all-gather or exchange between replicas, with point nodes behind it
     experts     one product of the chosen experts, with what is done inside of it
     route       routing of all tokens at once: one task
     heads       point and head nodes of one width with an append, by sequence and head
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mapper_gpu.nodes import EXPERTS, HEADS, HEAVY, POINTS, ROUTES, ROWS, Node, Section
+from mapper_gpu.nodes import EXCHANGES, EXPERTS, HEADS, HEAVY, POINTS, ROUTES, ROWS, Node, Section
 
 Cost = Callable[[str, tuple[int, ...]], float]
 """(kind of kernel, its nodes) -> seconds."""
@@ -118,6 +118,8 @@ def kernel_kind(dag: Dag, group: int, final: bool) -> str | None:
         legal = above <= {"rope", "head_norm", "point"} and not below
         legal = legal and not (above and dag.nodes[heavy[0]].attr("latent"))
         return "attention" if legal else None
+    if kind in EXCHANGES and kind != "collect" and below:
+        return None
     return "collective" if not above and below <= set(POINTS) else None
 
 

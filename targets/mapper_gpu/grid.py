@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mapper_gpu import flash, programs
+from mapper_gpu.degrees import Degrees, Near
 from mapper_gpu.flash import pieces
 from mapper_gpu.grid_collective import collective_tasks
 from mapper_gpu.grid_experts import expert_tasks, route_task
@@ -35,7 +36,8 @@ class Task:
     bytes).
 
     `stage` 0 are the kernel's first tasks, 1 its merges; `join` is the tile that a task and its merge
-    share. `chip` names the only chip that has the task (-1: all)."""
+    share. `chips` are those that have the task, counted from the group's first (None: all), `over`
+    those whose memories it reads (see degrees)."""
 
     opcode: int
     program: int
@@ -52,7 +54,12 @@ class Task:
     stage: int = 0
     join: int = -1
     pages: int = 1
-    chip: int = -1
+    chips: range | None = None
+    over: Near = "own"
+
+    def on(self, chip: int) -> bool:
+        """Whether a chip of the group has the task."""
+        return self.chips is None or chip in self.chips
 
 
 @dataclass
@@ -65,7 +72,8 @@ class Grid:
 
 @dataclass
 class Maker:
-    """Makes the grids of one section. `programs` collects programs; `new` makes a storage of the program."""
+    """Makes the grids of one section. `programs` collects programs; `new` makes a storage of the program. The
+    section is on chips from `base` on, shared by `degrees`."""
 
     gpu: Gpu
     section: Section
@@ -73,15 +81,22 @@ class Maker:
     programs: list[Any]
     batch: int
     tokens: int
-    chips: int
+    degrees: Degrees
     label: str
     new: Any
     base: int = 0
 
-    @property
-    def group(self) -> range:
-        """The chips that share the section."""
-        return range(self.base, self.base + self.chips)
+    def replica(self, number: int) -> range:
+        """A replica's chips, counted from the group's first."""
+        return range(number * self.degrees.tensor, (number + 1) * self.degrees.tensor)
+
+    def rank(self, number: int) -> range:
+        """The chips of one rank in all replicas, counted from the group's first."""
+        return range(number, self.degrees.group, self.degrees.tensor)
+
+    def absolute(self, chips: range) -> range:
+        """Chips of the group by their numbers in the machine."""
+        return range(self.base + chips.start, self.base + chips.stop, chips.step)
 
     def builder(self, kind: str) -> Builder:
         return Builder(kind, self.section, self.storage, self.tokens)
@@ -362,7 +377,7 @@ class Maker:
         head, length = s.panel, s.rows // self.batch
         row = head * s.item
         if c == "keys":
-            h, b = n0 // (n1 - n0), m0 // self.tokens
+            h, b = 0 if s.width == head else n0 // (n1 - n0), m0 // self.tokens
             base = (h * self.batch + b) * length
             return [((base + k0) * row, (k1 - k0) * row)]
         b0, b1 = m0 // self.tokens, -(-m1 // self.tokens)

@@ -46,17 +46,22 @@ def expert_tasks(maker: Maker, grid: Grid, partial: str) -> None:
 
 
 def route_task(maker: Maker, grid: Grid, partial: str) -> None:
-    """Routing of all tokens: one task."""
-    kernel = grid.kernel
+    """Routing of all tokens: one task on each chip, with a program of its group of experts."""
+    kernel, degrees = grid.kernel, maker.degrees
     nodes = maker.section.nodes
-    b = maker.builder("route")
-    b.rows = "all"
-    run_nodes(b, kernel.nodes, "all")
-    for v in kernel.stores:
-        b.write(v, b.registers[f"={v}"], "all", "all")
-    first = maker.section.values[nodes[kernel.nodes[0]].inputs[0]]
-    at = (0, first.rows, 0, first.width, 0, 0)
-    task = maker.task(b, maker.keep(b), "route", at, nodes[kernel.nodes[0]].op)
-    task.near, task.work = kernel.timed.near, kernel.timed.work
-    task.engine, task.lead = ENGINES.index("vector"), NONE
-    grid.tasks.append(task)
+    owned = any(nodes[i].attr("owned") for i in kernel.nodes)
+    owners = degrees.expert if owned else 1
+    for owner in range(owners):
+        b = maker.builder("route")
+        b.rows, b.owner = "all", owner
+        run_nodes(b, kernel.nodes, "all")
+        for v in kernel.stores:
+            b.write(v, b.registers[f"={v}"], "all", "all")
+        first = maker.section.values[nodes[kernel.nodes[0]].inputs[0]]
+        at = (0, first.rows, 0, first.width, 0, 0)
+        task = maker.task(b, maker.keep(b), "route", at, nodes[kernel.nodes[0]].op)
+        task.near, task.work = kernel.timed.near, kernel.timed.work
+        task.engine, task.lead = ENGINES.index("vector"), NONE
+        each = degrees.group // owners
+        task.chips = range(owner * each, (owner + 1) * each) if owners > 1 else None
+        grid.tasks.append(task)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mapper_gpu import experts, flash, product
-from mapper_gpu.collective import Collective, allgather, allreduce
+from mapper_gpu.collective import Collective, allgather, allreduce, exchange
 from mapper_gpu.experts import ExpertTile, Grouped
 from mapper_gpu.flash import Attention, Split
 from mapper_gpu.fuse import Group, fuse
 from mapper_gpu.hardware import COMPUTE, ENGINES, Gpu, element_bytes
-from mapper_gpu.nodes import HEADS, HEAVY, Node, Section, Value
+from mapper_gpu.nodes import EXCHANGES, HEADS, HEAVY, Node, Section, Value
 from mapper_gpu.packed import OPERATIONS
 from mapper_gpu.product import Lane, Low, Product, Tile, Timed
 from mapper_gpu.timing import grid_seconds
@@ -139,10 +139,12 @@ def make(gpu: Gpu, section: Section, group: Group, chips: int = 1) -> Kernel:
         )
     if group.kind == "collective":
         node = next(section.nodes[i] for i in nodes if section.nodes[i].kind == head[0])
-        value = section.values[node.output]
-        size = value.bytes
-        made = (allreduce if node.kind == "allreduce" else allgather)(gpu, chips, size)
-        far = moved_bytes(section, nodes)
+        size, far = section.values[node.output].bytes, moved_bytes(section, nodes)
+        if node.kind in EXCHANGES:
+            size, far = _exchanged(section, node, far)
+            made = exchange(gpu, node.attr("replicas"), node.attr("stride"), size)
+        else:
+            made = (allreduce if node.kind == "allreduce" else allgather)(gpu, chips, size)
         seconds = made.seconds + far / gpu.stream
         timed = Timed(seconds, 1, far, made.bytes, 0.0, 0.0, "link")
         return Kernel(name, group.kind, nodes, reads, stores, weights, timed, collective=made)
@@ -157,12 +159,23 @@ def make(gpu: Gpu, section: Section, group: Group, chips: int = 1) -> Kernel:
     return _rows(gpu, section, group.kind, name, nodes, reads, stores, weights)
 
 
+def _exchanged(section: Section, node: Node, whole: float) -> tuple[float, float]:
+    """(bytes that come to a chip from all replicas, its own included; those of them and what becomes of them
+    through HBM) of an exchange. Of the rows of experts those count that the fullest chip has."""
+    value, how = section.values[node.output], node.attr("routing")
+    if node.kind == "exchange":
+        return value.bytes, whole
+    moved = section.values[node.inputs[0]] if node.kind == "collect" else value
+    size = how.fullest * moved.width * element_bytes(moved.dtype)
+    return size, size + (size if node.kind == "dispatch" else value.bytes)
+
+
 def grouped_of(section: Section, node: Node) -> Grouped:
     """The product of experts that a node asks for."""
     w, x, y = node.weights[0], section.values[node.inputs[0]], section.values[node.output]
     return Grouped(
         node.attr("routing"), w.n, w.k, len(node.weights), w.element, element_bytes(x.dtype),
-        element_bytes(y.dtype), COMPUTE[w.dtype], node.kind == "expert_up", _low(node.weights),
+        element_bytes(y.dtype), COMPUTE[w.dtype], _low(node.weights),
     )  # fmt: skip
 
 
@@ -188,7 +201,7 @@ def attention_of(node: Node) -> Attention:
     return Attention(
         batch=a["batch"],
         heads=a["heads"],
-        kv_heads=a["kv_heads"],
+        kv_heads=flash.head_parts(a["heads"], a["value_dim"]) if a.get("shared") else a["kv_heads"],
         dim=a["dim"],
         value_dim=a["value_dim"],
         tokens=a["tokens"],

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from mapper.errors import CapacityError, LoweringError
+from mapper.errors import CapacityError
 from mapper.ir.graph import Graph
 from mapper.machine import Machine
 from mapper.schedule.tables import (
@@ -19,17 +19,17 @@ from mapper.schedule.tables import (
 )  # fmt: skip
 from mapper_gpu.assemble import Lowered, schedule_of
 from mapper_gpu.columns import between, block_of, columns_of, cycles
+from mapper_gpu.degrees import Degrees, own
 from mapper_gpu.describe import describe
 from mapper_gpu.extract import extract
 from mapper_gpu.extractor import Extracted
 from mapper_gpu.extractor import Program as Work
-from mapper_gpu.flash import ACCUMULATORS
 from mapper_gpu.grid import Maker
 from mapper_gpu.hardware import Gpu, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
 from mapper_gpu.nodes import EXPERTS, Node
 from mapper_gpu.partition import partition
-from mapper_gpu.pipeline import Degrees, cut
+from mapper_gpu.pipeline import cut, grouped
 from mapper_gpu.product import lane_width
 from mapper_gpu.storage import Memory, Storage
 from mapper_gpu.weights import Weights
@@ -40,14 +40,14 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     """The schedule of serving graphs shared out by `degrees`, with weights in `form`. Raises LoweringError,
     CapacityError."""
     chip, chips = gpu(machine), degrees.tensor
-    memory = Memory(chips * degrees.pipeline, degrees.pipeline)
+    memory, batch = Memory(degrees.chips, degrees.pipeline, degrees.tensor), own(request).batch
+    grouped(degrees, chip)
     phases: list[tuple[Work, list[tuple[Kernel, ...]]]] = []
     for phase, graph in graphs.items():
         tokens = request.prompt if phase == "prefill" else 1
-        work = partition(extract(graph, phase, request.batch, tokens, request.context, form), chips)
+        work = partition(extract(graph, phase, batch, tokens, request.context, form), degrees)
         work = replace(work, sections=tuple(_operands(e, form) for e in work.sections))
         phases.append((work, [kernels_of(chip, e.section, chips) for e in work.sections]))
-        _registers(phases[-1][1])
     staged = cut(phases, degrees, chip, form)
     found = [Lowered(p, s.work, s.kernels, s.stages) for p, s in zip(graphs, staged, strict=True)]
     weights = _weights(graphs, found, memory, form)
@@ -55,33 +55,22 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     for item in found:
         _values(item, memory, states)
     for item in found:
-        _blocks(item, chip, memory, weights, states)
+        _blocks(item, chip, memory, weights, states, degrees)
     _fits(chip, memory, request)
     return schedule_of(source, machine, chip, request, memory, found, weights, states, form)
 
 
 def _weights(graphs: Mapping[Phase, Graph], found: list[Lowered], memory: Memory, form: str) -> list[Weights]:
     """The weights of each stage."""
-    weights = [Weights(graphs, memory.group, form, s * memory.group) for s in range(memory.stages)]
+    weights = [Weights(graphs, memory, form, s * memory.group) for s in range(memory.stages)]
     for item in found:
-        for own in weights:
-            own.symbols |= item.work.constants
+        for mine in weights:
+            mine.symbols |= item.work.constants
         for e, kernels, stage in zip(item.work.sections, item.kernels, item.stages, strict=True):
             weights[stage].need(item.phase, e, kernels)
-    for own in weights:
-        own.allocate(memory)
+    for mine in weights:
+        mine.allocate(memory)
     return weights
-
-
-def _registers(kernels: list[tuple[Kernel, ...]]) -> None:
-    """Raises LoweringError where one token's heads of latent attention are too many for an SM."""
-    for k in (k for mine in kernels for k in mine):
-        a = k.attention
-        if a is not None and a.shared and a.group * a.value_dim > ACCUMULATORS:
-            raise LoweringError(
-                f"gpu: latent attention of {a.group} heads on one chip: an SM accumulates "
-                f"{ACCUMULATORS // a.value_dim} of {a.value_dim} columns; more --chips share them"
-            )
 
 
 def _operands(e: Extracted, form: str) -> Extracted:
@@ -103,6 +92,8 @@ def _operands(e: Extracted, form: str) -> Extracted:
 def _multiplied(node: Node, i: int) -> bool:
     """Whether input i of a node is an operand of products alone, which rounds it."""
     queries = 2 if node.attr("latent") else 1
+    if node.kind == "dispatch":  # into a product; where rows are weighed before, that rounds them
+        return i == 0 and len(node.inputs) == 2
     return node.kind in ("linear", "attention", *EXPERTS) and i < (queries if node.kind == "attention" else 1)
 
 
@@ -181,15 +172,15 @@ def _values(item: Lowered, memory: Memory, states: Mapping[str, Storage]) -> Non
 
 
 def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: list[Weights],
-            states: Mapping[str, Storage]) -> None:  # fmt: skip
+            states: Mapping[str, Storage], degrees: Degrees) -> None:  # fmt: skip
     chips = memory.group
     at, before = int(cycles(chip, chip.step)), -1
     item.other = at
     gap = between(chip, chip.megakernel)
     parts = zip(item.work.sections, item.kernels, item.stages, strict=True)
     for number, (e, kernels, stage) in enumerate(parts):
-        own, base = weights[stage], stage * chips
-        storage = {**item.storages[stage], **_cached(e, states), **own.lookup(item.phase, e)}
+        mine, base = weights[stage], stage * chips
+        storage = {**item.storages[stage], **_cached(e, states), **mine.lookup(item.phase, e)}
 
         def new(made: Storage, known: dict[str, Storage] = storage, base: int = base) -> None:
             made.program, made.base = item.phase, base
@@ -203,22 +194,22 @@ def _blocks(item: Lowered, chip: Gpu, memory: Memory, weights: list[Weights],
             item.programs,
             item.work.batch,
             item.work.tokens,
-            chips,
+            degrees,
             label,
             new,
             base,
         )
         grids = [maker.grid(k, i) for i, k in enumerate(kernels)]
-        counted = block_of(chip, e.section.name, grids, chips, at, e.section.count, before, base)
+        counted = block_of(chip, e.section.name, grids, degrees, at, e.section.count, before, base)
         before = counted.last
-        block = replace(counted.block, bindings=_bindings(item, e, stage, own, states, chips))
+        block = replace(counted.block, bindings=_bindings(item, e, stage, mine, states, chips))
         item.blocks.append(block)
         item.described.append({
             "block": e.section.name, "counters": counted.counters,
             **({"stage": stage} if memory.stages > 1 else {}),
             "kernels": [describe(k, e.section, item.phase) for k in kernels],
         })  # fmt: skip
-        other = columns_of(chip, grids, chips, not chip.megakernel, number == 0)
+        other = columns_of(chip, grids, degrees, not chip.megakernel, number == 0, base)
         pause = between(chip, not chip.megakernel)
         item.other += e.section.count * (other.end + pause) - (
             pause if number + 1 == len(item.kernels) else 0

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from mapper.errors import CapacityError
 from mapper.machine import Machine
-from mapper_gpu.collective import alltoall, send
+from mapper_gpu.collective import exchange, send
 from mapper_gpu.hardware import Gpu, element_bytes, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
 from mapper_gpu.nodes import Node, Section
@@ -117,8 +117,7 @@ def lowered(chip: Gpu, section: Section, parallel: Parallel) -> list[Kernel]:
             continue
         found += _stretch(chip, section, rest, parallel)
         rest = []
-        size = section.values[node.output].bytes * parallel.expert
-        made = alltoall(chip, parallel.expert, size / max(1, parallel.expert))
+        made = exchange(chip, parallel.data, parallel.tensor, section.values[node.output].bytes)
         timed = Timed(made.seconds, 1, 0.0, made.bytes, 0.0, 0.0, "link")
         found.append(Kernel(node.attr("name"), "collective", (), node.inputs, (node.output,), (), timed,
                             collective=made))  # fmt: skip

@@ -14,7 +14,10 @@ from mapper_gpu.packed import Packed
 
 EXPERTS = ("expert_up", "expert_down")
 """Products of the experts that tokens chose (see extract_moe)."""
-HEAVY = ("linear", "attention", "allreduce", "allgather", *EXPERTS)
+EXCHANGES = ("exchange", "dispatch", "collect")
+"""What passes between replicas that share experts: all tokens' routing; their rows to the chips of the
+experts that they chose; what these made of them, back."""
+HEAVY = ("linear", "attention", "allreduce", "allgather", *EXCHANGES, *EXPERTS)
 """Kinds that shape a kernel: at most one kind of them in it."""
 ROWS = ("embed", "positions", "norm")
 """Kinds that need, or make, whole rows."""
@@ -61,7 +64,9 @@ class Matrix:
     """A weight [n, k] (rows are outputs), `count` of which are read of `total` stored (experts, heads).
 
     `split` is the axis that tensor parallelism cuts: "n", "k" or "" for a copy on every chip; `copies` chips
-    in a row hold the same part. `first` and `of` say that these are rows first .. first + n of a stored
+    in a row hold the same part. With `owners` the experts are shared out, `total` to each of `owners` groups
+    of chips of which `inside` are in one replica.
+    `first` and `of` say that these are rows first .. first + n of a stored
     weight of `of` rows (0: all of it); `pick` that they are rows of all of it in another order,
     and `flipped` that each group of these is transposed, to as many rows. `low` says how it is stored in low
     bits; `dtype` is then what products are computed in.
@@ -81,6 +86,8 @@ class Matrix:
     pick: Pick | None = None
     flipped: int = 0
     low: Packed | None = None
+    owners: int = 1
+    inside: int = 1
 
     @property
     def label(self) -> str:

@@ -12,20 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mapper.errors import LoweringError
+from mapper_gpu.degrees import Degrees
 from mapper_gpu.extractor import Extracted, Program
-from mapper_gpu.nodes import HEADS, POINTS, Matrix, Node, Section, Value
+from mapper_gpu.nodes import EXPERTS, HEADS, POINTS, Matrix, Node, Section, Value
+from mapper_gpu.partition_experts import own_experts
 
 COLUMNS = (*POINTS, *HEADS, "linear", "attention")
 """Kinds that can do with some columns of their inputs."""
 
 
-def partition(program: Program, chips: int) -> Program:
+def partition(program: Program, degrees: Degrees) -> Program:
     """One chip's part of a program: every chip's is the same but for the weights and caches it holds.
 
-    Raises LoweringError where heads or columns do not divide."""
-    if chips == 1:
+    Raises LoweringError where heads, columns or experts do not divide."""
+    if degrees.expert > 1 and not any(n.kind in EXPERTS for e in program.sections for n in e.section.nodes):
+        raise LoweringError(f"gpu: ep={degrees.expert} of a model without experts")
+    program = replace(program, sections=tuple(own_experts(e, degrees) for e in program.sections))
+    if degrees.tensor == 1:
         return program
-    sections = tuple(_section(e, chips, program.logits) for e in program.sections)
+    sections = tuple(_section(e, degrees.tensor, program.logits) for e in program.sections)
     logits = program.logits
     made = {n.output for e in sections for n in e.section.nodes}
     if f"{logits}.whole" in made:
@@ -80,6 +85,9 @@ class _Part:
             n = _part(w.n * same, self.chips, node)
             node = replace(node, weights=(replace(w, n=n, split="n", copies=same),))
             self.sharded.add(node.output)
+        elif node.kind in EXPERTS and w is not None and w.owners > 1:
+            if node.kind == "expert_down":
+                self.partial[node.output] = node.op
         elif node.kind == "expert_up":
             parts = tuple(replace(w, n=_part(w.n, self.chips, node), split="n") for w in node.weights)
             node = replace(node, weights=parts, attrs=_vectors(node.attrs, self.chips, 1))
@@ -100,7 +108,7 @@ class _Part:
     def _linear(self, node: Node) -> bool:
         """Whether a node may be done on partial sums: it adds such, or weighs their rows."""
         mine = [v in self.partial and v not in self.renamed for v in node.inputs]
-        if node.kind == "weighted_sum":
+        if node.kind in ("weighted_sum", "collect"):
             return mine[0]
         return node.kind == "point" and node.attr("fn") == "add" and all(mine) and len(mine) == 2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,32 @@ def signals_of(tasks: Sequence[Task], stage: Int) -> tuple[list[int], list[list[
     return raised, waits, len(groups)
 
 
+def needed(
+    tasks: Sequence[Task], stage: Int, waits: list[list[Wait]], raised: list[int], chips: int, base: int
+) -> list[list[Wait]]:
+    """The waits without those that follow from others of the same task: whoever waited for a counter knows
+    what all that raised it waited for. `base` is the first of the chips."""
+    known: dict[int, int] = {}
+    kept: list[list[Wait]] = [[] for _ in tasks]
+    order = np.argsort(stage, kind="stable").tolist()
+    for _, group in groupby(order, key=lambda i: int(stage[i])):
+        made: dict[int, int] = {}
+        for i in group:
+            here = range(chips) if tasks[i].chips is None else tasks[i].chips
+            implied = set(waits[i])
+            for chip in here or ():
+                bits = {w: w[0] * chips + (chip if w[1] < 0 else w[1] - base) for w in waits[i] if w[0] >= 0}
+                behind = 0
+                for b in bits.values():
+                    behind |= known.get(b, 0)
+                implied &= {w for w, b in bits.items() if behind >> b & 1}
+                mine = raised[i] * chips + chip
+                made[mine] = made.get(mine, 0) | behind | sum(1 << b for b in set(bits.values()))
+            kept[i] = [w for w in waits[i] if w not in implied]
+        known |= made
+    return kept
+
+
 def schedule(
     gpu: Gpu, tasks: Sequence[Task], stage: Int, length: Int, waits: list[list[Wait]], raised: list[int],
     latency: int,
@@ -78,15 +105,18 @@ def schedule(
     The other chips do the same at the same time, so that their counters are this one's."""
     free = [(0, i) for i in range(gpu.sms)]
     heapq.heapify(free)
-    link = 0
+    links = {-1: 0}  # when each chip's link is free; -1: that of any other
     over: dict[int, int] = {}
     unit, start = np.zeros(len(tasks), np.int64), np.zeros(len(tasks), np.int64)
     end = 0
     for i in np.argsort(stage, kind="stable").tolist():
         ready = max((over[c] + latency for c, _ in waits[i] if c >= 0), default=0)
         if tasks[i].opcode == 6:
-            unit[i], start[i] = gpu.sms, max(ready, link) if tasks[i].chip < 1 else ready
-            link = int(start[i] + length[i])
+            mine = tasks[i].chips
+            before = links.values() if mine is None else [links.get(c, links[-1]) for c in mine]
+            unit[i], start[i] = gpu.sms, max(ready, *before)
+            over_at = int(start[i] + length[i])
+            links = {-1: over_at} if mine is None else links | dict.fromkeys(mine, over_at)
         else:
             at, sm = heapq.heappop(free)
             unit[i], start[i] = sm, max(at, ready)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from mapper.errors import LoweringError, UsageError
-from mapper.schedule.tables import Request
+from mapper.errors import LoweringError
 from mapper_gpu.collective import SEND, Collective, send
+from mapper_gpu.degrees import Degrees
 from mapper_gpu.extractor import Extracted, Program
 from mapper_gpu.hardware import Gpu, element_bytes
 from mapper_gpu.kernel import Kernel
@@ -27,45 +27,13 @@ Part = tuple[int, int, int]
 """A stretch of a section's repetitions: the section's number, the first repetition, the end."""
 
 
-@dataclass(frozen=True)
-class Degrees:
-    """Chips that share each matrix, and stages that share the layers."""
-
-    tensor: int = 1
-    pipeline: int = 1
-
-
-def degrees_of(text: str, chips: int) -> Degrees:
-    """What `--parallel` asks for, as "tp=4,pp=2"; "" is tensor parallelism over all chips. Raises UsageError
-    for what is not known, or does not make `chips`."""
-    if not text:
-        return Degrees(chips)
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, number = part.partition("=")
-        if name in ("ep", "dp"):
-            raise UsageError(f"gpu: --parallel {name} is not built; tp and pp are")
-        if name not in ("tp", "pp") or name in found or not number.isascii() or not number.isdigit():
-            raise UsageError(f"gpu: --parallel takes tp=N,pp=N, not {text[:40]!r}")
-        found[name] = int(number)
-    made = Degrees(found.get("tp", 1), found.get("pp", 1))
-    if made.tensor * made.pipeline != chips or chips < 1:
-        raise UsageError(
-            f"gpu: tp={made.tensor} x pp={made.pipeline} are {made.tensor * made.pipeline} chips, "
-            f"--chips says {chips}"
+def grouped(degrees: Degrees, gpu: Gpu) -> None:
+    """Raises LoweringError where the chips of a replica straddle link domains that are larger than it."""
+    tensor = degrees.tensor
+    if degrees.chips > gpu.domain and tensor < gpu.domain and gpu.domain % tensor:
+        raise LoweringError(
+            f"gpu: groups of {tensor} chips straddle the link domains of {gpu.domain} of {gpu.name}"
         )
-    return made
-
-
-def settled(request: Request) -> Request:
-    """The request with the number of chips that its degrees make, where it leaves that open."""
-    if not request.parallel or request.chips is not None:
-        return request
-    product = 1
-    for part in request.parallel.split(","):
-        number = part.partition("=")[2]
-        product *= int(number) if number.isascii() and number.isdigit() and len(number) < 6 else 1
-    return replace(request, chips=max(1, product))
 
 
 @dataclass(frozen=True)
@@ -85,20 +53,11 @@ def cut(
     Raises LoweringError where there are fewer layers than stages, or the phases differ."""
     if degrees.pipeline == 1:
         return [Staged(work, kernels, [0] * len(kernels)) for work, kernels in phases]
-    _grouped(degrees, gpu)
     shapes = {tuple(e.section.count for e in work.sections) for work, _ in phases}
     if len(shapes) > 1:
         raise LoweringError("gpu: prefill and decode have different layers, which a pipeline cannot share")
     parts = _parts(*phases[-1], degrees.pipeline, gpu, form)
-    return [_staged(work, kernels, parts, degrees.tensor, gpu) for work, kernels in phases]
-
-
-def _grouped(degrees: Degrees, gpu: Gpu) -> None:
-    tensor = degrees.tensor
-    if tensor * degrees.pipeline > gpu.domain and tensor < gpu.domain and gpu.domain % tensor:
-        raise LoweringError(
-            f"gpu: groups of {tensor} chips straddle the link domains of {gpu.domain} of {gpu.name}"
-        )
+    return [_staged(work, kernels, parts, degrees.group, gpu) for work, kernels in phases]
 
 
 def _parts(
@@ -162,7 +121,7 @@ def _balanced(seconds: Sequence[float], held: Sequence[float], stages: int, room
 
 
 def _staged(
-    work: Program, kernels: list[tuple[Kernel, ...]], parts: list[list[Part]], tensor: int, gpu: Gpu
+    work: Program, kernels: list[tuple[Kernel, ...]], parts: list[list[Part]], group: int, gpu: Gpu
 ) -> Staged:
     sections: list[Extracted] = []
     made: list[tuple[Kernel, ...]] = []
@@ -174,8 +133,8 @@ def _staged(
         if moved:
             section = _receive(moved, home)
             across = any(
-                (home[_source(v)][0] * tensor + c) // gpu.domain != (stage * tensor + c) // gpu.domain
-                for v in moved for c in range(tensor)
+                (home[_source(v)][0] * group + c) // gpu.domain != (stage * group + c) // gpu.domain
+                for v in moved for c in range(group)
             )  # fmt: skip
             sections.append(Extracted(section, {}, {}, ()))
             made.append((_kernel(section, gpu, across),))

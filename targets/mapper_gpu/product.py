@@ -233,7 +233,9 @@ def candidates(gpu: Gpu, p: Product) -> Iterator[Tile]:
             if not fits(gpu, p, tile):
                 continue
             tasks = p.groups * math.ceil(p.rows / m) * sum(columns(p, tile))
-            for splits in SPLITS:
+            # a merge reads its rows of the tile's columns in one run: a panel of them, unless it has all rows
+            whole = p.rows <= m or all(lane.n % lane_width(lane, n) == 0 for lane in p.lanes)
+            for splits in SPLITS if whole else (1,):
                 if splits > 1 and (p.k % (splits * grain) or p.groups > 1 or tasks * splits > 8 * gpu.sms):
                     continue
                 yield from (Tile(m, n, splits, band, e) for e in engines for band in bands)

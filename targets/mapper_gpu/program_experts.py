@@ -3,11 +3,11 @@ on the task's chip: which expert's columns a task reads is in the block's row.""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mapper_gpu.nodes import Matrix, Node
-from mapper_gpu.programs import NODES, Builder, vector_name
+from mapper_gpu.programs import NODES, Builder, run_nodes, vector_name
 
 
 def _top_k(b: Builder, node: Node, c: str) -> None:
@@ -21,15 +21,18 @@ def _top_k(b: Builder, node: Node, c: str) -> None:
 
 def _sorted(b: Builder, node: Node, c: str) -> None:
     routing = b.value(node.inputs[0], "all", "all")
+    owned = node.attr("owned", 0)
     b.emit(node.kind, b.register(node.output), routing,
-           *(node.attr(n) for n in ("experts", "chosen", "tile", "blocks")))  # fmt: skip
+           *(node.attr(n) for n in ("experts", "chosen", "tile", "blocks")),
+           *((b.owner * owned, owned) if owned else ()))  # fmt: skip
 
 
 def _weighted_sum(b: Builder, node: Node, c: str) -> None:
     made, routing, places = node.inputs
     x = b.read(made, "all", "all")
     how, at = b.value(routing, "m", "all"), b.value(places, "m", "all")
-    b.emit("weighted_sum", b.register(node.output), x, how, at, node.attr("weighted"))
+    parts = [True] if node.attr("parts") else []
+    b.emit("weighted_sum", b.register(node.output), x, how, at, node.attr("weighted"), *parts)
 
 
 def _share_bias(b: Builder, node: Node, c: str) -> None:
@@ -52,10 +55,14 @@ def experts_program(b: Builder, node: Node) -> None:
         x, blocks = b.read(node.inputs[0], "m", "all"), b.read(node.inputs[1], "blocks", "all")
         b.write(node.output, _product(b, node.output, x, blocks, node.weights[0]))
         return
-    x, blocks = b.read(node.inputs[0], "all", "all"), b.read(node.inputs[1], "blocks", "all")
+    dispatched = node.attr("dispatched")
+    x = b.read(node.inputs[0], "m" if dispatched else "all", "all")
+    blocks = b.read(node.inputs[1], "blocks", "all")
     routing = b.read(node.inputs[2], "all", "all") if len(node.inputs) > 2 else None
-    rows = b.register(f"{node.output}.rows")
-    b.emit("gather", rows, x, blocks, how.chosen, routing)
+    rows = x
+    if not dispatched:
+        rows = b.register(f"{node.output}.rows")
+        b.emit("gather", rows, x, blocks, how.chosen, routing)
     made = []
     for i, w in enumerate(node.weights):
         y = _product(b, f"{node.output}.{i}", rows, blocks, w)
@@ -87,3 +94,39 @@ def _stack(b: Builder, w: Matrix) -> str:
     made = b.register(f"stack:{w.label}.operand")
     b.dequantise(made, parts, w)
     return made
+
+
+def exchange_program(b: Builder, node: Node, peers: range) -> None:
+    """The routing of all replicas' tokens, replica by replica."""
+    parts = [b.read(node.inputs[0], "all", "all", chip=chip) for chip in peers]
+    b.emit("rows", b.register(node.output), parts)
+    b.write(node.output, b.registers[f"={node.output}"], "all", "all")
+
+
+def dispatch_program(b: Builder, node: Node, peers: range) -> None:
+    """The rows that the chip's blocks name, from the replicas whose tokens they are."""
+    parts = [b.read(node.inputs[0], "all", "all", chip=chip) for chip in peers]
+    blocks = b.read(node.inputs[1], "all", "all")
+    routing = b.read(node.inputs[2], "all", "all") if len(node.inputs) > 2 else None
+    tokens, rows = b.register(f"{node.output}.tokens"), b.register(node.output)
+    b.emit("rows", tokens, parts)
+    b.emit("gather", rows, tokens, blocks, node.attr("routing").chosen, routing)
+    b.write(node.output, rows, "all", "all")
+
+
+def collect_program(
+    b: Builder, node: Node, peers: range, epilogue: Sequence[int], stores: Sequence[str]
+) -> None:
+    """The sum of what the experts of all replicas made of the replica's own tokens: rows n of all tokens."""
+    made, routing, places = node.inputs
+    how = b.read(routing, "all", "all")
+    found = []
+    for i, chip in enumerate(peers):
+        part = b.register(f"{node.output}.{i}")
+        x, at = b.read(made, "all", "all", chip=chip), b.read(places, "n", "all", chip=chip)
+        b.emit("weighted_sum", part, x, how, at, node.attr("weighted"), True)
+        found.append(part)
+    b.emit("sum", b.register(node.output), found)
+    run_nodes(b, epilogue, "all")
+    for v in stores:
+        b.write(v, b.registers[f"={v}"], "m", "all")

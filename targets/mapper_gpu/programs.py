@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mapper_gpu.flash import head_parts
 from mapper_gpu.nodes import Matrix, Node, Section
 from mapper_gpu.storage import Storage
 
@@ -27,13 +28,14 @@ Columns = str | list[int]
 @dataclass
 class Builder:
     """Collects one program. `storage` finds the storage of a value, a weight or a table by name; `rows` are
-    "all" in a task that takes all tokens."""
+    "all" in a task that takes all tokens; `owner` is the number of the chip's group of experts."""
 
     kind: str
     section: Section
     storage: Lookup
     tokens: int
     rows: str = "m"
+    owner: int = 0
     reads: list[Json] = field(default_factory=list)
     writes: list[Json] = field(default_factory=list)
     code: list[Json] = field(default_factory=list)
@@ -288,14 +290,18 @@ def attention_program(b: Builder, prologue: Sequence[int], node: Node, partial: 
 
 
 def latent_program(b: Builder, node: Node, partial: str | None) -> None:
-    """A stretch of the cache of latent rows for all heads: queries in two parts, values are the first cache's
-    rows."""
-    q, rotated = (b.value(v, "m", "all") for v in node.inputs[:2])
+    """A stretch of the cache of latent rows for a part of the heads: queries in two parts, values are the
+    first cache's rows."""
+    heads = node.attr("heads") // head_parts(node.attr("heads"), node.attr("value_dim"))
+    whole = heads * node.attr("value_dim")
+    widths = (whole, heads * (node.attr("dim") - node.attr("value_dim")))
+    parts = [f"head:{w}:{whole}" if heads < node.attr("heads") else "all" for w in widths]
+    q, rotated = (b.value(v, "m", c) for v, c in zip(node.inputs[:2], parts, strict=True))
     latent, key = (b.read(c, "cache", "keys", f"cache{i}") for i, c in enumerate(node.attr("caches")))
     past = b.read("past_length", "all", "all")
     a = node.attrs
     out, stats = b.register(node.output), b.register(f"{node.output}.stats")
-    b.emit("attend_latent", out, stats, q, latent, key, past, a["dim"], a["value_dim"], a["heads"], b.tokens,
+    b.emit("attend_latent", out, stats, q, latent, key, past, a["dim"], a["value_dim"], heads, b.tokens,
            a["window"], a["scale"], a["softcap"], rotated)  # fmt: skip
     if partial is None:
         b.emit("finish", out, out, stats, None)

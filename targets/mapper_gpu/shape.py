@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mapper.errors import UsageError
 from mapper_gpu.hardware import COMPUTE, element_bytes
 from mapper_gpu.nodes import Matrix, Node, Section, Value
+from mapper_gpu.routing import routing_of
 
 if TYPE_CHECKING:
     from mapper.zoo.config import Config, Latent, Layer
@@ -342,19 +343,22 @@ def _mlp(w: _Writer, inner: int) -> None:
 
 def _experts(w: _Writer, e: Mixture) -> None:
     """Experts that some token chose, each with its share of the rows; a tensor-parallel chip holds a slice
-    of every expert, an expert-parallel one whole experts, with an all-to-all before and behind."""
+    of every expert, an expert-parallel one whole experts, of which the fullest group counts, with exchanges
+    before and behind where the groups are in several replicas."""
     p, hidden = w.parallel, w.shape.hidden
     w.linear("mlp_in", "router", e.count, hidden, "", out_dtype="f32")
     w.value("chosen", e.chosen, "f32")
     w.add("route", ["router"], "chosen", name="route")
-    spread_ = max(1, min(p.expert, e.count))
-    inner = _divide(e.inner, max(1, p.tensor // spread_) if spread_ > 1 else p.tensor)
-    tokens = w.rows * (p.data if spread_ > 1 else 1)
-    used = max(1, math.ceil(active_experts(e, tokens) / spread_))
-    rows = max(1, math.ceil(tokens * e.chosen / spread_ / used))
-    held = _divide(e.count, spread_)
+    groups = max(1, min(p.expert, e.count))
+    between = groups > 1 and p.data > 1
+    inside = groups // p.data if between else groups
+    inner = _divide(e.inner, max(1, p.tensor // max(1, inside)))
+    tokens = w.rows * (p.data if between else 1)
+    used, filled = _fullest(e, tokens, groups)
+    rows = max(1, math.ceil(filled / used))
+    held = _divide(e.count, groups)
     source = "mlp_in"
-    if p.expert > 1:
+    if between:
         w.value("dispatched", hidden, w.precision.operand, rows=max(1, used * rows))
         source = w.add("alltoall", ["mlp_in", "chosen"], "dispatched", name="dispatch")
     mats = ("expert.gate", "expert.up") if w.shape.gated else ("expert.up",)
@@ -364,7 +368,7 @@ def _experts(w: _Writer, e: Mixture) -> None:
     w.add("gate" if w.shape.gated else "point", mats, "expert.inner", name="gate")
     w.linear("expert.inner", "expert.down", hidden, inner, "k", count=used, total=held, rows=rows)
     made = "expert.down"
-    if p.expert > 1:
+    if between:
         w.value("returned", hidden, w.precision.activations, rows=max(1, used * rows))
         made = w.add("alltoall", ["expert.down"], "returned", name="combine")
     w.value("mlp_out", hidden, w.precision.activations)
@@ -378,6 +382,14 @@ def _experts(w: _Writer, e: Mixture) -> None:
         w.add("combine", [made, "chosen", "shared.down"], "mlp_out", name="combine")
     else:
         w.add("combine", [made, "chosen"], "mlp_out", name="combine")
+
+
+def _fullest(e: Mixture, tokens: int, groups: int) -> tuple[int, float]:
+    """(experts, rows) of the fullest of some groups; of the mean one where experts do not divide."""
+    if groups == 1 or e.count % groups:
+        return max(1, math.ceil(active_experts(e, tokens) / groups)), tokens * e.chosen / groups
+    how = routing_of(tokens, e.count, e.chosen).shared(tokens, groups)
+    return max(1, math.ceil(how.distinct - 1e-9)), how.fullest
 
 
 def _head(shape: ModelShape, precision: Precision, parallel: Parallel, work: Work) -> Section:

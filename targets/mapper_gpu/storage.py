@@ -79,11 +79,12 @@ class Storage:
 
 @dataclass(eq=False)
 class Memory:
-    """All storages in order of their addresses; `stages` groups of chips have storages of their own. The
-    first row of the buffer table is number 0."""
+    """All storages in order of their addresses; `stages` groups of chips have storages of their own, and
+    `tensor` chips of a group are a replica (0: all of it). The first row of the buffer table is number 0."""
 
     chips: int
     stages: int = 1
+    tensor: int = 0
     storages: list[Storage] = field(default_factory=list)
     tops: dict[int, int] = field(default_factory=dict)
 
@@ -91,6 +92,11 @@ class Memory:
     def group(self) -> int:
         """Chips of a stage."""
         return self.chips // self.stages
+
+    @property
+    def replicas(self) -> int:
+        """Replicas of a stage."""
+        return self.group // (self.tensor or self.group)
 
     @property
     def top(self) -> int:

@@ -111,6 +111,10 @@ def _sum(task: Task, r: Registers, out: str, parts: list[str]) -> None:
     r[out] = total
 
 
+def _rows(task: Task, r: Registers, out: str, parts: list[str]) -> None:
+    r[out] = np.concatenate([r[p] for p in parts])
+
+
 def _concat(task: Task, r: Registers, out: str, parts: list[str]) -> None:
     r[out] = np.concatenate([r[p] for p in parts], axis=1)
 
@@ -243,7 +247,8 @@ def _finish(task: Task, r: Registers, out: str, x: str, stats: str, sinks: str |
 
 MEANINGS: dict[str, Callable[..., None]] = {
     "embed": _embed, "positions": _positions, "norm": _norm, "rope": _rope, "columns": _columns,
-    "matmul": _matmul, "sum": _sum, "concat": _concat, "point": _point, "gate": _gate, "attend": _attend,
+    "matmul": _matmul, "sum": _sum, "concat": _concat,
+    "rows": _rows, "point": _point, "gate": _gate, "attend": _attend,
     "attend_latent": _attend_latent,
     "merge": _merge, "finish": _finish, "dequantise": lowbit_ops.dequantise,
     "round_blocks": lowbit_ops.round_blocks,

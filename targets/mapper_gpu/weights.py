@@ -34,7 +34,8 @@ VECTORS = ("weight", "bias", "vector", "sinks", "slopes", "correction", "biases"
 class Held:
     """A stored weight: the symbol, what of it ([first, first + rows) of [n, k], `turned` where the file has
     [k, n]; or those rows that `pick` names), and how chips share it. `count` experts are a stack of such
-    weights, or a table with a vector each. A vector has k = 0; a rope table keeps its shape. Of a low-bit
+    weights, or a table with a vector each, on each of `owners` groups of chips, `inside` of which are in one
+    replica. A vector has k = 0; a rope table keeps its shape. Of a low-bit
     weight each `part` is held, k its columns."""
 
     symbol: str
@@ -50,13 +51,16 @@ class Held:
     count: int = 1
     flipped: int = 0
     part: Part | None = None
+    owners: int = 1
+    inside: int = 1
 
 
 class Weights:
     """All weights that any phase needs; phases share a storage where symbol and layout are the same."""
 
-    def __init__(self, graphs: Mapping[Any, Graph], chips: int, form: str, base: int = 0) -> None:
-        self.graphs, self.chips, self.form, self.base = graphs, chips, form, base
+    def __init__(self, graphs: Mapping[Any, Graph], memory: Memory, form: str, base: int = 0) -> None:
+        self.graphs, self.form, self.base = graphs, form, base
+        self.chips, self.group, self.replicas = memory.tensor or memory.group, memory.group, memory.replicas
         self.symbols: dict[str, WeightSymbol] = {n: w for g in graphs.values() for n, w in g.weights.items()}
         self.cuts: dict[Held, int] = {}
         self.storages: dict[Held, Storage] = {}
@@ -103,6 +107,7 @@ class Weights:
                 held.flipped,
                 held.pick,
                 held.part,
+                held.owners,
             )
             if key not in layouts:
                 name = held.symbol
@@ -151,7 +156,8 @@ class Weights:
                 layout |= {"bits": held.part.bits, "columns": shape[-1]}
                 layout |= {"loose": True} if stored is None else {}
                 shape = stored or shape
-            buffers = tuple(range(s.first, s.first + self.chips))
+            buffers = tuple(range(s.first, s.first + self.group))
+            layout |= {"replicas": self.replicas} if self.replicas > 1 else {}
             kind: Any = "weight"
             found.append(
                 Port(
@@ -182,13 +188,14 @@ class Weights:
         return packing.parts.get(held.part.name)
 
     def _whole(self, held: Held) -> tuple[int, ...]:
-        n = held.n * (self.chips // held.copies if held.split == "n" else 1)
+        parts = self.chips // (held.copies * held.inside)
+        n = held.n * (parts if held.split == "n" else 1)
         if held.kind in ("vector", "rope"):
             return 1, n
         if held.kind == "vectors":
-            return held.count, n
-        whole = (n, held.k * (self.chips if held.split == "k" else 1))
-        return (held.count, *whole) if held.kind == "stack" else whole
+            return held.count * held.owners, n
+        whole = (n, held.k * (parts if held.split == "k" else 1))
+        return (held.count * held.owners, *whole) if held.kind == "stack" else whole
 
     def _source(self, held: Held, shape: tuple[int, ...]) -> Json:
         symbol = self.symbols[held.symbol]
@@ -281,10 +288,13 @@ class Weights:
 
 def _layout(held: Held, panel: int) -> dict[str, Any]:
     """How a weight lies on its chips (see semantics)."""
+    owned: dict[str, Any] = {}
+    if held.owners > 1:
+        owned = {"experts": {"inside": held.inside, "spread": held.owners // held.inside}}
     if held.kind == "stack":
-        return {"kind": "stack", "split": held.split, "copies": held.copies}
+        return {"kind": "stack", "split": held.split, "copies": held.copies, **owned}
     split = "k" if held.kind == "vectors" and held.split == "n" else held.split
-    return {"kind": "panels", "panel": panel, "split": split, "copies": held.copies}
+    return {"kind": "panels", "panel": panel, "split": split, "copies": held.copies, **owned}
 
 
 def _turned_stack(held: Held, symbol: WeightSymbol, shape: tuple[int, ...]) -> Json:
@@ -330,7 +340,7 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
             yield f"table:{w.name}", Held(w.name, "table", w.n, w.k, 0, w.turned, "", form)
         elif node.kind in EXPERTS:
             for label, held in _matrix(w, form):
-                yield label, replace(held, kind="stack", count=w.total)
+                yield label, replace(held, kind="stack", count=w.total, owners=w.owners, inside=w.inside)
         else:
             yield from _matrix(w, form)
     if node.kind == "rope":
@@ -357,6 +367,8 @@ def _of(node: Node, form: str) -> Iterator[tuple[str, Held]]:
                     v.get("copies", 1),
                     v.get("pick"),
                     v.get("experts", 1),
+                    owners=v.get("owners", 1),
+                    inside=v.get("inside", 1),
                 ),
             )
 

@@ -3,6 +3,7 @@ formats."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from mapper import driver
 from mapper.errors import MapperError
 from mapper.runtime.oracle import oracle
+from mapper.zoo import families, files
+from mapper_gpu import product
 from tests.gpu.common import EXAMPLE, built, h100
 
 
@@ -105,3 +108,17 @@ def test_chips_auto_takes_the_fewest_that_hold_the_model() -> None:
     assert done.schedule.chips == 2
     with pytest.raises(MapperError, match="bytes of each of 1 chips"):
         driver.compile(EXAMPLE, "gpu", machine=small, prompt=4, context=8)
+
+
+def test_split_tiles_of_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of several row tiles, K split, 200 columns of logits: a merge reads its own tile alone."""
+    monkeypatch.setattr(product, "SPLITS", (2,))
+    product.choose.cache_clear()
+    config = replace(families.shortened(families.tiny(families.config("llama-3.1-8b")), 1), vocab=200)
+    files.write(config, tmp_path / "m.onnx", "f32", seed=1)
+    done = built(tmp_path / "m.onnx", prompt=300, context=304, phase="prefill", out=tmp_path / "s")
+    product.choose.cache_clear()
+    tiles = [k["tile"] for b in done.schedule.plan["blocks"]["prefill"] for k in b["kernels"] if "tile" in k]
+    assert any(t["splits"] == 2 and t["rows"] > t["m"] for t in tiles)
+    found = driver.verify(tmp_path / "s")
+    assert found.ok, found.failures

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from mapper import driver
-from mapper.errors import MapperError
 from mapper.machine import parse, read
-from mapper_gpu import BACKEND
+from mapper_gpu import BACKEND, flash
 from tests.frontend import tiny
 from tests.frontend.corpus import FOLDER
 from tests.gpu.common import MACHINES, built, h100, toy
@@ -106,7 +105,7 @@ def test_experts_of_an_even_routing() -> None:
     """Expected counts against a simulation, and the most blocks against an exhaustive search."""
     from itertools import product
 
-    from mapper_gpu.experts import Routing, routing_of
+    from mapper_gpu.routing import Routing, routing_of
 
     rng = np.random.default_rng(0)
     for rows, count, chosen in ((1, 8, 2), (7, 8, 2), (40, 16, 4), (300, 32, 4)):
@@ -146,9 +145,19 @@ def test_a_split_cache_of_latent_rows(tmp_path: Path) -> None:
     assert found.ok, found.failures
 
 
-def test_more_latent_heads_than_an_sm_holds_are_refused() -> None:
-    with pytest.raises(MapperError, match="128 heads on one chip: an SM accumulates 64"):
-        driver.compile("zoo:deepseek-v3", "gpu", chips=1, context=64, phase="decode")
+@pytest.mark.parametrize("splits", [1, 2])
+def test_latent_heads_in_parts(splits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SM with room for one head's running result: each head is a task, all read the same rows."""
+    monkeypatch.setattr(flash, "ACCUMULATORS", 32)
+    monkeypatch.setattr(flash, "KEY_SPLITS", (splits,))
+    flash.choose.cache_clear()
+    model = toy("deepseek-v3", 4, tmp_path)
+    done = built(model, prompt=7, context=200, out=tmp_path / "s", batch=2)
+    flash.choose.cache_clear()
+    kernels = [k for b in done.schedule.plan["blocks"]["decode"] for k in b["kernels"] if "attention" in k]
+    assert {(k["attention"]["kv_heads"], k["split"]["splits"]) for k in kernels} == {(4, splits)}
+    found = driver.verify(tmp_path / "s", tokens=3)
+    assert found.ok, found.failures
 
 
 @pytest.mark.parametrize("chips", [1, 2])

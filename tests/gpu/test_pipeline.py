@@ -14,13 +14,13 @@ import pytest
 
 from mapper import driver
 from mapper.errors import MapperError
-from mapper.machine import Machine, parse
+from mapper.machine import Machine, parse, read
 from mapper.runtime.mutation import MutationTest, decoder_case
 from mapper.schedule.tables import Schedule
 from mapper_gpu import BACKEND
 from mapper_gpu.check_stages import StagesHold
 from mapper_gpu.pipeline import _balanced
-from tests.gpu.common import EXAMPLE, built, h100, toy
+from tests.gpu.common import EXAMPLE, MACHINES, built, h100, toy
 
 
 @pytest.mark.parametrize(("parallel", "chips"), [("pp=2", 2), ("tp=2,pp=2", 4), ("tp=2,pp=3", 6)])
@@ -126,9 +126,8 @@ def test_the_cut_is_the_best_of_all(seed: int) -> None:
     ("options", "reason"),
     [
         ({"chips": 4, "parallel": "tp=2"}, "are 2 chips"),
-        ({"chips": 2, "parallel": "pp=x"}, "takes tp=N,pp=N"),
-        ({"chips": 2, "parallel": "pp=2,pp=2"}, "takes tp=N,pp=N"),
-        ({"chips": 2, "parallel": "ep=2"}, "not built"),
+        ({"chips": 2, "parallel": "pp=x"}, "takes tp=N,pp=N,ep=N,dp=N"),
+        ({"chips": 2, "parallel": "pp=2,pp=2"}, "takes tp=N,pp=N,ep=N,dp=N"),
         ({"chips": 0, "parallel": "pp=0"}, "at least 1"),
         ({"chips": None, "parallel": "pp=0"}, "are 0 chips"),
         ({"chips": 64, "parallel": "pp=64"}, "pipeline stages"),
@@ -169,9 +168,12 @@ def test_mutants_of_pipelines_die(parallel: str, chips: int, megakernel: bool) -
     assert report.equivalent_share <= 0.05
 
 
-def test_collectives_between_domains_take_what_their_formula_says(tmp_path: Path) -> None:
-    """The table's longest task per stage of each collective adds up to the alpha-beta model's seconds."""
-    done = built(machine=_domains(2), chips=4, prompt=4, context=16, out=tmp_path / "s")
+@pytest.mark.parametrize("name", ["two domains", "ring"])
+def test_collectives_take_what_their_formula_says(name: str, tmp_path: Path) -> None:
+    """The table's longest task per stage of each collective adds up to the alpha-beta model's seconds:
+    between domains, and on a machine without a switch."""
+    machine = _domains(2) if name == "two domains" else read(MACHINES / "tpu-v5e.toml")
+    done = built(machine=machine, chips=4, prompt=4, context=16, out=tmp_path / "s")
     schedule = done.schedule
     seen = 0
     for block, record in zip(
