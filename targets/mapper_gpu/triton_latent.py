@@ -24,7 +24,8 @@ Context = dict[str, Any]
 
 
 def latent_attention(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
-    """Online softmax over a stretch of the cache, for all query heads."""
+    """Online softmax over a stretch of the cache, for a part of the query heads, which all see the same rows;
+    `kv_head` is then the part."""
     program, shape = stage.programs[0], shape_of(stage)
     (_, out, stats, q, latent, key, past, _, _, _, _, _, scale, softcap, rotated) = next(
         i for i in program["code"] if i[0] == "attend_latent"

@@ -16,6 +16,7 @@ from mapper.schedule.store import load
 from mapper.zoo.config import Config
 from mapper.zoo.families import config, shortened, tiny
 from mapper.zoo.files import write
+from mapper_gpu import flash
 from tests.frontend import tiny as spelled
 from tests.gpu.common import h100
 from tests.gpu.test_packed_models import packed
@@ -78,11 +79,14 @@ def stored(bits: int, block: int, zero: str, accuracy: int = 0) -> Callable[[Pat
 @dataclass(frozen=True)
 class Case:
     """A model and a request; `error` bounds the largest error over the largest logit: float32's rounding, or
-    what products in 16 bits leave of it."""
+    what products in 16 bits leave of it. `room` is what a task of attention accumulates,
+    `splits` are parts of the cache (0: as it is)."""
 
     make: Callable[[Path], Path]
     request: dict[str, Any] = field(default_factory=dict)
     error: float = 1e-5
+    room: int = 0
+    splits: int = 0
 
 
 FEW = parse(h100().text.replace("count = { value = 132", "count = { value = 2"))
@@ -90,7 +94,7 @@ EAGER = h100(sm__in_flight=512)
 """Makes parts of K, and many."""
 LOW = 0.005
 CASES = {
-    "slopes": Case(alibi, {"context": 1500}),
+    "slopes": Case(alibi, {"context": 130}, splits=2),
     "int4, K in parts": Case(partial(dense, hidden=128), {"weights": "int4", "machine": EAGER}, LOW),
     "e4m3, K in parts": Case(dense, {"weights": "f8e4m3", "machine": EAGER}, LOW),
     "int8": Case(dense, {"weights": "int8"}, LOW),
@@ -105,7 +109,8 @@ CASES = {
     "shares on the input": Case(mixture("llama-4-scout", chunk=0, tuned=False)),
     "int4 experts": Case(mixture("mixtral-8x7b"), {"weights": "int4"}, LOW),
     "mxfp4 experts": Case(mixture("gpt-oss-20b"), {"weights": "mxfp4"}, LOW),
-    "latent": Case(latent, {"context": 2048}),
+    "latent": Case(latent, {"batch": 2}),
+    "latent, in parts": Case(latent, {"batch": 2, "prompt": 3, "context": 130}, room=40, splits=2),
 }
 
 
@@ -115,7 +120,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for number, (name, case) in enumerate(CASES.items()):
         folder = tmp_path_factory.mktemp(f"case{number}")
-        compiled(folder / "s", case.make(folder), **{"prompt": 4, "context": 12, **case.request})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flash, "ACCUMULATORS", case.room or flash.ACCUMULATORS)
+            patch.setattr(flash, "KEY_SPLITS", (case.splits,) if case.splits else flash.KEY_SPLITS)
+            flash.choose.cache_clear()
+            compiled(folder / "s", case.make(folder), **{"prompt": 4, "context": 12, **case.request})
+            flash.choose.cache_clear()
         found[name] = folder / "s"
     return found
 
@@ -150,8 +160,9 @@ def test_the_cases_reach_what_they_are_there_for(folders: dict[str, Path]) -> No
         assert any(k["tile"]["splits"] > 1 for k in held[name] if "tile" in k), name
         assert "dequantise" in code[name]
     assert {k["tile"]["m"] for k in held["mxfp4, long rows"] if "tile" in k} >= {64}
-    for name in ("slopes", "latent"):
+    for name in ("slopes", "latent, in parts"):
         assert any(k["split"]["splits"] > 1 for k in held[name] if "split" in k), name
+    assert all(k["attention"]["kv_heads"] == 2 for k in held["latent, in parts"] if "attention" in k)
     assert "attend_latent" in code["latent"] and "round_blocks" in code["rounded activations"]
     assert any(k["experts"]["tile"]["run"] > 1 for k in held["many experts"] if "experts" in k)
     assert {"expert_bias", "share_bias"} <= code["biases, a clamp"]
@@ -163,16 +174,14 @@ def test_the_cases_reach_what_they_are_there_for(folders: dict[str, Path]) -> No
 
 @needs_triton
 def test_kernels_compile_for_sm90(tmp_path: Path) -> None:
-    """Where lanes of a kernel differ in shape, and each kind of code, in 16 bits: the interpreter lets
+    """Lanes of several shapes, floating-point codes of both kinds, products in 16 bits: the interpreter lets
     variables of several shapes pass that the compiler refuses."""
-    asked = {"latent": "bf16", "mxfp4": "mxfp4", "e4m3": "f8e4m3"}
-    for name, weights in asked.items():
+    asked = {"latent": (latent, "f8e4m3"), "experts": (mixture("gpt-oss-20b"), "mxfp4")}
+    for name, (make, weights) in asked.items():
         (tmp_path / name).mkdir()
-        make = latent if name == "latent" else mixture("gpt-oss-20b") if name == "mxfp4" else dense
         compiled(tmp_path / name / "s", make(tmp_path / name), weights=weights, context=64, phase="decode")
-    found = told(
-        COMPILE, *(str(tmp_path / n / "s") for n in asked), interpret=False, cache=tmp_path / "cache"
-    )
+    folders = [str(tmp_path / name / "s") for name in asked]
+    found = told(COMPILE, *folders, interpret=False, cache=tmp_path / "cache")
     for rows in found:
         # of some kernels with few registers the assembler keeps one address on the stack
         assert rows and all(row["fits"] and row["stack"] <= 8 for row in rows)
