@@ -22,11 +22,11 @@ from mapper.schedule.tables import (
     Schedule,
 )
 from mapper_gpu.extractor import Program as Work
-from mapper_gpu.grid import OPCODES
 from mapper_gpu.hardware import Gpu
 from mapper_gpu.kernel import Kernel
 from mapper_gpu.nodes import HEAVY
 from mapper_gpu.storage import NUMPY, Memory, Storage
+from mapper_gpu.tasks import OPCODES
 from mapper_gpu.weights import Weights
 
 

@@ -18,6 +18,7 @@ from mapper_gpu.check_rows import Rows, replicas_of, rows_of, stage_of
 
 EXCHANGES = ("exchange", "dispatch", "collect")
 LINK, NETWORK = 4, 5
+ITEM = {"f32": 4, "bf16": 2, "f16": 2}
 
 
 def exchanges(kernel: Any) -> str:
@@ -53,7 +54,7 @@ class ExchangesHold:
                 if sorted(chip.tolist()) != list(group):
                     yield Violation(f"{rows.kernel(number)}: not one task on each chip")
                     continue
-                least = _least(schedule, machine, kernel, replicas, group)
+                least = _least(schedule, machine, rows, int(mine[0]), kind, replicas, group)
                 for row, c in zip(mine.tolist(), chip.tolist(), strict=True):
                     yield from _task(schedule, rows, row, c, kind, replicas, group)
                     yield from _pays(rows, row, machine, replicas, group, least)
@@ -96,22 +97,49 @@ def _pays(
         yield Violation(f"{rows.name(row)} carries {rows['near'][row]} bytes, not {least:.0f}", (row,))
 
 
-def _least(schedule: Schedule, machine: machines.Machine, kernel: Any, replicas: int, group: range) -> float:
+def _least(
+    schedule: Schedule,
+    machine: machines.Machine,
+    rows: Rows,
+    row: int,
+    kind: str,
+    replicas: int,
+    group: range,
+) -> float:
     """Bytes that a task carries at least, those inside of a link domain at the link's rate and those from
-    outside at the network's, counted at the slower one."""
+    outside at the network's, counted at the slower one. What there is of experts the weights' ports say."""
     domain = machine.whole("link.domain")
     size = len(group) // replicas
     near = replicas if len(group) <= domain else max(1, domain // size)
-    whole = float(kernel["collective"]["whole"])
-    if "rows_between" in kernel:
-        e = kernel["rows_between"]
-        _, pairs = of_even_routing(e["tokens"], e["count"], e["chosen"], e["owners"])
-        whole = pairs * float(e["row_bytes"])
+    program = schedule.plan["programs"][rows.phase][int(rows["program"][row])]
+    first_away = next(o for o in program["reads"] if int(o["chip"]) >= 0)
+    each = float(first_away["width"]) * ITEM[first_away["dtype"]]
+    whole = each * float(first_away["rows"]) * replicas
+    if kind != "exchange":
+        tokens = schedule.request.batch * schedule.programs[rows.phase].sequence
+        owned = _owners(schedule)
+        whole = each * min(
+            (of_even_routing(tokens, count, _chosen(program, kind), groups)[1] for groups, count in owned),
+            default=0.0,
+        )
     inside, outside = whole * (near - 1) / replicas, whole * (replicas - near) / replicas
     if near == replicas:
         return inside
     link, network = machine.value("link.bandwidth"), machine.value("network.bandwidth")
     return max(outside, inside * min(1.0, network / link))
+
+
+def _chosen(program: Any, kind: str) -> int:
+    """Experts that a token chooses, as a program has them."""
+    if kind == "dispatch":
+        return next(int(i[4]) for i in program["code"] if i[0] == "gather")
+    return int([o for o in program["reads"] if int(o["chip"]) >= 0][1]["width"])
+
+
+def _owners(schedule: Schedule) -> set[tuple[int, int]]:
+    """(groups that own experts, experts) of the schedule's weights."""
+    shared = [(p.layout["experts"], p.shape[0]) for p in schedule.ports if "experts" in p.layout]
+    return {(int(e["inside"]) * int(e["spread"]), count) for e, count in shared}
 
 
 @dataclass(frozen=True)

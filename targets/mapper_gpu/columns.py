@@ -18,10 +18,10 @@ import numpy as np
 from mapper.schedule.tables import Block, Int, step_table
 from mapper_gpu import persistent
 from mapper_gpu.degrees import Degrees, Near
-from mapper_gpu.grid import Grid, Task
 from mapper_gpu.hardware import Gpu
 from mapper_gpu.queues import Stages, place, place_merges, ranks, stage_starts
 from mapper_gpu.storage import Storage
+from mapper_gpu.tasks import Grid, Task
 from mapper_gpu.timing import KERNEL, QUEUE, Float, task_seconds
 
 FIELDS = (

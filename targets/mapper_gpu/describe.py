@@ -94,23 +94,15 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
         record["collective"] = {"algorithm": k.collective.algorithm, "bytes": k.collective.bytes}
         node = nodes[k.nodes[0]] if k.nodes else None
         if node is not None and node.kind in EXCHANGES:
-            record |= _exchanged(node, section)
-            record["collective"]["bytes"] = k.collective.bytes
+            record["collective"] |= _exchanged(node, section)
     return record
 
 
 def _exchanged(node: Node, section: Section) -> dict[str, Any]:
-    """What passes between replicas: bytes that a chip gets from all of them, or those of each row of an
-    expert and how many such rows there are."""
+    """What passes between replicas: all of a value, or the rows of the fullest group's experts."""
     value, how = section.values[node.output], node.attr("routing")
     if node.kind == "exchange":
-        return {"collective": {"algorithm": "all-gather", "bytes": value.bytes, "whole": value.bytes}}
+        return {"algorithm": "all-gather", "whole": value.bytes}
     moved = section.values[node.inputs[0]] if node.kind == "collect" else value
-    row = moved.width * element_bytes(moved.dtype)
-    experts = {"tokens": how.rows, "count": how.count, "chosen": how.chosen, "owners": how.owners,
-               "fullest": how.fullest, "row_bytes": row}  # fmt: skip
-    whole = how.fullest * row
-    return {
-        "collective": {"algorithm": "all-to-all", "bytes": whole, "whole": whole},
-        "rows_between": experts,
-    }
+    whole = how.fullest * moved.width * element_bytes(moved.dtype)
+    return {"algorithm": "all-to-all", "rows": how.fullest, "whole": whole}

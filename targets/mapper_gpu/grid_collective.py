@@ -14,8 +14,9 @@ from mapper_gpu.timing import LINK, NETWORK
 
 if TYPE_CHECKING:
     from mapper_gpu.degrees import Near
-    from mapper_gpu.grid import Coordinates, Grid, Maker
+    from mapper_gpu.grid import Maker
     from mapper_gpu.programs import Builder
+    from mapper_gpu.tasks import Coordinates, Grid
 
 
 def collective_tasks(maker: Maker, grid: Grid, partial: str) -> None:

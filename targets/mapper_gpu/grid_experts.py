@@ -13,7 +13,8 @@ from mapper_gpu.programs import run_nodes
 from mapper_gpu.timing import NONE
 
 if TYPE_CHECKING:
-    from mapper_gpu.grid import Grid, Maker
+    from mapper_gpu.grid import Maker
+    from mapper_gpu.tasks import Grid
 
 
 def expert_tasks(maker: Maker, grid: Grid, partial: str) -> None:

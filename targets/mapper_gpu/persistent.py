@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mapper.schedule.tables import Int
-from mapper_gpu.grid import Task
 from mapper_gpu.hardware import Gpu
+from mapper_gpu.tasks import Task
 
 Wait = tuple[int, int]
 """(logical counter, chip: -1 for the task's own)."""

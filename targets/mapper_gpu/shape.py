@@ -5,7 +5,6 @@ numbers. One chip's part of them: heads, columns and experts are divided by the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mapper.errors import UsageError
 from mapper_gpu.hardware import COMPUTE, element_bytes
 from mapper_gpu.nodes import Matrix, Node, Section, Value
-from mapper_gpu.routing import routing_of
+from mapper_gpu.shape_experts import divide, write_experts
 
 if TYPE_CHECKING:
     from mapper.zoo.config import Config, Latent, Layer
@@ -153,13 +152,8 @@ def _attention_elements(shape: ModelShape) -> int:
     return shape.hidden * shape.dim * (2 * shape.heads + 2 * shape.kv_heads)
 
 
-def active_experts(mixture: Mixture, tokens: float) -> float:
-    """Experts that at least one of `tokens` chooses, each token choosing evenly: E (1 - (1 - k/E)^tokens)."""
-    return float(mixture.count * (1 - (1 - mixture.chosen / mixture.count) ** tokens))
-
-
 @dataclass
-class _Writer:
+class Writer:
     """Collects the nodes of a section."""
 
     shape: ModelShape
@@ -200,7 +194,7 @@ def sections(
 ) -> tuple[Section, ...]:
     """Sections of one chip: prologue, a section per kind of layer (with its count), epilogue."""
     found: list[Section] = []
-    w = _Writer(shape, precision, parallel, work)
+    w = Writer(shape, precision, parallel, work)
     w.value("ids", 1, "f32")
     w.value("x", shape.hidden, precision.activations)
     if embed:
@@ -213,22 +207,18 @@ def sections(
     return tuple(found)
 
 
-def _divide(count: int, by: int) -> int:
-    return max(1, math.ceil(count / by))
-
-
 def _layer_section(
     shape: ModelShape, layer: LayerShape, precision: Precision, parallel: Parallel, work: Work, count: int,
     number: int,
 ) -> Section:  # fmt: skip
-    w = _Writer(shape, precision, parallel, work)
+    w = Writer(shape, precision, parallel, work)
     w.value("x", shape.hidden, precision.activations)
     _norm(w, "x", "attention_in")
     (_latent_attention if shape.latent else _attention)(w, layer)
     _residual(w, "attention_out", "x", "middle")
     _norm(w, "middle", "mlp_in")
     if layer.experts is not None:
-        _experts(w, layer.experts)
+        write_experts(w, layer.experts)
     else:
         _mlp(w, layer.inner)
     _residual(w, "mlp_out", "middle", "y")
@@ -238,12 +228,12 @@ def _layer_section(
     )
 
 
-def _norm(w: _Writer, x: str, out: str) -> None:
+def _norm(w: Writer, x: str, out: str) -> None:
     w.value(out, w.values[x].width, w.precision.operand)
     w.add("norm", [x], out, name="norm")
 
 
-def _residual(w: _Writer, part: str, x: str, out: str) -> None:
+def _residual(w: Writer, part: str, x: str, out: str) -> None:
     if w.parallel.tensor > 1:
         w.value(f"{part}.sum", w.shape.hidden, w.precision.activations)
         part = w.add("allreduce", [part], f"{part}.sum", name="allreduce")
@@ -251,9 +241,9 @@ def _residual(w: _Writer, part: str, x: str, out: str) -> None:
     w.add("point", [part, x], out, fn="add", name="add")
 
 
-def _attention(w: _Writer, layer: LayerShape) -> None:
+def _attention(w: Writer, layer: LayerShape) -> None:
     s, t, work = w.shape, w.parallel.tensor, w.work
-    heads, kv = _divide(s.heads, t), _divide(s.kv_heads, t)
+    heads, kv = divide(s.heads, t), divide(s.kv_heads, t)
     act = w.precision.activations
     names = {"q": heads, "k": kv, "v": kv}
     for name, count in names.items():
@@ -282,13 +272,13 @@ def _score_engine(precision: Precision) -> str:
     return "bf16" if kind in ("fp4", "int8") else kind
 
 
-def _latent_attention(w: _Writer, layer: LayerShape) -> None:
+def _latent_attention(w: Writer, layer: LayerShape) -> None:
     """The absorbed form: queries pass through the key half of the up-projection, results through the value
     half."""
     s, work, act = w.shape, w.work, w.precision.activations
     c = s.latent
     assert c is not None
-    heads = _divide(s.heads, w.parallel.tensor)
+    heads = divide(s.heads, w.parallel.tensor)
     wide = c.nope + c.rope
     w.linear("attention_in", "latent", c.rank + c.rope, s.hidden, "")
     w.value("latent.norm", c.rank + c.rope, act, c.rank + c.rope)
@@ -329,8 +319,8 @@ def _latent_attention(w: _Writer, layer: LayerShape) -> None:
     w.linear("attended.value", "attention_out", s.hidden, heads * c.value, "k")
 
 
-def _mlp(w: _Writer, inner: int) -> None:
-    width = _divide(inner, w.parallel.tensor)
+def _mlp(w: Writer, inner: int) -> None:
+    width = divide(inner, w.parallel.tensor)
     w.linear("mlp_in", "up", width, w.shape.hidden)
     w.value("inner", width, w.precision.operand)
     if w.shape.gated:
@@ -341,63 +331,12 @@ def _mlp(w: _Writer, inner: int) -> None:
     w.linear("inner", "mlp_out", w.shape.hidden, width, "k")
 
 
-def _experts(w: _Writer, e: Mixture) -> None:
-    """Experts that some token chose, each with its share of the rows; a tensor-parallel chip holds a slice
-    of every expert, an expert-parallel one whole experts, of which the fullest group counts, with exchanges
-    before and behind where the groups are in several replicas."""
-    p, hidden = w.parallel, w.shape.hidden
-    w.linear("mlp_in", "router", e.count, hidden, "", out_dtype="f32")
-    w.value("chosen", e.chosen, "f32")
-    w.add("route", ["router"], "chosen", name="route")
-    groups = max(1, min(p.expert, e.count))
-    between = groups > 1 and p.data > 1
-    inside = groups // p.data if between else groups
-    inner = _divide(e.inner, max(1, p.tensor // max(1, inside)))
-    tokens = w.rows * (p.data if between else 1)
-    used, filled = _fullest(e, tokens, groups)
-    rows = max(1, math.ceil(filled / used))
-    held = _divide(e.count, groups)
-    source = "mlp_in"
-    if between:
-        w.value("dispatched", hidden, w.precision.operand, rows=max(1, used * rows))
-        source = w.add("alltoall", ["mlp_in", "chosen"], "dispatched", name="dispatch")
-    mats = ("expert.gate", "expert.up") if w.shape.gated else ("expert.up",)
-    for name in mats:
-        w.linear(source, name, inner, hidden, count=used, total=held, rows=rows)
-    w.value("expert.inner", inner * used, w.precision.operand)
-    w.add("gate" if w.shape.gated else "point", mats, "expert.inner", name="gate")
-    w.linear("expert.inner", "expert.down", hidden, inner, "k", count=used, total=held, rows=rows)
-    made = "expert.down"
-    if between:
-        w.value("returned", hidden, w.precision.activations, rows=max(1, used * rows))
-        made = w.add("alltoall", ["expert.down"], "returned", name="combine")
-    w.value("mlp_out", hidden, w.precision.activations)
-    if e.shared:
-        width = _divide(e.shared, p.tensor)
-        for name in ("shared.gate", "shared.up"):
-            w.linear("mlp_in", name, width, hidden)
-        w.value("shared.inner", width, w.precision.operand)
-        w.add("gate", ["shared.gate", "shared.up"], "shared.inner", name="gate")
-        w.linear("shared.inner", "shared.down", hidden, width, "k")
-        w.add("combine", [made, "chosen", "shared.down"], "mlp_out", name="combine")
-    else:
-        w.add("combine", [made, "chosen"], "mlp_out", name="combine")
-
-
-def _fullest(e: Mixture, tokens: int, groups: int) -> tuple[int, float]:
-    """(experts, rows) of the fullest of some groups; of the mean one where experts do not divide."""
-    if groups == 1 or e.count % groups:
-        return max(1, math.ceil(active_experts(e, tokens) / groups)), tokens * e.chosen / groups
-    how = routing_of(tokens, e.count, e.chosen).shared(tokens, groups)
-    return max(1, math.ceil(how.distinct - 1e-9)), how.fullest
-
-
 def _head(shape: ModelShape, precision: Precision, parallel: Parallel, work: Work) -> Section:
-    w = _Writer(shape, precision, parallel, replace(work, tokens=min(work.logits, work.tokens)))
+    w = Writer(shape, precision, parallel, replace(work, tokens=min(work.logits, work.tokens)))
     w.value("x", shape.hidden, precision.activations)
     w.value("last", shape.hidden, precision.head)
     w.add("norm", ["x"], "last", name="norm")
-    w.linear("last", "logits", _divide(shape.vocab, parallel.tensor), shape.hidden, dtype=precision.head,
+    w.linear("last", "logits", divide(shape.vocab, parallel.tensor), shape.hidden, dtype=precision.head,
              out_dtype="f32")  # fmt: skip
     out = "logits"
     if parallel.tensor > 1:

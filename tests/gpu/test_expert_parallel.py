@@ -16,6 +16,7 @@ from mapper import driver
 from mapper.errors import MapperError
 from mapper.machine import Machine, parse
 from mapper.runtime.mutation import MutationTest, decoder_case
+from mapper.schedule.edit import Place, step_at, with_step
 from mapper.schedule.tables import Schedule
 from mapper_gpu import BACKEND
 from mapper_gpu.check_exchange import ExchangesHold, ExpertsOwned
@@ -233,3 +234,18 @@ def test_mutants_die(parallel: str, chips: int, batch: int, megakernel: bool, tm
     print(report.table())
     assert report.kill_rate() >= 0.98, report.survivors
     assert report.equivalent_share <= 0.05
+
+
+def test_exchanges_that_carry_too_little_are_found(tmp_path: Path) -> None:
+    model = toy("mixtral-8x7b", 2, tmp_path)
+    schedule = built(model, prompt=4, context=8, parallel="dp=2,ep=2", chips=2, batch=2).schedule
+    steps = schedule.programs["decode"].blocks[1].steps
+    links = np.flatnonzero(steps.column("opcode") == schedule.opcodes.index("collective"))
+    assert len(links) == 6  # three exchanges on two chips
+    for number in links.tolist():
+        place = Place("decode", 1, number)
+        row = step_at(schedule, place)
+        args = list(row["args"])
+        args[8] //= 2
+        mutant = with_step(schedule, place, {**row, "args": args})
+        assert any("carries" in v.message for v in ExchangesHold().run(mutant))
