@@ -31,7 +31,7 @@ from mapper_gpu.triton_products import (
     weight,
     zeros,
 )
-from mapper_gpu.triton_routing import route
+from mapper_gpu.triton_routing import choose, route
 from mapper_gpu.triton_rows import by_heads, by_rows, rows_frame, statistics
 
 EPILOGUE_ELEMENTS = 32768
@@ -278,6 +278,11 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
     }  # fmt: skip
 
 
+def _rows(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
+    choice = any(i[0] == "top_k" for i in stage.programs[0]["code"])
+    return (choose if choice else by_rows)(stage, parameters, setting)
+
+
 def _attention(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
     latent = any(i[0] == "attend_latent" for i in stage.programs[0]["code"])
     return (latent_attention if latent else attention)(stage, parameters, setting)
@@ -285,6 +290,6 @@ def _attention(stage: Stage, parameters: Parameters, setting: Setting) -> Contex
 
 _WRITERS: Mapping[str, Callable[[Stage, Parameters, Setting], Context]] = {
     "product": _product, "product_merge": _product_merge, "attention": _attention,
-    "attention_merge": attention_merge, "rows": by_rows, "heads": by_heads,
+    "attention_merge": attention_merge, "rows": _rows, "heads": by_heads,
     "route": route, "experts": experts,
 }  # fmt: skip

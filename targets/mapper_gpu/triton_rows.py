@@ -28,7 +28,7 @@ def statistics(work: Statements, frame: Frame) -> list[str]:
     found: list[str] = []
     norms = [i for i in work.program["code"] if i[0] == "norm" and not i[8]]
     for _, out, x, _, _, kind, eps, *_ in norms:
-        width = _row_width(work, x)
+        width = row_width(work, x)
         block = min(CHUNK, power(width), ELEMENTS // frame.rows)
         mask = "" if width % block == 0 else "c_ok[None, :]"
         loop = [f"c = c0 + tl.arange(0, {block})", *([f"c_ok = c < {width}"] if mask else [])]
@@ -56,7 +56,7 @@ def statistics(work: Statements, frame: Frame) -> list[str]:
     return found
 
 
-def _row_width(work: Statements, register: str) -> int:
+def row_width(work: Statements, register: str) -> int:
     """Columns of a register that is as wide as its operands."""
     op, *rest = work.made[register]
     if op == "read":
@@ -66,7 +66,7 @@ def _row_width(work: Statements, register: str) -> int:
     source = rest[2][0] if op in ("point", "gate") and isinstance(rest[2], list) else (
         rest[2] if op == "gate" else rest[1]
     )  # fmt: skip
-    return _row_width(work, source)
+    return row_width(work, source)
 
 
 def by_rows(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
