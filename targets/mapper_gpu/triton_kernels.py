@@ -240,15 +240,19 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
     rows = power(min(tile["m"], tile["rows"]))
     exact = (tile["rows"] % tile["m"] == 0 and rows == tile["m"]) or rows == tile["rows"]
     lanes: list[Context] = []
+    wide = False
     for i, program in enumerate(stage.programs):
         width, heads = tiles["widths"][i], head_shape([program])
+        sums = [i for i in program["code"] if i[0] == "sum"]
         piece = width
         while (
-            rows * power(piece) > WARPS_ELEMENTS
+            rows * power(piece) * len(sums) > WARPS_ELEMENTS
             and piece % 2 == 0
             and not (heads and piece // 2 % heads.head)
         ):
             piece //= 2
+        # a rotation holds its table's numbers beside the sums
+        wide |= bool(heads and heads.rotary) and rows * power(piece) * len(sums) >= WARPS_ELEMENTS
         first = _first_column(tiles, i) + (" + n0" if piece < width else "")
         mark = _mark(record, i)
         cols = _of_heads(columns(first, piece, tiles["totals"][i], heads, mark=mark), tiles)
@@ -256,7 +260,7 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
         frame = rows_frame("n", cols.groups, rows, exact)
         loop: list[str] = []
         starts: list[str] = []
-        for _, out, parts in (i for i in program["code"] if i[0] == "sum"):
+        for _, out, parts in sums:
             o, second = (work.operand(work.made[p][2]) for p in parts[:2])
             stride = setting.stride(o["value"], second["value"])
             names = []
@@ -273,7 +277,7 @@ def _product_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Co
                       "width": width, "piece": piece})  # fmt: skip
     return {
         "template": "merge.py.j2", **tiles, "rows": rows, "height": tile["m"], "total_rows": tile["rows"],
-        "exact": exact, "lanes": lanes, "warps": 4, "stages": 1,
+        "exact": exact, "lanes": lanes, "warps": 8 if wide else 4, "stages": 1,
         "what": f"sums of {tile['splits']} parts of K",
     }  # fmt: skip
 
