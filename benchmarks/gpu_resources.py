@@ -1,7 +1,8 @@
-"""What the emitted kernels of Llama-3.1-8B take of an SM, told by Triton's assembler: no GPU is needed.
+"""What the emitted kernels of a model take of an SM, told by Triton's assembler: no GPU is needed.
 
     python -m benchmarks.gpu_resources               # decode at batch 1 and 32: sm_80, sm_90, sm_100
     python -m benchmarks.gpu_resources --machine h100-sxm --phase prefill --prompt 512 --json
+    python -m benchmarks.gpu_resources --model zoo:gpt-oss-20b --weights mxfp4 --machine h100-sxm
 
 One line per kernel: registers per thread, shared memory per block, spilled bytes per thread and how many of
 the loads and stores of spills are inside of loops, the tensor core's instruction. Exits with 1 where a kernel
@@ -65,8 +66,8 @@ def points(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for batch in asked.batch:
             with tempfile.TemporaryDirectory() as folder:
                 mapper.compile(
-                    MODEL, target="gpu", machine=machine, batch=batch, prompt=asked.prompt,
-                    context=asked.context, weights="bf16", phase=asked.phase, out=folder,
+                    asked.model, target="gpu", machine=machine, batch=batch, prompt=asked.prompt,
+                    context=asked.context, weights=asked.weights, phase=asked.phase, out=folder,
                 )  # fmt: skip
                 for row in rows(machine, Path(folder)):
                     yield {"batch": batch, **row}
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Registers, shared memory and spills of the emitted kernels."
     )
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--weights", default="bf16")
     parser.add_argument("--machine", nargs="+", choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--phase", choices=("decode", "prefill", "both"), default="decode")

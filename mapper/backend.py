@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mapper.errors import MapperError, UsageError
+from mapper.hints import did_you_mean
 from mapper.lowbit import PARTS, format_name
 from mapper.runtime.interface import Array, Memories, Semantics
 from mapper.runtime.written import Written
@@ -168,8 +169,8 @@ def load(name: str) -> Backend:
             except (ImportError, AttributeError) as error:
                 raise UsageError(f"target {name!r} cannot be loaded: {error}") from error
             return backend
-    known = ", ".join(discover()) or "none"
-    raise UsageError(f"unknown target {name!r}; installed targets: {known}")
+    hint, known = did_you_mean(name, discover()) or ";", ", ".join(discover()) or "none"
+    raise UsageError(f"unknown target {name[:60]!r}{hint} installed targets: {known}")
 
 
 def weight_format(backend: Backend, name: str | None) -> str | None:

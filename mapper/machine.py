@@ -26,6 +26,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mapper.errors import MachineError
+from mapper.hints import did_you_mean
 
 Kind = Literal["published", "measured", "derived", "calibrated", "assumed"]
 
@@ -148,7 +149,7 @@ def read(path: Path) -> Machine:
 def find(name: str, shipped: Iterable[Path]) -> Machine:
     """Machine `name`: a path to a TOML file, or the stem of a file in the user's folder or among `shipped`.
 
-    Raises MachineError listing what there is.
+    Raises MachineError with near names, listing what there is.
     """
     if name.endswith(".toml") or os.sep in name:
         return read(Path(name))
@@ -157,5 +158,6 @@ def find(name: str, shipped: Iterable[Path]) -> Machine:
     if folder.is_dir():
         files |= {p.stem: p for p in sorted(folder.glob("*.toml"))}
     if name not in files:
-        raise MachineError(f"unknown machine {name!r}; known: {', '.join(sorted(files)) or 'none'}")
+        hint, known = did_you_mean(name, sorted(files)) or ";", ", ".join(sorted(files)) or "none"
+        raise MachineError(f"unknown machine {name[:60]!r}{hint} known: {known}")
     return read(files[name])

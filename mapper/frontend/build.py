@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mapper.errors import ModelError
-from mapper.frontend.net import MAX_CONTENT, MAX_FOLDED, MAX_TERMS, Array, Dims, Net, Value, numpy_of, tame
+from mapper.frontend.contents import content_pair, dim_op, shape_arithmetic, with_content
+from mapper.frontend.net import MAX_CONTENT, MAX_FOLDED, Array, Net, Value, numpy_of
 from mapper.frontend.shapes import COMPARE, reshaped
 from mapper.ir.dims import ONE, ZERO, Dim
 
@@ -73,69 +74,9 @@ def cast(net: Net, x: Value, to: str) -> Value:
     return out
 
 
-def with_content(net: Net, op: str, ins: Sequence[Value], content: Sequence[Dim], dims: Dims) -> Value:
-    """An integer tensor of known contents: a constant, a `dims` node or (rank 2) the operator itself."""
-    if all(c.is_const for c in content):
-        shape = [d.value for d in dims]
-        return net.constant(np.array([c.value for c in content], np.int64).reshape(shape), "i64")
-    if len(dims) <= 1:
-        return net.ints(content, len(dims))
-    out = net.make(op, ins)
-    out.content = tuple(content)
-    return out
-
-
-def _content_pair(a: Value, b: Value) -> tuple[Sequence[Dim], Sequence[Dim], Dims] | None:
-    if a.content is None or b.content is None or max(a.rank, b.rank) > 1:
-        return None
-    size = max(len(a.content), len(b.content))
-    if {len(a.content), len(b.content)} - {1, size}:
-        return None
-    left = a.content if len(a.content) == size else a.content * size
-    right = b.content if len(b.content) == size else b.content * size
-    return left, right, (Dim.of(size),) if max(a.rank, b.rank) else ()
-
-
-def _dim_op(op: str, a: Dim, b: Dim) -> Dim | None:
-    if len(a.terms) * len(b.terms) > MAX_TERMS:
-        return None
-    if op in ("add", "sub", "mul"):
-        return a + b if op == "add" else a - b if op == "sub" else a * b
-    if op in ("min", "max"):
-        return Dim.max(a, b) if op == "max" else Dim.min(a, b)
-    if op in ("div", "mod") and b != ZERO and not (a.is_const and a.value < 0):
-        return a // b if op == "div" else a % b
-    return None
-
-
-def _dim_compare(op: str, a: Dim, b: Dim) -> bool | None:
-    delta = a - b
-    if delta.is_const:
-        value = delta.value
-        return {"eq": value == 0, "lt": value < 0, "le": value <= 0, "gt": value > 0, "ge": value >= 0}[op]
-    if op == "eq" and ((b.is_const and b.value < 0) or (a.is_const and a.value < 0)):
-        return False  # a size is never negative
-    return None
-
-
-def _shape_arithmetic(net: Net, op: str, a: Value, b: Value) -> Value | None:
-    pair = _content_pair(a, b)
-    if pair is None:
-        return None
-    left, right, dims = pair
-    if op in COMPARE:
-        truths = [_dim_compare(op, x, y) for x, y in zip(left, right, strict=True)]
-        if None in truths:
-            return None
-        return net.constant(np.array(truths, bool).reshape([d.value for d in dims]), "bool")
-    results = [_dim_op(op, x, y) for x, y in zip(left, right, strict=True)]
-    known = [r for r in results if r is not None and tame(r)]
-    return with_content(net, op, [a, b], known, dims) if len(known) == len(results) else None
-
-
 def binary(net: Net, op: str, a: Value, b: Value) -> Value:
     """An elementwise function of two operands with NumPy broadcasting."""
-    found = _shape_arithmetic(net, op, a, b)
+    found = shape_arithmetic(net, op, a, b)
     if found is None:
         found = _folded(net, op, [a, b], "bool" if op in COMPARE else a.dtype)
     if found is None and op == "div" and is_float(a) and a.const is not None and b.const is not None:
@@ -190,7 +131,7 @@ def select(net: Net, condition: Value, a: Value, b: Value) -> Value:
         chosen = a if condition.scalar else b
         if net.broadcast(condition.dims, a.dims, b.dims) == chosen.dims:
             return chosen
-    pair = _content_pair(a, b)
+    pair = content_pair(a, b)
     if pair is not None and condition.const is not None and condition.const.size in (1, len(pair[0])):
         flags = np.broadcast_to(condition.const.reshape(-1), len(pair[0]))
         content = [x if f else y for f, x, y in zip(flags, pair[0], pair[1], strict=True)]
@@ -389,7 +330,7 @@ def reduce(net: Net, kind: str, x: Value, axes: Sequence[int], keepdims: bool) -
     if x.content is not None and x.rank == 1 and kind in ("sum", "prod", "max", "min"):
         total = x.content[0]
         for c in x.content[1:]:
-            found = _dim_op({"sum": "add", "prod": "mul"}.get(kind, kind), total, c)
+            found = dim_op({"sum": "add", "prod": "mul"}.get(kind, kind), total, c)
             total = found if found is not None else total
         return net.ints([total], int(keepdims))
     return net.make("reduce", [x], {"kind": kind, "axes": chosen, "keepdims": keepdims})

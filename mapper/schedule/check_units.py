@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mapper import machine as machines
-from mapper.schedule.tables import Schedule
-from mapper.schedule.timeline import Short, Timeline, timeline
+from mapper.schedule.tables import Block, Int, Schedule, StepTable
+from mapper.schedule.timeline import Short, timeline
 from mapper.schedule.violation import Violation, first, label
 
 Float = npt.NDArray[np.float64]
@@ -52,7 +53,8 @@ class BandwidthHolds:
     """At no time do the running steps move more bytes per cycle than a memory's declared bandwidth.
 
     A step moves its slices' bytes evenly over its duration (at least one cycle); an opcode that the plan
-    lists in `gather` reads only part of its slices, chosen by data, and moves the step's `bytes`. A memory
+    lists in `gather` reads only part of its slices, chosen by data, and moves the step's `bytes`. All
+    repetitions count, as they lie in time; of each only the cycles at which a rate changes are kept. A memory
     `sram.3` is limited by the machine constant `memory.sram.3.bandwidth`, or else `memory.sram.bandwidth`
     [B/s]; without one it is not limited here.
     """
@@ -67,23 +69,16 @@ class BandwidthHolds:
         return first(v for phase in schedule.programs for v in self._program(schedule, phase, limits))
 
     def _program(self, schedule: Schedule, phase: str, limits: Float) -> Iterator[Violation]:
-        times = timeline(schedule, phase)
         memory_of = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
-        accesses = (times.reads, times.writes)
-        step = np.concatenate([a.step for a in accesses])
-        size = np.concatenate([(a.slices.high - a.slices.low)[a.part] for a in accesses]).astype(np.float64)
-        memory = np.concatenate([memory_of[a.slices.buffer][a.part] for a in accesses])
-        share = _share(schedule, times, step, size)
-        # accesses by memory; sorting 16-bit numbers takes no comparisons
-        order = np.argsort(memory.astype(np.uint16 if len(limits) <= 1 << 16 else np.int64), kind="stable")
-        bounds = np.searchsorted(memory[order], np.arange(len(limits) + 1))
-        for number in np.flatnonzero(np.isfinite(limits)):
-            here = order[bounds[number] : bounds[number + 1]]
-            moved = np.bincount(step[here], size[here], minlength=len(times)) * share
-            found = _peak(times, moved, float(limits[number]))
+        gather = _gather(schedule)
+        blocks = schedule.programs[phase].blocks
+        moves = [m for block in blocks for m in _moves(block, gather, memory_of, len(limits))]
+        for number in np.flatnonzero(np.isfinite(limits)).tolist():
+            found = _peak([m.changes(number) for m in moves], float(limits[number]))
             if found is not None:
-                cycle, rate, steps = found
-                name = schedule.memories[number][0]
+                cycle, rate = found
+                steps = _running(schedule, phase, memory_of == number, cycle)
+                name, times = schedule.memories[number][0], timeline(schedule, phase)
                 message = (
                     f"{phase} cycle {cycle}: {rate:.6g} bytes per cycle to and from memory {name}, which "
                     f"moves {limits[number]:.6g}; running: "
@@ -92,13 +87,11 @@ class BandwidthHolds:
                 yield Violation(message, tuple(steps[:16]), name, cycle, float(limits[number]))
 
 
-def _share(schedule: Schedule, times: Timeline, step: Short, size: Float) -> Float:
-    """The part of its slices that each step moves: all, but of a gathering step what it says it moves."""
+def _gather(schedule: Schedule) -> Int:
+    """The opcodes that move a part of their slices."""
     plan = schedule.plan if isinstance(schedule.plan, dict) else {}
-    gather = [i for i, name in enumerate(schedule.opcodes) if name in plan.get("gather", ())]
-    total = np.bincount(step, size, minlength=len(times))
-    part = np.minimum(1, times.bytes / np.maximum(total, 1))
-    return np.where(np.isin(times.opcode, gather), part, 1.0)
+    names = plan.get("gather", ())
+    return np.array([i for i, name in enumerate(schedule.opcodes) if name in names], np.int64)
 
 
 def _limits(schedule: Schedule) -> Float:
@@ -113,25 +106,102 @@ def _limits(schedule: Schedule) -> Float:
     return limits
 
 
-def _peak(times: Timeline, moved: Float, limit: float) -> tuple[int, float, list[int]] | None:
-    """(cycle, bytes per cycle, running steps) of the highest rate where it exceeds `limit`; `moved` are the
-    bytes of each step."""
-    step = np.flatnonzero(moved)
-    if not len(step):
+@dataclass(frozen=True)
+class _Moves:
+    """What a block moves in those of its repetitions whose slices lie in the same memories.
+
+    `origins` are the cycles at which these repetitions begin, `at` the distinct cycles, from there, at which
+    steps begin or are over. Each access moves `rate` bytes per cycle from at[begin] until at[end]; those of
+    memory m are number bounds[m] to bounds[m + 1].
+    """
+
+    origins: Int
+    at: Int
+    begin: Short
+    end: Short
+    rate: Float
+    bounds: Int
+
+    def changes(self, memory: int) -> tuple[Int, Float]:
+        """(cycle, bytes per cycle more than before) of one memory, for all of these repetitions."""
+        here = slice(self.bounds[memory], self.bounds[memory + 1])
+        rate, count = self.rate[here], len(self.at)
+        more = np.bincount(self.begin[here], rate, count) - np.bincount(self.end[here], rate, count)
+        some = np.flatnonzero(more)
+        return (self.origins[:, None] + self.at[some]).reshape(-1), np.tile(more[some], len(self.origins))
+
+
+def _moves(block: Block, gather: Int, memory_of: Int, memories: int) -> Iterator[_Moves]:
+    sides = [block.steps.slices(which) for which in _SIDES]
+    row = np.concatenate([np.repeat(np.arange(len(s[0]) - 1, dtype=np.int32), np.diff(s[0])) for s in sides])
+    slot, size = (np.concatenate([s[k] for s in sides]) for k in (1, 3))
+    start = block.steps.column("start")
+    length = np.maximum(block.steps.column("duration"), 1)
+    rate = size * (_share(block.steps, gather, row, size) / length)[row]
+    at = np.concatenate([start, start + length])
+    at.sort(kind="stable")  # two columns in order or nearly so
+    at = at[np.concatenate([[True], at[1:] != at[:-1]])] if len(at) else at
+    begin, end = (np.searchsorted(at, cycle).astype(np.int32)[row] for cycle in (start, start + length))
+    for turns, memory in _placed(block, slot, memory_of):
+        # sorting 16-bit numbers takes no comparisons
+        order = np.argsort(memory.astype(np.uint16 if memories <= 1 << 16 else np.int64), kind="stable")
+        bounds = np.searchsorted(memory[order], np.arange(memories + 1))
+        yield _Moves(block.start + turns * block.period, at, begin[order], end[order], rate[order], bounds)
+
+
+_SIDES: tuple[Literal["reads"], Literal["writes"]] = ("reads", "writes")
+
+
+def _share(steps: StepTable, gather: Int, row: Short, size: Int) -> Float:
+    """The part of its slices that each step moves: all, but of a gathering step what it says it moves."""
+    total = np.bincount(row, size, minlength=len(steps))
+    part = np.minimum(1, steps.column("bytes") / np.maximum(total, 1))
+    return np.where(np.isin(steps.column("opcode"), gather), part, 1.0)
+
+
+def _placed(block: Block, slot: Int, memory_of: Int) -> Iterator[tuple[Int, Int]]:
+    """(repetitions, memory of each access): where bindings name buffers of the same memories, as they mostly
+    do, these are all repetitions at once."""
+    fixed = memory_of[slot]
+    if block.bindings is None or not block.bindings.num_rows or not len(slot):
+        yield np.arange(block.repeat), fixed
+        return
+    slots, turn, to = (np.asarray(block.bindings.column(k).to_numpy(), np.int64) for k in range(3))
+    known = np.unique(slots)
+    table = np.tile(memory_of[known], (block.repeat, 1))
+    there = (turn >= 0) & (turn < block.repeat)
+    table[turn[there], np.searchsorted(known, slots[there])] = memory_of[to[there]]
+    place = np.minimum(np.searchsorted(known, slot), len(known) - 1)
+    bound = known[place] == slot
+    kinds, kind = np.unique(table, axis=0, return_inverse=True)
+    for number, here in enumerate(kinds):
+        yield np.flatnonzero(kind.reshape(-1) == number), np.where(bound, here[place], fixed)
+
+
+def _peak(changes: list[tuple[Int, Float]], limit: float) -> tuple[int, float] | None:
+    """(cycle, bytes per cycle) of the highest rate where it exceeds `limit`."""
+    at = np.concatenate([np.zeros(0, np.int64), *(c[0] for c in changes)])
+    if not len(at):
         return None
-    begin = times.start[step]
-    end = np.maximum(times.end[step], begin + 1)
-    rate = moved[step] / (end - begin)
-    over = np.argsort(end, kind="stable")
-    at, change = np.concatenate([begin, end[over]]), np.concatenate([rate, -rate[over]])
-    order = np.argsort(at, kind="stable")  # of two columns in order
-    at, total = at[order], np.cumsum(change[order])
+    order = np.argsort(at, kind="stable")
+    at, total = at[order], np.cumsum(np.concatenate([c[1] for c in changes])[order])
     # the rate of a cycle is there after its last change
     final = np.flatnonzero(np.concatenate([at[1:] != at[:-1], [True]]))
     highest = final[int(np.argmax(total[final]))]
     # the sum of many rates carries rounding errors of its own
     if total[highest] <= limit * (1 + 1e-9) + 1e-6:
         return None
-    cycle = int(at[highest])
-    running = step[(begin <= cycle) & (end > cycle)]
-    return cycle, float(total[highest]), [int(s) for s in running]
+    return int(at[highest]), float(total[highest])
+
+
+def _running(schedule: Schedule, phase: str, inside: npt.NDArray[np.bool_], cycle: int) -> list[int]:
+    """The steps of the Timeline that move bytes of buffers `inside` the memory in a cycle."""
+    times = timeline(schedule, phase)
+    still = np.isin(times.opcode, _gather(schedule)) & (times.bytes <= 0)
+    now = (times.start <= cycle) & (np.maximum(times.end, times.start + 1) > cycle) & ~still
+    used = np.zeros(len(times), np.bool_)
+    for accesses in (times.reads, times.writes):
+        some = now[accesses.step]
+        some &= inside[accesses.slices.buffer][accesses.part]
+        used[accesses.step[some]] = True
+    return [int(s) for s in np.flatnonzero(used)]

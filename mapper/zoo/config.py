@@ -6,7 +6,6 @@ their source, and the published number of parameters with its source.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mapper.errors import UsageError
+from mapper.hints import did_you_mean
 
 _FILE = Path(__file__).with_name("configs.json")
 
@@ -142,8 +142,7 @@ def raw(name: str) -> Mapping[str, Any]:
     """The published fields of a model. Raises UsageError with close names where there is none."""
     models: dict[str, Any] = _document()["models"]
     if name not in models:
-        close = difflib.get_close_matches(name.lower(), models, 3, 0.5)
-        hint = f"; did you mean {', '.join(close)}?" if close else "; see `mapper zoo list`"
+        hint = did_you_mean(name, models) or "; see `mapper zoo list`"
         raise UsageError(f"no model called {name[:60]!r} in the zoo{hint}")
     found: Mapping[str, Any] = models[name]
     return found

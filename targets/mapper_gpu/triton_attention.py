@@ -6,16 +6,19 @@ import math
 from typing import Any
 
 from mapper_gpu.flash import KEY_STEP
-from mapper_gpu.triton_code import TYPES, Frame, Group, Json, Parameters, Statements, power
+from mapper_gpu.triton_code import TYPES, Frame, Group, Json, Statements, power
 from mapper_gpu.triton_emit import Setting, Stage
 from mapper_gpu.triton_frames import HeadShape, head_shape
+from mapper_gpu.triton_names import Parameters
 
 Context = dict[str, Any]
+MERGED = 2048
+"""Results that a warp of a merge holds: 64 registers of each of its threads."""
 LEAST = 16
-"""Query rows of a tensor core's product: fewer are padded."""
+"""Query rows, and columns of a head, of a tensor core's product: fewer are padded."""
 
 
-def _shape(stage: Stage) -> Context:
+def shape_of(stage: Stage) -> Context:
     """The tile's numbers."""
     a, split = stage.record["attention"], stage.record["split"]
     group = a["heads"] // a["kv_heads"]
@@ -32,7 +35,7 @@ def _query_groups(dim: int, heads: HeadShape | None) -> tuple[list[str], list[Gr
     parts = heads.parts if heads is not None else [("", "{e}", dim)]
     lines, groups, places = [], [], []
     for suffix, place, size in parts:
-        lanes, e, d = power(size), f"e{suffix}", f"d{suffix}"
+        lanes, e, d = max(LEAST, power(size)), f"e{suffix}", f"d{suffix}"
         mask = ""
         if place == "{e}":
             e = d
@@ -50,8 +53,8 @@ def _query_groups(dim: int, heads: HeadShape | None) -> tuple[list[str], list[Gr
 
 def attention(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
     """Online softmax over a stretch of the cache, for the query heads that share a cache head."""
-    program, shape = stage.programs[0], _shape(stage)
-    (_, out, stats, q, k, v, past, _, _, _, _, _, scale, softcap) = next(
+    program, shape = stage.programs[0], shape_of(stage)
+    (_, out, stats, q, k, v, past, _, _, _, _, _, scale, softcap, *slopes) = next(
         i for i in program["code"] if i[0] == "attend"
     )
     work = Statements(program, parameters, setting.batch)
@@ -62,6 +65,8 @@ def attention(stage: Stage, parameters: Parameters, setting: Setting) -> Context
     keys, values = (work.operand(work.made[r][2]) for r in (k, v))
     form = TYPES[keys["dtype"]]
     load_q = [*work.take(), *(f"{name} = {name}.to({form})" for name in queries)]
+    if slopes:
+        load_q.append(f"slope = {_per_head(work, slopes[0])}")
     block = min(KEY_STEP, power(shape["keys"]))
     length = keys["rows"] // setting.batch
     precision = ', input_precision="ieee"' if keys["dtype"] == "f32" else ""
@@ -74,15 +79,16 @@ def attention(stage: Stage, parameters: Parameters, setting: Setting) -> Context
     return {
         "template": "attention.py.j2", **shape, "rows": rows, "places": place_lines, "load_q": load_q,
         "products": products, "block": block, "length": length, "scale": scale, "softcap": softcap,
+        "slopes": bool(slopes), "latent": False,
         "past": work.past(past), "value_cache": parameters.name(values), "form": form, "precision": precision,
-        "result": _results(work, stage, setting, out, stats), "warps": 8 if rows >= 128 else 4, "stages": 2,
+        "result": results(work, stage, setting, out, stats), "warps": 8 if rows >= 128 else 4, "stages": 2,
         "what": f"{shape['each']} tokens x {shape['keys']} rows of cache",
     }  # fmt: skip
 
 
-def _results(work: Statements, stage: Stage, setting: Setting, out: str, stats: str) -> list[str]:
+def results(work: Statements, stage: Stage, setting: Setting, out: str, stats: str) -> list[str]:
     """The normalised result, or the unnormalised one with its maxima and sums."""
-    shape = _shape(stage)
+    shape = shape_of(stage)
     frame = Frame("v", "m[:, None]", "m_ok[:, None]", (_value_group(shape),), 0)
     finish = [i for i in work.program["code"] if i[0] == "finish"]
     writes = [work.operand(i[1], True) for i in work.program["code"] if i[0] == "write"]
@@ -114,9 +120,8 @@ def _stats_index(shape: Context, place: int) -> str:
 def _normalised(work: Statements, sinks: str | None) -> list[str]:
     if sinks is None:
         return ["acc = acc / tl.where(m_ok, total, 1.0)[:, None]"]
-    p = work.parameters.name(work.operand(work.made[sinks][2]))
     return [
-        f"sink = tl.load({p} + head, mask=m_ok, other=0.0)",
+        f"sink = {_per_head(work, sinks)}",
         "high = tl.maximum(top, sink)",
         "factor = tl.exp(top - high)",
         "acc = acc * factor[:, None] / (total * factor + tl.exp(sink - high))[:, None]",
@@ -125,7 +130,7 @@ def _normalised(work: Statements, sinks: str | None) -> list[str]:
 
 def attention_merge(stage: Stage, parameters: Parameters, setting: Setting) -> Context:
     """The exact log-sum-exp merge of all stretches of a tile."""
-    (program,), shape = stage.programs, _shape(stage)
+    (program,), shape = stage.programs, shape_of(stage)
     _, _, _, parts, stats = next(i for i in program["code"] if i[0] == "merge")
     work = Statements(program, parameters, setting.batch)
     rows = power(shape["each"] * shape["group"])
@@ -145,8 +150,15 @@ def attention_merge(stage: Stage, parameters: Parameters, setting: Setting) -> C
     work.put(written, frame, value, "acc")
     return {
         "template": "attention_merge.py.j2", **shape, "rows": rows, "loads": loads, "result": work.take(),
-        "warps": 4, "stages": 1, "what": f"merge of {shape['splits']} stretches",
+        "warps": max(4, min(16, rows * shape["values"] // MERGED)), "stages": 1,
+        "what": f"merge of {shape['splits']} stretches",
     }  # fmt: skip
+
+
+def _per_head(work: Statements, register: str) -> str:
+    """The load of a number per query head, for the rows of the tile."""
+    p = work.parameters.name(work.operand(work.made[register][2]))
+    return f"tl.load({p} + head, mask=m_ok, other=0.0)"
 
 
 def _part(parameters: Parameters, o: Json, stride: int, row: str, column: str, mask: str) -> str:

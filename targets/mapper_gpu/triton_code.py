@@ -6,23 +6,18 @@ pair, and what is not rotated, as groups: tiles of their own, loaded so, that no
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mapper.errors import LoweringError
+from mapper_gpu.triton_names import Parameters
 
 Json = Any
 TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "i64": "tl.int64"}
 """Storage format -> Triton's type."""
-LOCALS = frozenset((
-    "acc", "above", "band", "base", "c", "c0", "cached", "column", "d", "e", "factor", "first", "head",
-    "high", "inside", "j", "j0", "k", "k0", "kv_head", "low", "m", "mine", "n", "n0", "part_top",
-    "part_total", "past", "piece", "place", "scores", "seen", "sequence", "shares", "split", "t0",
-    "theirs", "tile", "tl", "token", "top", "total", "triton", "v", "values", "w",
-))  # fmt: skip
-"""Names that the templates use for themselves."""
+HALVES = 12582912.0
+"""1.5 x 2^23, which rounds away the fraction of a small number that is added to it."""
 WIDE = 1 << 31
 """Elements from which indices take 64 bits."""
 _SIGMOID = "1.0 / (1.0 + tl.exp(-{0}))"
@@ -79,44 +74,15 @@ class Frame:
 
 
 @dataclass
-class Parameters:
-    """The pointers that a kernel takes: (value, chip, format) by name, in order of first use."""
-
-    known: dict[tuple[str, int], str] = field(default_factory=dict)
-    formats: dict[str, str] = field(default_factory=dict)
-
-    def name(self, operand: Mapping[str, Any]) -> str:
-        """The parameter of an operand."""
-        key = (operand["value"], int(operand["chip"]))
-        if key not in self.known:
-            base = readable(key[0]) + (f"_chip{key[1]}" if key[1] >= 0 else "")
-            taken, made, number = set(self.known.values()), base, 1
-            while made in taken:
-                number += 1
-                made = f"{base}_{number}"
-            self.known[key], self.formats[made] = made, operand["dtype"]
-        return self.known[key]
-
-
-def readable(value: str) -> str:
-    """An identifier from a value's name: without its program, its layer, and what every name has."""
-    partial = re.search(r"\.k\d+\.\d+(\.\d+|\.sum|\.stats)$", value)
-    if partial:
-        return "partial" + ("_stats" if partial[1] == ".stats" else "")
-    parts = re.split(r"[^A-Za-z0-9]+", re.sub(r"\[\d+:\]", "", value))
-    drop = {"model", "layers", "MatMul", "decode", "prefill", "transformer", "h", ""}
-    kept = [p for p in parts if p not in drop and not p.isdigit()]
-    name = "_".join(kept) or "value"
-    return f"{name}_" if name in LOCALS else f"v_{name}" if name[0].isdigit() else name
-
-
-@dataclass
 class Statements:
-    """The statements of one program, evaluated piece by piece into `lines`."""
+    """The statements of one program, evaluated piece by piece into `lines`. `mark` ends the names of its
+    variables whose shapes are the tile's, beside another program's in a branch of the same kernel: what both
+    branches define Triton wants to be of one shape."""
 
     program: Json
     parameters: Parameters
     batch: int
+    mark: str = ""
     lines: list[str] = field(default_factory=list)
     stats: dict[str, tuple[str, str]] = field(default_factory=dict)
     _values: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -245,20 +211,20 @@ class Statements:
 
     def _head_norm(self, frame: Frame, values: list[str], kind: str, eps: float, head: int) -> list[str]:
         shapes = [f"[{frame.rows}, {g.heads}, {g.lanes}]" for g in frame.groups]
-        headed = self.fresh("headed")
+        headed = self.fresh("headed" + self.mark)
         for g, v, shape in zip(frame.groups, values, shapes, strict=True):
             kept = f"tl.where({g.mask}, {v}, 0.0)" if g.mask else v
             self.lines.append(f"{headed}{g.suffix} = tl.reshape({kept}, {shape})")
         parts = [f"{headed}{g.suffix}" for g in frame.groups]
         if kind == "layer":
-            mean = self.fresh("mean")
+            mean = self.fresh("mean" + self.mark)
             self.lines.append(f"{mean} = ({' + '.join(f'tl.sum({p}, 2)' for p in parts)}) / {head}")
             for g, p, shape in zip(frame.groups, parts, shapes, strict=True):
                 centred = f"{p} - {mean}[:, :, None]"
                 if g.mask:
                     centred = f"tl.where(tl.reshape({g.mask} & ({frame.row} >= 0), {shape}), {centred}, 0.0)"
                 self.lines.append(f"{p} = {centred}")
-        scale = self.fresh("scale")
+        scale = self.fresh("scale" + self.mark)
         total = " + ".join(f"tl.sum({p} * {p}, 2)" for p in parts)
         self.lines.append(f"{scale} = 1.0 / tl.sqrt(({total}) / {head} + {eps!r})")
         return [
@@ -272,10 +238,10 @@ class Statements:
         first, _, *rest = frame.groups
         half = rotary // 2
         p = self.parameters.name(self.operand(self.made[table][2]))
-        angle = self.fresh("angle")
+        angle = self.fresh("angle" + self.mark)
         self.lines.append(f"{angle} = ({self.place(frame, past, tokens)}) * {half} + {first.element}")
         mask = masked(join(frame.row_mask, first.mask), "0.0")
-        cos, sin = self.fresh("cos"), self.fresh("sin")
+        cos, sin = self.fresh("cos" + self.mark), self.fresh("sin" + self.mark)
         self.lines += [f"{cos} = tl.load({p} + {angle}{mask})",
                        f"{sin} = tl.load({p} + {length * half} + {angle}{mask})"]  # fmt: skip
         a, b = values[:2]
@@ -284,6 +250,22 @@ class Statements:
 
     def _columns(self, frame: Frame, out: str, x: str) -> list[str]:
         return self.value(x, frame)
+
+    def _round_blocks(self, frame: Frame, out: str, x: str, block: int) -> list[str]:
+        """Whole steps of 1/127 of each block's largest magnitude; of a turn of K, which has whole blocks."""
+        found = []
+        for g, v in zip(frame.groups, self.value(x, frame), strict=True):
+            made, step = self.fresh("blocked"), self.fresh("size")
+            self.lines += [
+                f"{made} = tl.reshape({v}, [{frame.rows}, {g.lanes // block}, {block}])",
+                f"{step} = tl.max(tl.abs({made}), 2)[:, :, None] / 127.0",
+                f"{made} = {made} / tl.where({step} > 0.0, {step}, 1.0)",
+                # to the nearest, of two the even one: in float32 there are no fractions from 2^23 on
+                f"{made} = ({made} + {HALVES} - {HALVES}) * {step}",
+                f"{made} = tl.reshape({made}, [{frame.rows}, {g.lanes}])",
+            ]
+            found.append(made)
+        return found
 
     def _sum(self, frame: Frame, out: str, parts: list[str]) -> list[str]:
         found = [self.value(p, frame) for p in parts]

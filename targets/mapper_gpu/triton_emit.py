@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mapper.schedule.tables import Block, Phase, Schedule
-from mapper_gpu.triton_code import Parameters
+from mapper_gpu.triton_names import Parameters
 
 if TYPE_CHECKING:
     import jinja2
 
-    from mapper_gpu.hardware import Gpu
+from mapper_gpu.hardware import Gpu
 
 Json = Any
 JOIN, STAGE = 15, 16

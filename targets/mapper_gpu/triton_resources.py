@@ -12,7 +12,7 @@ from typing import Any
 from mapper.errors import UsageError
 from mapper_gpu.triton_emit import Launch
 
-POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "i64": "*i64"}
+POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "i64": "*i64", "u8": "*u8"}
 WARP = 32
 PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 """The tensor core's instructions, and how they are told in PTX."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NAME = "triton_{}.py"
 """The file of a phase's kernels in a schedule's directory."""
-TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64"}
+TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i64": "int64", "u8": "uint8"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -110,6 +111,48 @@ def test_usage_errors_are_one_line_and_exit_2(args: list[str]) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("mapper: ")
+
+
+ZOO = "zoo:llama-3.1-8b"
+NEAR = {
+    "the start of a machine's name": (["compile", ZOO, "--target", "gpu", "--machine", "h200"], "h200-sxm"),
+    "two machines": (["machines", "show", "A100"], "a100-80g-sxm, a100-40g-sxm"),
+    "a slip in a machine's name": (
+        ["serve", ZOO, "--target", "gpu", "--machine", "h100_smx"], "h100-sxm"
+    ),
+    "a slip in a target's name": (["compile", ZOO, "--target", "gpuu"], "gpu"),
+    "a target in capitals": (["compile", ZOO, "--target", "LPU"], "lpu"),
+    "a target to calibrate": (["machines", "calibrate", "hots"], "host"),
+    "a model": (["inspect", "zoo:deepseekv3"], "deepseek-v3"),
+    "the start of a model's name": (["inspect", "zoo:Mixtral"], "mixtral-8x7b, mixtral-8x22b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "names"), NEAR.values(), ids=NEAR.keys())
+def test_a_name_that_is_nearly_known_is_hinted_at(args: list[str], names: str) -> None:
+    done = inside(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert re.search(f"; did you mean {re.escape(names)}[,?]", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["compile", ZOO, "--target", "abacus"],
+        ["compile", ZOO, "--target", "gpu", "--machine", "zx81"],
+        ["machines", "show", ""],
+        ["machines", "show", "h" * 100_000],
+        ["inspect", "zoo:abacus"],
+    ],
+)
+def test_a_name_like_no_other_has_no_hint(args: list[str]) -> None:
+    done = inside(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean" not in done.stderr
+    assert any(
+        words in done.stderr for words in ("; known: ", "; installed targets: ", "; see `mapper zoo list`")
+    )
 
 
 def test_no_arguments_prints_help() -> None:

@@ -5,9 +5,6 @@ the interpreter in a process cannot be compiled in it, so both kinds run in proc
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import re
 import subprocess
 import sys
@@ -20,11 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mapper
 from mapper import driver
 from mapper.errors import LoweringError, ScheduleError
 from mapper.schedule.store import load
-from mapper.schedule.tables import Schedule
 from mapper.zoo.families import config, shortened, tiny
 from mapper.zoo.files import write
 from mapper_gpu.triton_emit import STAGE, source
@@ -33,52 +28,14 @@ from mapper_gpu.triton_run import module
 from mapper_gpu.triton_scope import refuse_unknown
 from tests.gpu.common import EXAMPLE as MODEL
 from tests.gpu.common import MACHINES, ROOT
+from tests.gpu.triton_common import COMPILE, VERIFY, compiled, kernels, needs_triton, told
 
-needs_triton = pytest.mark.skipif(
-    not (importlib.util.find_spec("torch") and importlib.util.find_spec("triton")),
-    reason="torch and triton are not installed (extra 'gpu')",
-)
-VERIFY = """
-import json, sys
-from pathlib import Path
-from mapper.schedule.store import load
-from mapper_gpu.triton_cli import verify
-found = [verify(load(folder), Path(folder), None, 1) for folder in sys.argv[1:]]
-print(json.dumps([[x.ok, x.tokens, x.max_rel_err] for x in found]))
-"""
-COMPILE = """
-import json, sys
-from pathlib import Path
-from benchmarks.gpu_resources import rows
-print(json.dumps([list(rows("h100-sxm", Path(folder))) for folder in sys.argv[1:]]))
-"""
 BF16 = """
 import json, sys
 from mapper.schedule.store import load
 from tests.gpu.bf16_kernels import outcomes
 print(json.dumps([list(outcomes(load(folder), folder)) for folder in sys.argv[1:]]))
 """
-
-
-def told(script: str, *arguments: str, interpret: bool, cache: Path | None = None) -> Any:
-    """What a script prints as JSON in its last line. `cache` is where compiled kernels go."""
-    path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "targets"))
-    # the interpreter's many small products only wait for each other's threads
-    env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1",
-           "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-           **({"TRITON_CACHE_DIR": str(cache)} if cache else {})}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *arguments],
-        env=env, capture_output=True, text=True, timeout=3600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def compiled(folder: Path, model: Path | str = MODEL, **request: Any) -> Schedule:
-    """A schedule in a folder."""
-    mapper.compile(model, target="gpu", out=folder, **request)
-    return load(folder)
 
 
 def test_the_source_is_deterministic_and_names_no_place(tmp_path: Path) -> None:
@@ -110,12 +67,6 @@ def test_two_chips_get_no_source_and_are_told_so(tmp_path: Path) -> None:
     )
 
 
-def test_low_bit_weights_get_no_source_and_the_schedule_stands(tmp_path: Path) -> None:
-    compiled(tmp_path / "s", prompt=4, context=32, weights="int4")
-    assert not list((tmp_path / "s").glob("*.py"))
-    assert "no Triton source for 'dequantise'" in (tmp_path / "s/kernels.txt").read_text()
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The program of a product."""
@@ -128,6 +79,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (lambda p: p["code"][0].append(7), "'read' of 3 operands"),
     (lambda p: p["reads"][0].update(dtype="fp8"), "values stored as fp8"),
     (lambda p: p["reads"][0].update(bits=4), "an operand with 'bits'"),
+    (lambda p: p["reads"][2].update(bits=4, dtype="u8"), "an operand with 'bits'"),
+    (lambda p: p["reads"][0].update(stack=8), "an operand with 'stack'"),
+    (lambda p: p["code"].append(["dequantise", "r9", "r0", "r1", None, "e4m3", 4, 0, "f32", "f16"]),
+     "codes of 4 bits of e4m3"),
+    (lambda p: p["code"].append(["dequantise", "r9", "r0", "r1", None, "int", 4, 24, "f16", "f16"]),
+     "blocks of 24 columns"),
+    (lambda p: p["code"].append(["round_blocks", "r9", "r0", 24]), "activations rounded in blocks of 24"),
+    (lambda p: p["code"].append(["top_k", "r9", "r0", None, 2, "entmax", 0, 0, "max", 0.0, False, 0.0, 1.0]),
+     "the scoring 'entmax'"),
     (lambda p: p["reads"][0].update(r="experts"), "an operand at rows 'experts'"),
     (lambda p: p["code"].append(["matmul", "r9", "r0", "r1", "int8"]), "products in int8"),
     (lambda p: p["code"].append(["gate", "r9", "swish2", "r0", "r1"]), "the activation 'swish2'"),
@@ -201,11 +161,6 @@ def test_the_cases_reach_what_they_are_there_for(verified: dict[str, Any]) -> No
     assert any(k["split"]["splits"] > 1 for k in kernels(heads["decode"]) if "split" in k)
     assert {k["tile"]["m"] for k in kernels(prefill["prefill"]) if "tile" in k} == {64}
     assert {k["tile"]["engine"] for k in kernels(prefill["prefill"]) if "tile" in k} == {"bf16"}
-
-
-def kernels(blocks: Any) -> list[Any]:
-    """The records of all kernels of a phase."""
-    return [k for block in blocks for k in block["kernels"]]
 
 
 def machine(path: Path, **constants: float) -> Path:
