@@ -104,6 +104,6 @@ def _exchanged(node: Node, section: Section) -> dict[str, Any]:
     value, how = section.values[node.output], node.attr("routing")
     if node.kind == "exchange":
         return {"algorithm": "all-gather", "whole": value.bytes}
-    moved = section.values[node.inputs[0]] if node.kind == "collect" else value
+    moved = section.values[node.inputs[0]]
     whole = how.fullest * moved.width * element_bytes(moved.dtype)
     return {"algorithm": "all-to-all", "rows": how.fullest, "whole": whole}

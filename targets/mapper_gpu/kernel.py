@@ -165,9 +165,10 @@ def _exchanged(section: Section, node: Node, whole: float) -> tuple[float, float
     value, how = section.values[node.output], node.attr("routing")
     if node.kind == "exchange":
         return value.bytes, whole
-    moved = section.values[node.inputs[0]] if node.kind == "collect" else value
+    moved = section.values[node.inputs[0]]  # as the other replica holds it, whatever becomes of it here
     size = how.fullest * moved.width * element_bytes(moved.dtype)
-    return size, size + (size if node.kind == "dispatch" else value.bytes)
+    made = how.fullest * value.width * element_bytes(value.dtype) if node.kind == "dispatch" else value.bytes
+    return size, size + made
 
 
 def grouped_of(section: Section, node: Node) -> Grouped:

@@ -49,8 +49,11 @@ def test_equal_to_onnxruntime(name: str, parallel: str, chips: int, batch: int, 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_as_a_megakernel_in_bf16(name: str, tmp_path: Path) -> None:
-    agrees(toy(name, 4, tmp_path), tmp_path, machine=h100(True), weights="bf16")
+@pytest.mark.parametrize(("parallel", "chips", "batch"), [("", 1, 1), ("dp=2,ep=2", 2, 2)])
+def test_as_a_megakernel_in_bf16(name: str, parallel: str, chips: int, batch: int, tmp_path: Path) -> None:
+    """Between replicas rows pass before they are weighed, in float32."""
+    model, machine = toy(name, 4, tmp_path), h100(True)
+    agrees(model, tmp_path, machine=machine, weights="bf16", parallel=parallel, chips=chips, batch=batch)
 
 
 def test_in_a_pipeline(tmp_path: Path) -> None:
