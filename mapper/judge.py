@@ -12,7 +12,7 @@ follows from the other choices that rounding can make (mapper.near_ties), and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,6 @@ SLACK = 4.0
 
 MOST_CHOICES = 16
 """Choices of experts per step that a target may make otherwise than float64 does."""
-_NOTHING = (0, 0.0)
 
 
 @dataclass
@@ -69,14 +68,18 @@ class FormatJudge:
     ) -> Wanted:
         """See Judge. The error allowed is `slack` times the largest of the forward pass, per array."""
         best = self._pass(ids, past, entries, {})
-        missed = None if got is None else _misses(got, best.wanted)
-        while got is not None and missed and missed > _NOTHING and len(best.dictated) < MOST_CHOICES:
+        while got is not None and len(best.dictated) < MOST_CHOICES:
+            missed = _misses(got, best.wanted)
             nearer = None
-            for tie in best.ties:
-                one = self._pass(ids, past, entries, {**best.dictated, (tie.router, tie.token): tie.experts})
-                misses = _misses(got, one.wanted)
-                if misses < missed:
-                    missed, nearer = misses, one
+            for ties in _candidates(best.ties, got, best.wanted):
+                made = [
+                    self._pass(ids, past, entries, {**best.dictated, (t.router, t.token): t.experts})
+                    for t in ties
+                ]
+                nearer = min(made, key=lambda p: _misses(got, p.wanted), default=None)
+                if nearer is not None and _misses(got, nearer.wanted) < missed:
+                    break
+                nearer = None
             if nearer is None:
                 break
             best = nearer
@@ -142,18 +145,35 @@ class Pass:
     ties: list[NearTie]
 
 
-def _misses(got: Got, wanted: Wanted) -> tuple[int, float]:
-    """(rows of logits and of cached heads that are off by more than half of what is allowed, by how much in
-    all): what other choices may explain."""
-    count, total = 0, 0.0
+def _excess(got: Got, wanted: Wanted, share: float) -> list[Array]:
+    """By how much each row of logits [B, S], and of cached heads [B, H, S], is off by more than a share of
+    what is allowed."""
     logits, entries = got
     pairs = [(logits, wanted.logits, wanted.logits_error)]
     pairs += [(entries[e], a, wanted.entry_error[e]) for e, a in wanted.entries.items()]
-    for mine, right, allowed in pairs:
-        excess = np.nan_to_num(np.abs(mine - right).max(-1), nan=np.inf) - allowed / 2
-        count += int((excess > 0).sum())
-        total += float(excess.clip(min=0).sum())
-    return count, total
+    return [
+        (np.nan_to_num(np.abs(mine - right).max(-1), nan=np.inf) - share * allowed).clip(min=0)
+        for mine, right, allowed in pairs
+    ]
+
+
+def _misses(got: Got, wanted: Wanted) -> tuple[int, float]:
+    """(rows that are off by more than half of what is allowed, by how much in all): what other choices may
+    explain."""
+    found = _excess(got, wanted, 0.5)
+    return sum(int((e > 0).sum()) for e in found), float(sum(e.sum() for e in found))
+
+
+def _candidates(ties: Sequence[NearTie], got: Got, wanted: Wanted) -> Iterator[list[NearTie]]:
+    """Near ties that may explain the first token of each sequence that is off by more than half of what is
+    allowed: its own, as a choice shows in the token's own row; then, where it is off by more than is
+    allowed, those of tokens before it."""
+    for share, own in ((0.5, True), (1.0, False)):
+        off = np.any([e.any(1) if e.ndim > 2 else e > 0 for e in _excess(got, wanted, share)], axis=0)
+        tokens = off.shape[1]
+        first = {b: int(np.argmax(row)) for b, row in enumerate(off) if row.any()}
+        places = {b * tokens + s for b, at in first.items() for s in ([at] if own else range(at))}
+        yield [t for t in ties if t.token in places]
 
 
 @dataclass(frozen=True)

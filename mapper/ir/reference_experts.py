@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mapper.errors import ModelError
 from mapper.ir.op import DataflowOp
 from mapper.ir.reference import Step, meaning
 from mapper.ir.reference_compute import round_blocks, sigmoid, softmax
@@ -61,16 +62,36 @@ def _route(s: Step) -> tuple[Array, Array]:
     return index, shares_of(s, scores, index)
 
 
-def _product(s: Step, x: Array, name: str, expert: int) -> Array:
-    matrix, bias = s.need(name)[expert], s.weight(f"{name}_bias")
+class _Stacks(dict[str, Array | None]):
+    """The weights of all experts by attribute, as they are stored: they are fetched once per op, and one
+    expert's at a time put into the precision asked for."""
+
+    def __init__(self, s: Step) -> None:
+        self.step = s
+
+    def __missing__(self, name: str) -> Array | None:
+        symbol = self.step.op.attr(name)
+        self[name] = None if symbol is None else self.step.weights(symbol)
+        return self[name]
+
+    def of(self, name: str, expert: int) -> Array | None:
+        """One expert's weight, None where the op has none."""
+        stack = self[name]
+        return None if stack is None else self.step.cast(stack[expert])
+
+
+def _product(s: Step, x: Array, name: str, expert: int, stacks: _Stacks) -> Array:
+    matrix, bias = stacks.of(name, expert), stacks.of(f"{name}_bias", expert)
+    if matrix is None:
+        raise ModelError(f"{s.op.name} has no {name}")
     x = round_blocks(x, s.attr("round_block")) if s.attr("round_block") else x
     y = x @ (matrix.T if s.attr(f"{name}_transposed") else matrix)
-    return np.asarray(y if bias is None else y + bias[expert])
+    return np.asarray(y if bias is None else y + bias)
 
 
-def _hidden(s: Step, x: Array, expert: int) -> Any:
+def _hidden(s: Step, x: Array, expert: int, stacks: _Stacks) -> Any:
     act = ACTIVATION_MEANINGS[s.attr("act")]
-    up, packing, limit = _product(s, x, "up", expert), s.attr("packing"), s.attr("limit")
+    up, packing, limit = _product(s, x, "up", expert, stacks), s.attr("packing"), s.attr("limit")
     if packing == "none" and s.attr("gate") is None:
         return act(up)
     if packing == "halves":
@@ -78,7 +99,7 @@ def _hidden(s: Step, x: Array, expert: int) -> Any:
     elif packing == "interleaved":
         gate, up = up[0::2], up[1::2]
     else:
-        gate = _product(s, x, "gate", expert)
+        gate = _product(s, x, "gate", expert, stacks)
     if limit:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     return act(gate) * (up + s.attr("up_offset"))
@@ -89,14 +110,14 @@ def _moe(s: Step) -> Array:
     x, index, share = s.arg("x"), s.arg("index"), s.arg("share")
     rows = x.reshape(-1, x.shape[-1])
     chosen, shares = (a.reshape(-1, a.shape[-1]) for a in (index, share))
-    made = []
+    made, stacks = [], _Stacks(s)
     for row, experts, weights in zip(rows, chosen, shares, strict=True):
         total: Any = 0.0
         for e, w in zip(experts, weights, strict=True):
             if s.attr("share_input"):
-                total = total + _product(s, _hidden(s, row * w, e), "down", e)
+                total = total + _product(s, _hidden(s, row * w, e, stacks), "down", e, stacks)
             else:
-                total = total + w * _product(s, _hidden(s, row, e), "down", e)
+                total = total + w * _product(s, _hidden(s, row, e, stacks), "down", e, stacks)
         made.append(total)
     width = s.need("down").shape[-2 if s.attr("down_transposed") else -1]
     return np.asarray(made, x.dtype).reshape(*x.shape[:-1], width)

@@ -118,3 +118,20 @@ def test_one_token_of_a_wrong_expert_is_rejected(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(execute.MEANINGS, "top_k", top_k)
     found = driver.verify(tmp_path / "s", tokens=2)
     assert not found.ok and "positions 0..3" in found.reason
+
+
+def test_a_long_prompt_is_judged_in_few_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the near ties of 48 tokens those are tried that the first token which is off can have made."""
+    passes: list[int] = []
+    one = FormatJudge._pass
+
+    def counted(self: FormatJudge, *rest: Any) -> Any:
+        passes.append(1)
+        return one(self, *rest)
+
+    monkeypatch.setattr(FormatJudge, "_pass", counted)
+    model = toy("mixtral-8x7b", 2, tmp_path)
+    built(model, prompt=48, context=50, weights="bf16", phase="prefill", out=tmp_path / "s")
+    found = driver.verify(tmp_path / "s")
+    assert found.ok, found.failures
+    assert found.near_ties > 20 and len(passes) < 4 * found.other_choices + 8
