@@ -112,8 +112,8 @@ def test_chips_that_would_cut_a_block_are_refused() -> None:
 @pytest.mark.parametrize("name", ["int4", "f8e4m3"])
 def test_mutants_die(name: str) -> None:
     machine = h100(sm__in_flight=512)
-    schedule = built(machine=machine, chips=2, prompt=6, context=10, weights=name).schedule
-    case = decoder_case(BACKEND.semantics(), 4)
+    schedule = built(machine=machine, chips=2, prompt=2, context=4, weights=name).schedule
+    case = decoder_case(BACKEND.semantics(), 2)
     report = MutationTest(schedule, case, BACKEND.checks(), BACKEND.mutations(), seed=5).run(34)
     print(report.table())
     assert report.kill_rate() >= 0.98, report.survivors
