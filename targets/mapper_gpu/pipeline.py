@@ -28,11 +28,20 @@ Part = tuple[int, int, int]
 
 
 def grouped(degrees: Degrees, gpu: Gpu) -> None:
-    """Raises LoweringError where the chips of a replica straddle link domains that are larger than it."""
-    tensor = degrees.tensor
-    if degrees.chips > gpu.domain and tensor < gpu.domain and gpu.domain % tensor:
+    """Raises LoweringError where chips that add up their parts, or replicas that share experts, straddle link
+    domains that are larger than they are, or fill the last of several in part."""
+    domain = gpu.domain
+    if degrees.chips <= domain:
+        return
+    tensor, group = degrees.tensor, degrees.group
+    if tensor < domain and domain % tensor:
         raise LoweringError(
-            f"gpu: groups of {tensor} chips straddle the link domains of {gpu.domain} of {gpu.name}"
+            f"gpu: groups of {tensor} chips straddle the link domains of {domain} of {gpu.name}"
+        )
+    if degrees.spread > 1 and (domain % group if group < domain else group % domain):
+        raise LoweringError(
+            f"gpu: the {group} chips of {degrees.data} replicas that share experts are not whole link domains "
+            f"of {domain} of {gpu.name}, nor whole parts of one"
         )
 
 

@@ -168,6 +168,9 @@ def test_degrees_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     for options, reason in refused:
         with pytest.raises(MapperError, match=reason):
             driver.build(model, "gpu", prompt=4, context=8, **options)
+    straddling: dict[str, Any] = {"chips": 8, "batch": 2, "parallel": "tp=2,dp=2,pp=2,ep=2"}
+    with pytest.raises(MapperError, match="not whole link domains of 6"):
+        driver.build(model, "gpu", machine=_domains(6), prompt=4, context=8, **straddling)
     with pytest.raises(MapperError, match="without experts"):
         driver.build(EXAMPLE, "gpu", prompt=4, context=8, chips=2, parallel="tp=2,ep=2")
 
