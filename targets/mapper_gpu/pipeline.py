@@ -40,8 +40,8 @@ def grouped(degrees: Degrees, gpu: Gpu) -> None:
         )
     if degrees.spread > 1 and (domain % group if group < domain else group % domain):
         raise LoweringError(
-            f"gpu: the {group} chips of {degrees.data} replicas that share experts are not whole link domains "
-            f"of {domain} of {gpu.name}, nor whole parts of one"
+            f"gpu: the {group} chips of {degrees.data} replicas that share experts are not whole link "
+            f"domains of {domain} of {gpu.name}, nor whole parts of one"
         )
 
 
