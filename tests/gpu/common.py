@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mapper import driver
@@ -20,6 +21,13 @@ def h100(megakernel: bool = False, **values: float) -> Machine:
     if megakernel:
         text = text.replace("megakernel = { value = 0", "megakernel = { value = 1")
     return parse(text).replace({k.replace("__", "."): v for k, v in values.items()})
+
+
+def domains(size: int) -> Machine:
+    """An H100 with link domains of some chips."""
+    text, many = re.subn(r"domain = \{ value = \d+", f"domain = {{ value = {size}", h100().text)
+    assert many == 1
+    return parse(text)
 
 
 def built(model: Path | str = EXAMPLE, **options: object) -> driver.Compiled:

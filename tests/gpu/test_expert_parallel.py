@@ -14,7 +14,6 @@ import pytest
 
 from mapper import driver
 from mapper.errors import MapperError
-from mapper.machine import Machine, parse
 from mapper.runtime.mutation import MutationTest, decoder_case
 from mapper.schedule.edit import Place, step_at, with_step
 from mapper.schedule.tables import Schedule
@@ -23,7 +22,7 @@ from mapper_gpu.check_exchange import ExchangesHold, ExpertsOwned
 from mapper_gpu.collective import exchange
 from mapper_gpu.hardware import gpu
 from mapper_gpu.routing import routing_of
-from tests.gpu.common import EXAMPLE, built, h100, toy
+from tests.gpu.common import EXAMPLE, built, domains, h100, toy
 
 DEGREES = (
     ("tp=2,ep=2", 2, 1), ("tp=4,ep=2", 4, 1), ("dp=2,ep=2", 2, 2), ("tp=2,dp=2,ep=2", 4, 2),
@@ -127,17 +126,10 @@ def test_the_fullest_group(rows: int, count: int, chosen: int, owners: int) -> N
     assert blocks.max() <= r.most
 
 
-def _domains(size: int) -> Machine:
-    """An H100 with link domains of some chips."""
-    text, many = re.subn(r"domain = \{ value = \d+", f"domain = {{ value = {size}", h100().text)
-    assert many == 1
-    return parse(text)
-
-
 def test_exchanges_between_domains_pass_the_network(tmp_path: Path) -> None:
     model = toy("mixtral-8x7b", 2, tmp_path)
     near, far = (
-        agrees(model, tmp_path / str(d), machine=_domains(d), parallel="tp=2,dp=2,ep=4", chips=4, batch=2)
+        agrees(model, tmp_path / str(d), machine=domains(d), parallel="tp=2,dp=2,ep=4", chips=4, batch=2)
         for d in (8, 2)
     )
     slower = 3 * 2 * h100().value("network.latency") * near.schedule.clock_hz
@@ -170,7 +162,7 @@ def test_degrees_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             driver.build(model, "gpu", prompt=4, context=8, **options)
     straddling: dict[str, Any] = {"chips": 8, "batch": 2, "parallel": "tp=2,dp=2,pp=2,ep=2"}
     with pytest.raises(MapperError, match="not whole link domains of 6"):
-        driver.build(model, "gpu", machine=_domains(6), prompt=4, context=8, **straddling)
+        driver.build(model, "gpu", machine=domains(6), prompt=4, context=8, **straddling)
     with pytest.raises(MapperError, match="without experts"):
         driver.build(EXAMPLE, "gpu", prompt=4, context=8, chips=2, parallel="tp=2,ep=2")
 

@@ -11,12 +11,13 @@ import pytest
 from mapper.zoo.families import config
 from mapper_gpu import flash, tile_ops
 from mapper_gpu.collective import allgather, allreduce
+from mapper_gpu.degrees import Degrees
 from mapper_gpu.fuse import Dag, fuse, kernel_kind
 from mapper_gpu.hardware import gpu
 from mapper_gpu.model import cache_bytes, fewest_chips, step_time, weight_bytes
 from mapper_gpu.nodes import Node, Section, Value
 from mapper_gpu.product import Lane, Product, Tile, candidates, choose, measure, traffic
-from mapper_gpu.shape import Parallel, Precision, Work, of_config, parameters
+from mapper_gpu.shape import Precision, Work, of_config, parameters
 from mapper_gpu.timing import stream_seconds, task_seconds
 from tests.gpu.common import built, h100
 
@@ -203,9 +204,7 @@ def test_the_published_four_points_lie_above_the_bound(batch: int, bound_ms: flo
 
 def test_more_chips_are_faster_and_hold_more() -> None:
     shape = of_config(config("llama-3.1-70b"))
-    times = [
-        step_time(shape, h100(), Work(1, 1, 2047, 2048), parallel=Parallel(n)).seconds for n in (2, 4, 8)
-    ]
+    times = [step_time(shape, h100(), Work(1, 1, 2047, 2048), parallel=Degrees(n)).seconds for n in (2, 4, 8)]
     assert times[0] > times[1] > times[2] > times[0] / 4
     assert parameters(shape) == pytest.approx(70.55e9, rel=0.01)
     assert weight_bytes(shape, Precision()) == pytest.approx(141e9, rel=0.01)
@@ -217,7 +216,7 @@ def test_more_chips_are_faster_and_hold_more() -> None:
 def test_every_kind_of_model_has_a_step_time(name: str) -> None:
     shape = of_config(config(name))
     for work, parallel in itertools.product(
-        (Work(1, 1, 511, 512), Work(4, 64, 0, 64)), (Parallel(1), Parallel(4))
+        (Work(1, 1, 511, 512), Work(4, 64, 0, 64)), (Degrees(1), Degrees(4))
     ):
         step = step_time(shape, h100(), work, parallel=parallel)
         assert 0 < step.seconds < 10

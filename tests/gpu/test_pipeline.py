@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ import pytest
 
 from mapper import driver
 from mapper.errors import MapperError
-from mapper.machine import Machine, parse, read
+from mapper.machine import read
 from mapper.runtime.mutation import MutationTest, decoder_case
 from mapper.schedule.tables import Schedule
 from mapper_gpu import BACKEND
 from mapper_gpu.check_stages import StagesHold
 from mapper_gpu.pipeline import _balanced
-from tests.gpu.common import EXAMPLE, MACHINES, built, h100, toy
+from tests.gpu.common import EXAMPLE, MACHINES, built, domains, h100, toy
 
 
 @pytest.mark.parametrize(("parallel", "chips"), [("pp=2", 2), ("tp=2,pp=2", 4), ("tp=2,pp=3", 6)])
@@ -55,16 +54,9 @@ def test_a_stage_holds_its_own_layers_alone() -> None:
     assert (caches[1] > 0).all()
 
 
-def _domains(size: int) -> Machine:
-    """An H100 with link domains of some chips."""
-    text, many = re.subn(r"domain = \{ value = \d+", f"domain = {{ value = {size}", h100().text)
-    assert many == 1
-    return parse(text)
-
-
 def test_between_domains_a_send_passes_the_network() -> None:
     near, far = (
-        built(machine=_domains(domain), chips=2, parallel="pp=2", prompt=4, context=16).schedule
+        built(machine=domains(domain), chips=2, parallel="pp=2", prompt=4, context=16).schedule
         for domain in (8, 1)
     )
     slower = h100().value("network.latency") * near.clock_hz
@@ -172,7 +164,7 @@ def test_mutants_of_pipelines_die(parallel: str, chips: int, megakernel: bool) -
 def test_collectives_take_what_their_formula_says(name: str, tmp_path: Path) -> None:
     """The table's longest task per stage of each collective adds up to the alpha-beta model's seconds:
     between domains, and on a machine without a switch."""
-    machine = _domains(2) if name == "two domains" else read(MACHINES / "tpu-v5e.toml")
+    machine = domains(2) if name == "two domains" else read(MACHINES / "tpu-v5e.toml")
     done = built(machine=machine, chips=4, prompt=4, context=16, out=tmp_path / "s")
     schedule = done.schedule
     seen = 0
