@@ -14,17 +14,7 @@ from mapper import machine as machines
 from mapper.schedule.tables import Schedule
 from mapper.schedule.violation import Violation, first
 from mapper_gpu.check_experts import of_even_routing
-from mapper_gpu.check_rows import Rows, replicas_of, rows_of, stage_of
-
-EXCHANGES = ("exchange", "dispatch", "collect")
-LINK, NETWORK = 4, 5
-ITEM = {"f32": 4, "bf16": 2, "f16": 2}
-
-
-def exchanges(kernel: Any) -> str:
-    """Which exchange between replicas a kernel is; "" for others."""
-    kind = str(kernel["nodes"][0]["kind"]) if kernel["nodes"] else ""
-    return kind if kind in EXCHANGES else ""
+from mapper_gpu.check_rows import ITEM, LINK, NETWORK, Rows, exchanges, replicas_of, rows_of, stage_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from mapper import machine as machines
 from mapper.schedule.tables import Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, replicas_of, rows_of, stage_of
+from mapper_gpu.check_rows import ITEM, Rows, replicas_of, rows_of, stage_of
 from mapper_gpu.check_tiles import chips_of, of_kind, painted
 
 SAMPLES, FEW, TOLERANCE = 128, 64, 0.9
@@ -109,7 +109,7 @@ def _stacks(schedule: Schedule, rows: Rows, mine: list[int], own: int) -> Iterat
             yield Violation(f"{rows.name(row)} reads no stack of experts", (row,))
         for o in stacks:
             a, n, whole = found.get(o["value"], (0, 0, -1))
-            each = int(o.get("bits", 0)) or 8 * {"u8": 1, "f32": 4, "bf16": 2, "f16": 2}[o["dtype"]]
+            each = int(o.get("bits", 0)) or 8 * ITEM[o["dtype"]]
             stack = int(o.get("stack", 1))
             if stack != own:
                 yield Violation(

@@ -13,11 +13,9 @@ import numpy.typing as npt
 from mapper import machine as machines
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, replicas_of, rows_of
+from mapper_gpu.check_rows import ITEM, NETWORK, Rows, replicas_of, rows_of
 
 ENGINES = ("bf16", "f16", "fp8", "int8", "fp4", "f32")
-_NETWORK = 5
-"""The lead of what passes between link domains."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +179,9 @@ class _Place:
     exists: npt.NDArray[np.bool_]
 
 
-_ITEM = {"i64": 8, "u8": 1, "f32": 4, "bf16": 2, "f16": 2}
-
-
 def _layout(o: Any) -> tuple[int, int]:
     """(bytes of a row of a panel, bytes of the buffer) of an operand's layout."""
-    panel, bits = int(o["panel"]), int(o.get("bits", 0)) or 8 * _ITEM[o["dtype"]]
+    panel, bits = int(o["panel"]), int(o.get("bits", 0)) or 8 * ITEM[o["dtype"]]
     row = (panel * bits + 7) // 8
     return row, int(o.get("stack", 1)) * int(o["rows"]) * (int(o["width"]) // panel) * row
 
@@ -207,7 +202,7 @@ def _place(o: Any, at: dict[str, Int], heads: Any, sizes: tuple[int, int], which
         first_byte = (c0 // panel * count + r0) * row
         last_byte = ((c1 - 1) // panel * count + r1) * row
         if which == "writes":  # parts of a single row
-            item = _ITEM[o["dtype"]]
+            item = ITEM[o["dtype"]]
             first_byte, last_byte = c0 * item, c1 * item
         return _Place(one, first_byte, last_byte - first_byte, 0 * one, exists)
     exists &= (c0 % panel == 0) & (c1 % panel == 0)
@@ -334,10 +329,10 @@ def _least(machine: machines.Machine, rows: Rows, link: Any) -> Any:
     busy = np.maximum(np.maximum(far / alone, (far + near) / port), work / peak)
     busy = np.where(link, near / v("link.bandwidth"), busy)
     slow = near / min(v("link.bandwidth"), v("network.bandwidth"))
-    busy = np.where(rows["lead"] == _NETWORK, slow, busy)
+    busy = np.where(rows["lead"] == NETWORK, slow, busy)
     lead = np.array([0.0, v("launch.start") + v("memory.hbm.latency"), v("signal.latency"), v("signal.fetch"),
                      v("link.latency"), v("link.latency") + v("network.latency")])  # fmt: skip
-    return busy + lead[np.clip(rows["lead"], 0, _NETWORK)]
+    return busy + lead[np.clip(rows["lead"], 0, NETWORK)]
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,24 @@ def stage_of(schedule: Schedule, record: Any) -> range:
     return range(first, first + size)
 
 
+LINK, NETWORK = 4, 5
+"""Leads of what passes inside, and between, link domains."""
+ITEM = {"i64": 8, "u8": 1, "f32": 4, "bf16": 2, "f16": 2}
+"""Bytes of an element by its format."""
+EXCHANGES = ("exchange", "dispatch", "collect")
+"""Kinds of nodes that pass something between replicas."""
+
+
+def exchanges(kernel: Any) -> str:
+    """Which exchange between replicas a kernel of the plan is; "" for others."""
+    return next((str(n["kind"]) for n in kernel["nodes"] if n["kind"] in EXCHANGES), "")
+
+
+def sends(kernel: Any) -> bool:
+    """Whether a kernel of the plan receives what an earlier stage of a pipeline made."""
+    return bool(kernel.get("collective", {}).get("algorithm") == "send")
+
+
 def replicas_of(schedule: Schedule) -> int:
     """Replicas with sequences of their own."""
     plan: Any = schedule.plan

@@ -11,10 +11,17 @@ import numpy as np
 from mapper import machine as machines
 from mapper.schedule.tables import Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, replica_of, replicas_of, rows_of, stage_of
-
-LINK, NETWORK = 4, 5
-"""Leads of what passes inside, and between, link domains."""
+from mapper_gpu.check_rows import (
+    LINK,
+    NETWORK,
+    Rows,
+    exchanges,
+    replica_of,
+    replicas_of,
+    rows_of,
+    sends,
+    stage_of,
+)
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,10 @@ class StagesHold:
             group = stage_of(schedule, record)
             yield from _inside(schedule, rows, record, group)
             for number, kernel in enumerate(record["kernels"]):
-                if kernel["kind"] == "collective" and not _sends(kernel) and not _exchanges(kernel):
+                if kernel["kind"] == "collective" and not sends(kernel) and not exchanges(kernel):
                     yield from _tier(schedule, rows, number, group, domain)
-                if _sends(kernel):
+                if sends(kernel):
                     yield from _send(schedule, rows, number, group, domain)
-
-
-def _sends(kernel: Any) -> bool:
-    return bool(kernel.get("collective", {}).get("algorithm") == "send")
-
-
-def _exchanges(kernel: Any) -> bool:
-    return bool({n["kind"] for n in kernel["nodes"]} & {"exchange", "dispatch", "collect"})
 
 
 def _inside(schedule: Schedule, rows: Rows, record: Any, group: range) -> Iterator[Violation]:
@@ -69,8 +68,8 @@ def _inside(schedule: Schedule, rows: Rows, record: Any, group: range) -> Iterat
         yield Violation(
             f"{rows.name(r)} is on chip {chip[r]}, its stage has chips {group.start}..{group.stop - 1}", (r,)
         )
-    sent = np.array([_sends(k) for k in record["kernels"]])[rows["kernel"]]
-    spread = np.array([bool(_exchanges(k)) for k in record["kernels"]])[rows["kernel"]]
+    sent = np.array([sends(k) for k in record["kernels"]])[rows["kernel"]]
+    spread = np.array([bool(exchanges(k)) for k in record["kernels"]])[rows["kernel"]]
     near = np.array([replica_of(schedule, group, c).start for c in range(schedule.chips)])
     size = len(group) // replicas_of(schedule)
     for which in ("reads", "writes"):

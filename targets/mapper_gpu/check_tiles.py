@@ -13,9 +13,8 @@ import numpy as np
 from mapper import machine as machines
 from mapper.schedule.tables import Int, Schedule
 from mapper.schedule.violation import Violation, first
-from mapper_gpu.check_rows import Rows, replica_of, rows_of, stage_of
+from mapper_gpu.check_rows import EXCHANGES, Rows, exchanges, replica_of, rows_of, sends, stage_of
 
-EXCHANGES = {"exchange", "dispatch", "collect"}
 HEAVY = {"linear", "attention", "allreduce", "allgather", *EXCHANGES, "expert_up", "expert_down"}
 """Kinds of nodes of which a kernel has at most one."""
 
@@ -224,11 +223,7 @@ class CollectivesMatched:
         memory = np.asarray(schedule.buffers.column("memory").to_numpy(), np.int64)
         for rows, record in rows_of(schedule):
             chip, link = chips_of(rows, schedule), of_kind(schedule, rows, "collective")
-            sent = [
-                k.get("collective", {}).get("algorithm") == "send"
-                or bool({n["kind"] for n in k["nodes"]} & EXCHANGES)
-                for k in record["kernels"]
-            ]
+            sent = [sends(k) or bool(exchanges(k)) for k in record["kernels"]]
             link &= ~np.array(sent)[rows["kernel"]]
             group = stage_of(schedule, record)
             for stage in np.unique(rows["stage"][link]).tolist():

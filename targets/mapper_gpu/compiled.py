@@ -17,9 +17,10 @@ from itertools import chain, repeat
 from mapper.errors import CapacityError, LoweringError, UsageError
 from mapper.serving.phases import Deployment, Iteration
 from mapper.zoo.config import Latent
+from mapper_gpu.degrees import Degrees
 from mapper_gpu.hardware import BITS, Gpu
 from mapper_gpu.model import KernelTime, room_for, step_time
-from mapper_gpu.shape import LayerShape, Mixture, ModelShape, Parallel, Precision
+from mapper_gpu.shape import LayerShape, Mixture, ModelShape, Precision
 from mapper_gpu.shape import Work as Step
 from mapper_gpu.work import Attention, Experts, Matrix, Norm, Work
 
@@ -105,10 +106,10 @@ class CompiledPhases:
         return Precision(self.deployment.weights or "bf16", self.deployment.cache or "bf16")
 
     @property
-    def parallel(self) -> Parallel:
+    def parallel(self) -> Degrees:
         """Degrees of parallelism."""
         d = self.deployment
-        return Parallel(tensor=d.chips // d.replicas, data=d.replicas, expert=d.experts)
+        return Degrees(tensor=d.chips // d.replicas, data=d.replicas, expert=d.experts)
 
     @cached_property
     def capacity(self) -> int:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mapper_gpu.hardware import element_bytes
+from mapper_gpu.experts import ExpertTile, Grouped
+from mapper_gpu.flash import Attention
 from mapper_gpu.kernel import Kernel
-from mapper_gpu.nodes import EXCHANGES, Node, Section
+from mapper_gpu.nodes import Matrix, Section
 
 
 def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
@@ -31,15 +32,7 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
         ],
         "reads": list(k.reads),
         "stores": list(k.stores),
-        "weights": [
-            {"name": w.label, "n": w.n, "k": w.k, "dtype": w.dtype, "split": w.split}
-            | (
-                {}
-                if w.low is None
-                else {"stored": w.low.name, "bytes": w.stored, "elements": w.total * w.n * w.k}
-            )
-            for w in k.weights
-        ],
+        "weights": [_weight(w) for w in k.weights],
         "seconds": t.seconds,
         "tasks": t.tasks,
         "merges": t.merges,
@@ -49,61 +42,57 @@ def describe(k: Kernel, section: Section, phase: str) -> dict[str, Any]:
         "limit": t.limit,
     }
     if k.tile is not None:
-        record["tile"] = {
-            "m": k.tile.m,
-            "n": k.tile.n,
-            "splits": k.tile.splits,
-            "band": k.tile.band,
-            "engine": k.tile.engine,
-            "rows": section.values[nodes[k.branches[0].linears[0]].inputs[0]].rows,
-        }
-        record["lanes"] = [
-            {
-                "n": b.lane.n,
-                "mats": b.lane.mats,
-                "grain": b.lane.grain,
-                "linears": list(b.linears),
-                "stores": list(b.stores),
-            }
-            for b in k.branches
-        ]
+        record |= _tiles(k, section)
     if k.split is not None and k.attention is not None:
-        a = k.attention
         record["split"] = {"splits": k.split.splits, "keys": k.split.keys, "tokens": k.split.tokens}
-        record["attention"] = {
-            "batch": a.batch,
-            "heads": a.heads,
-            "kv_heads": a.kv_heads,
-            "dim": a.dim,
-            "value_dim": a.value_dim,
-            "tokens": a.tokens,
-            "length": a.length,
-            "past": a.past,
-            "window": a.window,
-            "chunk": a.chunk,
-        }
+        record["attention"] = _attention(k.attention)
     if k.grouped is not None and k.expert_tile is not None:
-        g, tile = k.grouped, k.expert_tile
-        record["experts"] = {
-            "tokens": g.routing.rows, "count": g.routing.count, "chosen": g.routing.chosen,
-            "rows": g.routing.tile, "blocks": g.routing.most, "filled": g.routing.blocks,
-            "distinct": g.routing.distinct, "owners": g.routing.owners, "fullest": g.routing.fullest,
-            "n": g.n, "k": g.k, "mats": g.mats, "element": g.element,
-            "tile": {"n": tile.n, "run": tile.run, "engine": tile.engine},
-        }  # fmt: skip
+        record["experts"] = _experts(k.grouped, k.expert_tile)
     if k.collective is not None:
         record["collective"] = {"algorithm": k.collective.algorithm, "bytes": k.collective.bytes}
-        node = nodes[k.nodes[0]] if k.nodes else None
-        if node is not None and node.kind in EXCHANGES:
-            record["collective"] |= _exchanged(node, section)
     return record
 
 
-def _exchanged(node: Node, section: Section) -> dict[str, Any]:
-    """What passes between replicas: all of a value, or the rows of the fullest group's experts."""
-    value, how = section.values[node.output], node.attr("routing")
-    if node.kind == "exchange":
-        return {"algorithm": "all-gather", "whole": value.bytes}
-    moved = section.values[node.inputs[0]]
-    whole = how.fullest * moved.width * element_bytes(moved.dtype)
-    return {"algorithm": "all-to-all", "rows": how.fullest, "whole": whole}
+def _weight(w: Matrix) -> dict[str, Any]:
+    record = {"name": w.label, "n": w.n, "k": w.k, "dtype": w.dtype, "split": w.split}
+    if w.low is None:
+        return record
+    return record | {"stored": w.low.name, "bytes": w.stored, "elements": w.total * w.n * w.k}
+
+
+def _tiles(k: Kernel, section: Section) -> dict[str, Any]:
+    """Tile and lanes of a product."""
+    assert k.tile is not None
+    first = section.nodes[k.branches[0].linears[0]]
+    tile = {
+        "m": k.tile.m, "n": k.tile.n, "splits": k.tile.splits, "band": k.tile.band, "engine": k.tile.engine,
+        "rows": section.values[first.inputs[0]].rows,
+    }  # fmt: skip
+    lanes = [
+        {
+            "n": b.lane.n,
+            "mats": b.lane.mats,
+            "grain": b.lane.grain,
+            "linears": list(b.linears),
+            "stores": list(b.stores),
+        }
+        for b in k.branches
+    ]
+    return {"tile": tile, "lanes": lanes}
+
+
+def _attention(a: Attention) -> dict[str, Any]:
+    return {
+        "batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "dim": a.dim, "value_dim": a.value_dim,
+        "tokens": a.tokens, "length": a.length, "past": a.past, "window": a.window, "chunk": a.chunk,
+    }  # fmt: skip
+
+
+def _experts(g: Grouped, tile: ExpertTile) -> dict[str, Any]:
+    return {
+        "tokens": g.routing.rows, "count": g.routing.count, "chosen": g.routing.chosen,
+        "rows": g.routing.tile, "blocks": g.routing.most, "filled": g.routing.blocks,
+        "distinct": g.routing.distinct, "owners": g.routing.owners, "fullest": g.routing.fullest,
+        "n": g.n, "k": g.k, "mats": g.mats, "element": g.element,
+        "tile": {"n": tile.n, "run": tile.run, "engine": tile.engine},
+    }  # fmt: skip

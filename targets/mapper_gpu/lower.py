@@ -19,7 +19,7 @@ from mapper.schedule.tables import (
 )  # fmt: skip
 from mapper_gpu.assemble import Lowered, schedule_of
 from mapper_gpu.columns import between, block_of, columns_of, cycles
-from mapper_gpu.degrees import Degrees, own
+from mapper_gpu.degrees import Degrees
 from mapper_gpu.describe import describe
 from mapper_gpu.extract import extract
 from mapper_gpu.extractor import Extracted
@@ -40,7 +40,7 @@ def lower(graphs: Mapping[Phase, Graph], source: Graph, machine: Machine, reques
     """The schedule of serving graphs shared out by `degrees`, with weights in `form`. Raises LoweringError,
     CapacityError."""
     chip, chips = gpu(machine), degrees.tensor
-    memory, batch = Memory(degrees.chips, degrees.pipeline, degrees.tensor), own(request).batch
+    memory, batch = Memory(degrees.chips, degrees.pipeline, degrees.tensor), request.batch // degrees.data
     grouped(degrees, chip)
     phases: list[tuple[Work, list[tuple[Kernel, ...]]]] = []
     for phase, graph in graphs.items():

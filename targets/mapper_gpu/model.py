@@ -12,11 +12,12 @@ from functools import lru_cache
 from mapper.errors import CapacityError
 from mapper.machine import Machine
 from mapper_gpu.collective import exchange, send
+from mapper_gpu.degrees import Degrees
 from mapper_gpu.hardware import Gpu, element_bytes, gpu
 from mapper_gpu.kernel import Kernel, kernels_of
 from mapper_gpu.nodes import Node, Section
 from mapper_gpu.product import Timed
-from mapper_gpu.shape import ModelShape, Parallel, Precision, Work, check, parameters, sections
+from mapper_gpu.shape import ModelShape, Precision, Work, check, parameters, sections
 
 _MOST_CHIPS = 1024
 
@@ -61,7 +62,7 @@ def step_time(
     machine: Machine | Gpu,
     work: Work,
     precision: Precision = Precision(),  # noqa: B008  (frozen)
-    parallel: Parallel = Parallel(),  # noqa: B008
+    parallel: Degrees = Degrees(),  # noqa: B008
     overhead: bool = True,
 ) -> StepTime:
     """Seconds of one step of `work` (per data-parallel replica) and where they go.
@@ -76,7 +77,7 @@ def step_time(
 
 @lru_cache(maxsize=1 << 14)
 def _step_time(
-    shape: ModelShape, chip: Gpu, work: Work, precision: Precision, parallel: Parallel, overhead: bool
+    shape: ModelShape, chip: Gpu, work: Work, precision: Precision, parallel: Degrees, overhead: bool
 ) -> StepTime:
     found: list[KernelTime] = []
     for section in sections(shape, precision, parallel, work):
@@ -107,7 +108,7 @@ def _step_time(
     )
 
 
-def lowered(chip: Gpu, section: Section, parallel: Parallel) -> list[Kernel]:
+def lowered(chip: Gpu, section: Section, parallel: Degrees) -> list[Kernel]:
     """A section's kernels; all-to-all exchanges, which stand between kernels, are kernels of their own."""
     found: list[Kernel] = []
     rest: list[Node] = []
@@ -124,7 +125,7 @@ def lowered(chip: Gpu, section: Section, parallel: Parallel) -> list[Kernel]:
     return found + _stretch(chip, section, rest, parallel)
 
 
-def _stretch(chip: Gpu, section: Section, nodes: list[Node], parallel: Parallel) -> list[Kernel]:
+def _stretch(chip: Gpu, section: Section, nodes: list[Node], parallel: Degrees) -> list[Kernel]:
     if not nodes:
         return []
     later = {v for n in section.nodes if n not in nodes for v in n.inputs}
@@ -165,7 +166,7 @@ def fewest_chips(
 
 
 def room_for(
-    shape: ModelShape, machine: Machine | Gpu, precision: Precision, parallel: Parallel, length: int
+    shape: ModelShape, machine: Machine | Gpu, precision: Precision, parallel: Degrees, length: int
 ) -> int:
     """Sequences of `length` tokens whose cache fits beside the weights on all chips of a replica."""
     chip = machine if isinstance(machine, Gpu) else gpu(machine)

@@ -79,9 +79,9 @@ def needed(
     for _, group in groupby(order, key=lambda i: int(stage[i])):
         made: dict[int, int] = {}
         for i in group:
-            here = range(chips) if tasks[i].chips is None else tasks[i].chips
+            here = tasks[i].chips or range(chips)
             implied = set(waits[i])
-            for chip in here or ():
+            for chip in here:
                 bits = {w: w[0] * chips + (chip if w[1] < 0 else w[1] - base) for w in waits[i] if w[0] >= 0}
                 behind = 0
                 for b in bits.values():

@@ -132,11 +132,10 @@ def _distinct(rows: int, count: int, chosen: int, owners: int) -> float:
     own = count // owners
     total = 0.0
     ways = [math.comb(count, s) for s in range(count + 1)]
-    left = chance.copy()
     for most in range(own):
         # E[max] is the sum over m of P(max > m)
         poly = _power([math.comb(own, j) for j in range(most + 1)], owners, count)
-        for s in np.flatnonzero(left > 1e-12).tolist():
+        for s in np.flatnonzero(chance > 1e-12).tolist():
             total += chance[s] * (1.0 - (poly[s] / ways[s] if s < len(poly) else 0.0))
     return total
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mapper.errors import UsageError
+from mapper_gpu.degrees import Degrees
 from mapper_gpu.hardware import COMPUTE, element_bytes
 from mapper_gpu.nodes import Matrix, Node, Section, Value
 from mapper_gpu.shape_experts import divide, write_experts
@@ -79,22 +80,6 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """Degrees of parallelism. Chips = tensor x pipeline x data; `expert` chips share the experts of a layer
-    (it divides tensor x data)."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    data: int = 1
-
-    @property
-    def chips(self) -> int:
-        """Number of chips."""
-        return self.tensor * self.pipeline * self.data
-
-
-@dataclass(frozen=True)
 class Work:
     """One step: `batch` sequences on these chips, `tokens` new ones each after `past`; `length` rows of
     cache.
@@ -158,7 +143,7 @@ class Writer:
 
     shape: ModelShape
     precision: Precision
-    parallel: Parallel
+    parallel: Degrees
     work: Work
     nodes: list[Node] = field(default_factory=list)
     values: dict[str, Value] = field(default_factory=dict)
@@ -190,7 +175,7 @@ class Writer:
 
 
 def sections(
-    shape: ModelShape, precision: Precision, parallel: Parallel, work: Work, embed: bool = True
+    shape: ModelShape, precision: Precision, parallel: Degrees, work: Work, embed: bool = True
 ) -> tuple[Section, ...]:
     """Sections of one chip: prologue, a section per kind of layer (with its count), epilogue."""
     found: list[Section] = []
@@ -208,7 +193,7 @@ def sections(
 
 
 def _layer_section(
-    shape: ModelShape, layer: LayerShape, precision: Precision, parallel: Parallel, work: Work, count: int,
+    shape: ModelShape, layer: LayerShape, precision: Precision, parallel: Degrees, work: Work, count: int,
     number: int,
 ) -> Section:  # fmt: skip
     w = Writer(shape, precision, parallel, work)
@@ -331,7 +316,7 @@ def _mlp(w: Writer, inner: int) -> None:
     w.linear("inner", "mlp_out", w.shape.hidden, width, "k")
 
 
-def _head(shape: ModelShape, precision: Precision, parallel: Parallel, work: Work) -> Section:
+def _head(shape: ModelShape, precision: Precision, parallel: Degrees, work: Work) -> Section:
     w = Writer(shape, precision, parallel, replace(work, tokens=min(work.logits, work.tokens)))
     w.value("x", shape.hidden, precision.activations)
     w.value("last", shape.hidden, precision.head)
@@ -345,7 +330,7 @@ def _head(shape: ModelShape, precision: Precision, parallel: Parallel, work: Wor
     return Section("head", 1, tuple(w.nodes), w.values, frozenset((out,)))
 
 
-def check(parallel: Parallel, shape: ModelShape) -> None:
+def check(parallel: Degrees, shape: ModelShape) -> None:
     """Raises UsageError for degrees that cut nothing in this model."""
     if min(parallel.tensor, parallel.pipeline, parallel.expert, parallel.data) < 1:
         raise UsageError("gpu: degrees of parallelism must be at least 1")

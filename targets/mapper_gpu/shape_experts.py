@@ -30,8 +30,8 @@ def write_experts(w: Writer, e: Mixture) -> None:
     w.value("chosen", e.chosen, "f32")
     w.add("route", ["router"], "chosen", name="route")
     groups = max(1, min(p.expert, e.count))
-    between = groups > 1 and p.data > 1
-    inside = groups // p.data if between else groups
+    between = groups > 1 and p.spread > 1
+    inside = groups // p.spread if between else groups
     inner = divide(e.inner, max(1, p.tensor // max(1, inside)))
     tokens = w.rows * (p.data if between else 1)
     used, filled = _fullest(e, tokens, groups)
